@@ -1,0 +1,1 @@
+"""The command line: reads settings once and assembles the parts."""

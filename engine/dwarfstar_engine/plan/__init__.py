@@ -1,0 +1,1 @@
+"""Who gets which layers, and why. Pure."""

@@ -1,0 +1,1 @@
+"""The stage process: the only place where llama.cpp runs."""

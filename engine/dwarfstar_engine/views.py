@@ -1,0 +1,69 @@
+"""What front ends see: frozen pydantic models, one definition for ``status --json``, the TUI and the docs.
+
+Sizes are GiB, times are in the unit their name ends in, layer ranges are half open.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class View(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class CoordinatorView(View):
+    address: str
+    term: int
+    api_url: str
+
+
+class ModelView(View):
+    name: str
+    architecture: str
+    layers: int
+    legal_cuts: tuple[int, ...]
+    weights_gib: float
+    context: int
+
+
+class NodeView(View):
+    id: str
+    name: str
+    address: str
+    state: str  # joined | late | lost | left
+    device: str
+    memory_gib: float
+    used_gib: float
+    effective_vram_gib: float
+    heartbeat_age_s: float
+
+
+class StageView(View):
+    node: str
+    layers: tuple[int, int]
+    weights_gib: float
+    kv_gib: float
+    ms_per_token: float
+    tok_s: float
+    busy: float  # share of the last seconds spent computing, 0 … 1
+    wait: float  # share spent waiting for a frame
+    pid: int
+    state: str  # loading | ready | failed
+
+
+class ThroughputView(View):
+    tok_s: float
+    active: int
+    queued: int
+
+
+class StatusView(View):
+    coordinator: CoordinatorView
+    model: ModelView | None
+    epoch: int
+    state: str  # starting | serving | unavailable
+    reason: str  # why not serving; empty when it is
+    nodes: tuple[NodeView, ...]
+    stages: tuple[StageView, ...]
+    throughput: ThroughputView
