@@ -6,7 +6,7 @@ API's work, with the help of :meth:`Engine.chat_tokens`, :meth:`Engine.text_toke
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -98,7 +98,7 @@ class Engine(Protocol):
         """The bytes a token stands for; empty for control tokens. May be a part of a UTF-8 character."""
         ...
 
-    def generate(self, request: Request) -> AsyncIterator[Token]:
+    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         """Generate. Closing the iterator (``aclose``) frees the slot at once.
 
         Raises ContextLengthError before the first token if the prompt does not fit, Overloaded if the queue is

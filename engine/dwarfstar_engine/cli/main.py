@@ -1,0 +1,241 @@
+"""The program ``dwarfstar``. With a command it runs that; else it starts (or shows) an engine.
+
+Settings are read here, once. Errors of the tree become one sentence on stderr and their exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import dwarfstar_engine
+from dwarfstar_engine.cli import bench as bench_module
+from dwarfstar_engine.cli import chat as chat_module
+from dwarfstar_engine.cli import remote, running
+from dwarfstar_engine.errors import DwarfStarError, SettingsError
+from dwarfstar_engine.settings import Settings, load_settings
+
+app = typer.Typer(
+    name="dwarfstar",
+    help="One GGUF model, split by layers over the machines you own, behind one OpenAI endpoint.",
+    add_completion=False,
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+START = "start"
+
+Home = Annotated[Path | None, typer.Option(help="Folder of identity, certificates and logs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Models = Annotated[Path | None, typer.Option(help="Folder of GGUF files.")]
+
+
+def _settings(**given: Any) -> Settings:
+    return load_settings(given, os.environ)
+
+
+def _numbers(text: str | None, name: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise SettingsError(
+            f"--{name} takes whole numbers separated by commas, as in 10,20 (given: {text!r})"
+        ) from None
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        asyncio.run(work)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+@app.command(START, hidden=True)
+def start(
+    model: Annotated[str | None, typer.Argument(help="A GGUF file, a name in the models folder, or 'demo'.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Headless: serve in the foreground.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="The demo model on three local nodes, none of which can hold it.")
+    ] = False,
+    local_nodes: Annotated[int, typer.Option(min=0, max=64, help="Node processes on this machine.")] = 0,
+    pin: Annotated[bool, typer.Option("--pin", help="Pin each local node's stage to a core of its own.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads of each stage.")] = None,
+    cuts: Annotated[str | None, typer.Option(help="Layer boundaries by hand, as in 10,20.")] = None,
+    wait_nodes: Annotated[int | None, typer.Option(help="Nodes to wait for before the first plan.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address of the HTTP API.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the HTTP API; 0 takes a free one.")] = None,
+    control_host: Annotated[str | None, typer.Option(help="Address other nodes reach this machine at.")] = None,
+    control_port: Annotated[int | None, typer.Option(help="Port other nodes attach to; 0 takes a free one.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of one request, prompt and answer.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Requests generated at the same time.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Prompt tokens that travel in one frame.")] = None,
+    wire: Annotated[str | None, typer.Option(help="Precision between stages: f32 (exact), f16 or q8.")] = None,
+    effective_vram: Annotated[float | None, typer.Option(help="GiB each node lends.")] = None,
+    gpu_layers: Annotated[int | None, typer.Option(help="Layers of a stage on the GPU; -1: all.")] = None,
+    split_mode: Annotated[
+        str | None, typer.Option(help="llama.cpp's use of several GPUs: none, layer, row, tensor.")
+    ] = None,
+    home: Home = None,
+    models: Models = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+) -> None:
+    """Serve a model. Without a model and without --demo: show the status of the running engine."""
+    settings = _settings(
+        host=host, port=port, control_host=control_host, control_port=control_port, context=context, slots=slots,
+        chunk=chunk, wire=wire, effective_vram=effective_vram, gpu_layers=gpu_layers, split_mode=split_mode,
+        threads=threads, cuts=_numbers(cuts, "cuts"), wait_nodes=wait_nodes, home=home, models=models,
+    )  # fmt: skip
+    if model is None and not demo:
+        if serve:
+            raise SettingsError("--serve needs a model: give a GGUF file, or --demo")
+        print(remote.status_text(running.require(settings.home), settings.home))
+        return
+    if model is not None and demo:
+        raise SettingsError("--demo brings its own model: leave the other one out")
+    from dwarfstar_engine.cli.serve import Start
+    from dwarfstar_engine.cli.serve import serve as run_engine
+
+    _log_to_stderr(verbose)
+    _run(run_engine(Start(model or "demo", local_nodes, demo, pin), settings))
+
+
+@app.command()
+def node(
+    join: Annotated[str | None, typer.Option(help="The coordinator's address, host:port.")] = None,
+    token: Annotated[str | None, typer.Option(help="Join token, from `dwarfstar token` there.")] = None,
+    attach: Annotated[str | None, typer.Option(hidden=True)] = None,
+    effective_vram: Annotated[float | None, typer.Option(help="GiB to lend.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the stage.")] = None,
+    cpus: Annotated[str | None, typer.Option(help="Cores to pin the stage to, as in 0,1.")] = None,
+    gpu_layers: Annotated[int | None, typer.Option(help="Layers on the GPU; -1: all.")] = None,
+    split_mode: Annotated[str | None, typer.Option(help="llama.cpp's use of several GPUs.")] = None,
+    listen: Annotated[str | None, typer.Option(help="Address other nodes reach this machine at.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of this node.")] = None,
+    home: Home = None,
+    models: Models = None,
+    parent: Annotated[bool, typer.Option("--parent", hidden=True)] = False,
+) -> None:
+    """Lend this machine to a coordinator."""
+    from dwarfstar_engine.cli.lend import lend
+
+    settings = _settings(
+        effective_vram=effective_vram, threads=threads, gpu_layers=gpu_layers, split_mode=split_mode,
+        control_host=listen, name=name, home=home, models=models,
+    )  # fmt: skip
+    _log_to_stderr(True)
+    _run(lend(settings, join, token, attach, _numbers(cpus, "cpus") or (), watch_parent=parent))
+
+
+@app.command()
+def status(home: Home = None, as_json: AsJson = False) -> None:
+    """What runs, where, and how fast."""
+    settings = _settings(home=home)
+    engine = running.require(settings.home)
+    print(remote.status_json(engine, settings.home) if as_json else remote.status_text(engine, settings.home))
+
+
+@app.command()
+def stop(home: Home = None) -> None:
+    """End the engine that runs from this home."""
+    settings = _settings(home=home)
+    remote.stop(running.require(settings.home), settings.home)
+    print("dwarfstar: stopped")
+
+
+@app.command()
+def token(home: Home = None) -> None:
+    """Print what a machine needs to join: `dwarfstar node --join ADDRESS --token TOKEN`."""
+    from dwarfstar_engine.cli.lend import new_join_token
+
+    print(new_join_token(_settings(home=home).home))
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="Ask once; without it, prompts are read line by line.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0)] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    url: Annotated[str | None, typer.Option(help="Another endpoint than the engine running here.")] = None,
+    key: Annotated[str | None, typer.Option(envvar="DWARFSTAR_API_KEY", help="API key of that endpoint.")] = None,
+    home: Home = None,
+) -> None:
+    """Talk to the model."""
+    api_url = url or running.require(_settings(home=home).home).api_url
+    options = {
+        name: value
+        for name, value in (("temperature", temperature), ("seed", seed), ("max_tokens", max_tokens))
+        if value is not None
+    }
+    first = [{"role": "system", "content": system}] if system else []
+    if prompt is None:
+        chat_module.converse(api_url.rstrip("/"), key, options, first)
+    else:
+        chat_module.ask(api_url.rstrip("/"), [*first, {"role": "user", "content": prompt}], key, options)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A GGUF file, a name in the models folder, or 'demo'.")] = "demo",
+    nodes: Annotated[int, typer.Option(min=1, max=16, help="Local nodes of the split.")] = 2,
+    cuts: Annotated[str | None, typer.Option(help="Layer boundaries, as in 18; default: by memory.")] = None,
+    runs: Annotated[int, typer.Option(min=1, max=100)] = 5,
+    tokens: Annotated[int, typer.Option(min=2, max=2000)] = 128,
+    models: Models = None,
+    as_json: AsJson = False,
+) -> None:
+    """One stream, unsplit against split, in one run."""
+    settings = _settings(models=models)
+
+    async def measure() -> None:
+        report = await bench_module.bench(
+            model, settings.models_dir, nodes=nodes, cuts=_numbers(cuts, "cuts") or (), runs=runs, tokens=tokens
+        )
+        print(json.dumps(report.as_json()) if as_json else bench_module.table(report))
+
+    _run(measure())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(dwarfstar_engine.__version__)
+
+
+def _with_command(arguments: list[str]) -> list[str]:
+    """``dwarfstar [MODEL] [OPTIONS]`` is ``dwarfstar start …``: the first word decides."""
+    commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    if arguments and (arguments[0] in commands or arguments[0] == "--help"):
+        return arguments
+    if arguments == ["--version"]:
+        return ["version"]
+    return [START, *arguments]
+
+
+def run() -> None:
+    """Entry point."""
+    try:
+        app(_with_command(sys.argv[1:]))
+    except DwarfStarError as error:
+        print(f"dwarfstar: {error.message}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    run()

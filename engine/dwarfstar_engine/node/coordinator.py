@@ -1,0 +1,381 @@
+"""The coordinator: knows the nodes, makes the plan, brings an epoch up, and serves requests on it.
+
+Theory. One task (``run``) brings epochs up, one after another: plan → assign → all stages ready → link → serving.
+Anything that breaks the epoch (a stage's or node's death, a lost hop, a stuck frame) sets ``_broken``; every request
+in flight gets an error at once, and ``run`` starts over with the nodes that are there. Nodes keep weights they still
+need, so an epoch that only lost a link is back within milliseconds.
+
+The coordinator holds no weights. It is the engine behind the HTTP API (``serving.Engine``), and a hop of the ring:
+its frames go to the first stage, and the last stage's results come back to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dwarfstar_engine.batch.scheduler import Limits, Scheduler
+from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.native import WireType
+from dwarfstar_engine.node.dispatcher import Dispatcher
+from dwarfstar_engine.node.members import GIB, Member
+from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
+from dwarfstar_engine.node.vocab import Vocab
+from dwarfstar_engine.plan.proportional import Need, Plan, StagePlan, proportional, with_cuts
+from dwarfstar_engine.serving import ModelInfo, Request, Token
+from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.views import CoordinatorView, ModelView, StageView, StatusView, ThroughputView
+from dwarfstar_engine.wire import channel
+from dwarfstar_engine.wire.generated import control_pb2 as pb
+from dwarfstar_engine.wire.handshake import BuildInfo, local_build
+from dwarfstar_engine.wire.ring import RingReceiver, RingSender
+from dwarfstar_engine.wire.trust import NodeFiles
+
+log = logging.getLogger("dwarfstar.coordinator")
+
+LOAD_DEADLINE_S = 600.0  # a stage of a large model from a slow disk
+STALL_S = 60.0  # a load that makes no progress for so long is given up
+LINK_DEADLINE_S = 15.0
+FRAME_DEADLINE_S = 60.0  # a frame that takes longer is stuck: a stage is stopped or a cable is out
+WATCH_S = 0.5
+RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
+PAUSE_S = (0.0, 0.2, 1.0, 3.0)  # between attempts to bring an epoch up; the last one repeats
+
+
+@dataclass(slots=True)
+class Stage:
+    """A stage of the epoch and the node that runs it."""
+
+    plan: StagePlan
+    member: Member
+
+
+class Coordinator:
+    """See the module. ``api_url`` and ``address`` are for the status only, set once they are known."""
+
+    def __init__(self, settings: Settings, source: Source, vocab: Vocab, trust: NodeFiles, name: str) -> None:
+        self.settings, self.source, self.vocab, self._trust, self._name = settings, source, vocab, trust, name
+        self.address = self.api_url = ""
+        self.term, self.epoch = 1, 0
+        self.context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
+        self.members: dict[str, Member] = {}
+        self._build: BuildInfo = local_build()
+        self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
+        self._stages: list[Stage] = []
+        self._dispatcher: Dispatcher | None = None
+        self._sender: RingSender | None = None
+        self._reason = "starting"
+        self._code = "starting"
+        self._changed = asyncio.Event()
+        self._broken = asyncio.Event()
+        self._returned = asyncio.Event()  # the last stage's hop to us is open
+        self._created = int(time.time())
+
+    # --- serving.Engine ---
+
+    def model(self) -> ModelInfo:
+        return ModelInfo(
+            name=self.source.name,
+            created=self._created,
+            context=self.context,
+            vocab_size=self.vocab.size,
+            layers=self.source.layers,
+            eog_tokens=self.vocab.eog,
+        )
+
+    def health(self) -> Mapping[str, Any]:
+        if self._dispatcher is not None:
+            return {"status": "ok", "epoch": self.epoch, "cuts": [s.plan.layers[1] for s in self._stages[:-1]]}
+        return {"status": "unavailable", "code": self._code, "reason": self._reason}
+
+    async def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return await self.vocab.chat(messages)
+
+    async def text_tokens(self, text: str) -> list[int]:
+        return await self.vocab.text(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.vocab.piece(token)
+
+    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+        if self._dispatcher is None:
+            raise Unavailable(
+                f"the model is not being served: {self._reason}", code=self._code, retry_after_s=RETRY_AFTER_S
+            )
+        return self._dispatcher.generate(request)
+
+    # --- nodes come, speak and go ---
+
+    def attach(self, member: Member) -> None:
+        """A node is here. One of the same id that was here before is replaced: it has reconnected."""
+        if (old := self.members.get(member.id)) is not None:
+            self.detach(old)
+        self.members[member.id] = member
+        log.info("node %s joined with %.2f GiB", member.name, member.usable_bytes / GIB)
+        self._changed.set()
+
+    def detach(self, member: Member) -> None:
+        """A node is gone."""
+        if self.members.get(member.id) is not member:
+            return
+        del self.members[member.id]
+        log.warning("node %s is gone", member.name)
+        if any(stage.member is member for stage in self._stages):
+            self._break(f"node {member.name} was lost")
+        self._changed.set()
+
+    def heard(self, member: Member, message: pb.NodeMessage) -> None:
+        """A message of an attached node."""
+        member.heard = time.monotonic()
+        match message.WhichOneof("message"):
+            case "heartbeat":
+                member.used_bytes = message.heartbeat.memory_used_bytes
+                member.busy = message.heartbeat.stages[0].busy if message.heartbeat.stages else 0.0
+            case "stage_event":
+                self._on_stage(member, message.stage_event)
+            case "leave":
+                self.detach(member)
+
+    def _on_stage(self, member: Member, event: pb.StageEvent) -> None:
+        if event.epoch != self.epoch or not any(stage.member is member for stage in self._stages):
+            return
+        member.stage = event
+        if event.state in (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED, pb.STAGE_STATE_BROKEN):
+            self._break(f"{member.name}: {event.detail}", event.code)
+        self._changed.set()
+
+    # --- the ring ---
+
+    def _on_frame(self, data: bytes) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.on_frame(data)
+
+    def _on_open(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            self._returned.set()
+
+    def _on_hop_lost(self, epoch: int, sender: str) -> None:
+        if epoch == self.epoch:
+            self._break(f"the connection from {sender} was lost")
+
+    def _break(self, reason: str, code: str = "") -> None:
+        """The epoch is over: requests in flight get their error now, ``run`` does the rest."""
+        if self._broken.is_set():
+            return
+        log.warning("epoch %d is over: %s", self.epoch, reason)
+        self._reason, self._code = reason, code or StageError.code
+        self._broken.set()
+        self._changed.set()
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is not None:
+            dispatcher.fail(f"the pipeline broke during this request: {reason}; send it again", RETRY_AFTER_S)
+
+    # --- bringing epochs up ---
+
+    async def run(self) -> None:
+        """Keep an epoch up until cancelled."""
+        failures = 0
+        watcher = asyncio.create_task(self._watch())
+        try:
+            while True:
+                await asyncio.sleep(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
+                self._changed.clear()
+                try:
+                    if len(self.members) < self.settings.wait_nodes:
+                        here, wanted = len(self.members), self.settings.wait_nodes
+                        raise PlanError(f"{here} of {wanted} nodes have joined", code="waiting_for_nodes")
+                    plan = self._plan()
+                except PlanError as error:
+                    if self._reason != error.message:
+                        log.info("no plan: %s", error.message)
+                    self._reason, self._code = error.message, error.code
+                    await self._changed.wait()
+                    continue
+                try:
+                    await self._bring_up(plan)
+                    failures = 0
+                    await self._broken.wait()
+                except DwarfStarError as error:
+                    self._break(error.message, error.code)
+                    failures += 1
+                finally:
+                    await self._take_down()
+        finally:
+            watcher.cancel()
+            self._break("the coordinator is stopping")
+            await self._take_down()
+
+    def _plan(self) -> Plan:
+        costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
+        need = Need(self.context * self.settings.slots, reserve_bytes(self.source, self.settings))
+        capacities = [member.capacity for member in nodes]
+        if self.settings.cuts:
+            return with_cuts(costs, self.source.cuts, need, capacities, self.settings.cuts)
+        return proportional(costs, self.source.cuts, need, capacities)
+
+    async def _bring_up(self, plan: Plan) -> None:
+        """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
+        self.epoch += 1
+        self._broken.clear()
+        self._returned.clear()
+        self._stages = [Stage(stage, self.members[stage.node]) for stage in plan.stages]
+        self._reason, self._code = "the model is being loaded", "loading"
+        shown = ", ".join(f"{s.member.name} [{s.plan.layers[0]}, {s.plan.layers[1]})" for s in self._stages)
+        log.info("epoch %d: %s", self.epoch, shown)
+        for index, stage in enumerate(self._stages):
+            stage.member.stage = None
+            stage.member.send(pb.CoordinatorMessage(assign=self._assign(index)))
+        await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
+        self.receiver.set_epoch(self.epoch)
+        for index, stage in enumerate(self._stages):
+            following = self._stages[index + 1 : index + 2]
+            hop = _address(following[0].member) if following else ""
+            stage.member.send(pb.CoordinatorMessage(link=pb.Link(term=self.term, epoch=self.epoch, next_hop=hop)))
+        sender = RingSender(lambda reason: self._break(f"the connection to the first stage was lost: {reason}"))
+        self._sender = sender
+        credentials = channel.channel_credentials(self._trust)
+        await sender.open(_address(self._stages[0].member), credentials, self._build, self.epoch, self._name)
+        await self._until(pb.STAGE_STATE_LINKED, LINK_DEADLINE_S, "join the ring")
+        try:
+            await asyncio.wait_for(self._returned.wait(), LINK_DEADLINE_S)
+        except TimeoutError:
+            raise PeerError("the last stage did not connect to the coordinator", code="hop_failed") from None
+        self._serve(sender)
+
+    def _serve(self, sender: RingSender) -> None:
+        stages = len(self._stages)
+        limits = Limits(slots=self.settings.slots, context=self.context, rows=self.settings.chunk, in_flight=stages + 1)
+        self._dispatcher = Dispatcher(
+            Scheduler(limits, self.vocab.eog), self.epoch, stages, sender.send, lambda message: self._break(message)
+        )
+        self._reason = self._code = ""
+        log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, stages, "s" * (stages > 1))
+
+    async def _until(self, state: pb.StageState.ValueType, deadline_s: float, what: str) -> None:
+        """Wait until every stage has reached ``state``. Raises if the epoch breaks, or nothing moves for STALL_S."""
+        give_up = time.monotonic() + deadline_s
+        while True:
+            self._changed.clear()
+            if self._broken.is_set():
+                raise StageError(self._reason, code=self._code)
+            late = [s.member.name for s in self._stages if s.member.stage is None or s.member.stage.state != state]
+            if not late:
+                return
+            left = min(STALL_S, give_up - time.monotonic())
+            try:
+                await asyncio.wait_for(self._changed.wait(), max(0.0, left))
+            except TimeoutError:
+                raise StageError(f"{late[0]} did not {what} in time") from None
+
+    def _assign(self, index: int) -> pb.Assign:
+        stage, settings, source = self._stages[index].plan, self.settings, self.source
+        return pb.Assign(
+            term=self.term,
+            epoch=self.epoch,
+            model=pb.ModelRef(
+                name=source.name, fingerprint=source.fingerprint, path_hint=source.path, layers=source.layers
+            ),
+            layer_begin=stage.layers[0],
+            layer_end=stage.layers[1],
+            first=index == 0,
+            last=index == len(self._stages) - 1,
+            options=pb.StageOptions(
+                context=self.context,
+                slots=settings.slots,
+                batch=settings.chunk,
+                wire_type=WireType[settings.wire.upper()],
+                flash_attention=settings.flash_attention,
+                kv_type="f16",
+            ),
+        )
+
+    async def _take_down(self) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            await sender.close()
+        self._stages = []
+
+    async def _watch(self) -> None:
+        """Find what does not announce itself: silent nodes and frames that do not come back."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            now = time.monotonic()
+            for member in [m for m in self.members.values() if m.state(now) == "lost"]:
+                log.warning("node %s has been silent for %.1f s", member.name, now - member.heard)
+                self.detach(member)
+            if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > FRAME_DEADLINE_S:
+                self._break(f"a frame has been in the ring for more than {FRAME_DEADLINE_S:.0f} s")
+
+    # --- what front ends see ---
+
+    def status(self) -> StatusView:
+        """A view of everything, now."""
+        now = time.monotonic()
+        dispatcher, source = self._dispatcher, self.source
+        total = sum(source.costs.layer_bytes) + source.costs.head_bytes
+        tok_s = dispatcher.tok_s(now) if dispatcher else 0.0
+        return StatusView(
+            coordinator=CoordinatorView(address=self.address, term=self.term, api_url=self.api_url),
+            model=ModelView(
+                name=source.name,
+                architecture=source.architecture,
+                layers=source.layers,
+                legal_cuts=source.cuts,
+                weights_gib=round(total / GIB, 4),
+                context=self.context,
+            ),
+            epoch=self.epoch,
+            state="serving" if dispatcher else "starting" if self._code in ("starting", "loading") else "unavailable",
+            reason=self._reason,
+            nodes=tuple(member.view(now) for member in sorted(self.members.values(), key=lambda m: (m.name, m.id))),
+            stages=tuple(self._stage_view(index, tok_s) for index in range(len(self._stages))),
+            throughput=ThroughputView(
+                tok_s=round(tok_s, 2),
+                active=dispatcher.scheduler.active if dispatcher else 0,
+                queued=dispatcher.scheduler.queued if dispatcher else 0,
+            ),
+        )
+
+    def loading(self) -> str:
+        """How far the stages are, for people; empty when nothing is being loaded."""
+        if self._dispatcher is not None:
+            return ""
+        shares = [(s.member.name, s.member.stage) for s in self._stages]
+        ready = (pb.STAGE_STATE_READY, pb.STAGE_STATE_LINKED)
+        return ", ".join(
+            f"{name} {'100' if event and event.state in ready else round(100 * event.share) if event else 0} %"
+            for name, event in shares
+        )
+
+    def _stage_view(self, index: int, tok_s: float) -> StageView:
+        stage, dispatcher = self._stages[index], self._dispatcher
+        event = stage.member.stage
+        times = dispatcher.stages[index] if dispatcher else None
+        busy = stage.member.busy
+        return StageView(
+            node=stage.member.name,
+            layers=stage.plan.layers,
+            weights_gib=round(stage.plan.weights_bytes / GIB, 4),
+            kv_gib=round(stage.plan.kv_bytes / GIB, 4),
+            ms_per_token=round(times.compute_ms, 3) if times else 0.0,
+            tok_s=round(tok_s, 2),
+            busy=round(busy, 3),
+            wait=round(max(0.0, 1.0 - busy), 3),
+            pid=event.pid if event else 0,
+            state="ready" if dispatcher else "loading",
+        )
+
+
+def _address(member: Member) -> str:
+    assert member.stage is not None, "a stage that is ready has said where it listens"
+    host = f"[{member.host}]" if ":" in member.host else member.host
+    return f"{host}:{member.stage.port}"
+
+
+def reserve_bytes(source: Source, settings: Settings) -> int:
+    """Compute buffers of a stage, roughly: some ten times a chunk's activations, and what the process itself takes."""
+    return (16 << 20) + settings.chunk * source.costs.n_embd * 4 * 16

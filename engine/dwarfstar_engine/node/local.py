@@ -1,0 +1,82 @@
+"""A node process on the coordinator's own machine, started by it and started again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+log = logging.getLogger("dwarfstar.local")
+
+RESTART_S = (0.1, 0.5, 2.0, 5.0)  # pauses before a restart, by how many there were in a row; the last one repeats
+STEADY_S = 30.0  # a node that lived so long is counted as new
+KILL_AFTER_S = 4.0
+
+
+@dataclass(slots=True)
+class LocalNode:
+    """One such process. Its certificate lies in ``home`` already. cpus: cores for its stage; empty: any."""
+
+    name: str
+    home: Path
+    coordinator: str
+    threads: int
+    models: Path
+    effective_vram: float | None = None
+    cpus: tuple[int, ...] = ()
+    _keeper: asyncio.Task[None] | None = field(default=None, init=False)
+    _process: asyncio.subprocess.Process | None = field(default=None, init=False)
+
+    async def start(self) -> None:
+        """Start it and keep it running."""
+        self._process = await self._spawn()
+        self._keeper = asyncio.create_task(self._keep(), name=f"keep-{self.name}")
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        arguments = ["node", "--attach", self.coordinator, "--home", str(self.home), "--name", self.name]
+        arguments += ["--threads", str(self.threads), "--models", str(self.models), "--parent"]
+        if self.effective_vram is not None:
+            arguments += ["--effective-vram", str(self.effective_vram)]
+        if self.cpus:
+            arguments += ["--cpus", ",".join(map(str, self.cpus))]
+        with (self.home / "node.log").open("ab") as out:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "dwarfstar_engine.cli.main",
+                *arguments,
+                stdin=asyncio.subprocess.PIPE,  # its end tells the node that we are gone
+                stdout=out,
+                stderr=out,
+            )
+
+    async def _keep(self) -> None:
+        loop, failures = asyncio.get_running_loop(), 0
+        while True:
+            assert self._process is not None
+            started = loop.time()
+            status = await self._process.wait()
+            failures = 0 if loop.time() - started > STEADY_S else failures + 1
+            pause = RESTART_S[min(failures, len(RESTART_S)) - 1] if failures else RESTART_S[0]
+            log.warning("local node %s ended with status %d; starting it again in %.1f s", self.name, status, pause)
+            await asyncio.sleep(pause)
+            self._process = await self._spawn()
+
+    async def stop(self) -> None:
+        """End it: politely, then by force. Idempotent."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), KILL_AFTER_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()

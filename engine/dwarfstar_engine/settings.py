@@ -1,0 +1,122 @@
+"""Settings: command line > environment > ``config.toml`` > default. Frozen, read once at the entry point.
+
+An environment variable is the field's name in capitals behind ``DWARFSTAR_``: ``DWARFSTAR_PORT=9000``.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dwarfstar_engine.errors import SettingsError
+
+MAX_CONFIG_BYTES = 1 << 20  # a config file is written by hand; anything larger is a mistake
+ENV_PREFIX = "DWARFSTAR_"
+
+
+class Settings(BaseModel):
+    """Every setting, its bounds and its default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    home: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("dwarfstar")))
+    """Folder of identity, certificates, logs and the running engine's address."""
+    models: Path | None = None
+    """Folder searched for GGUF files; default: ``models`` in the home folder."""
+    name: str | None = Field(default=None, max_length=64)
+    """This node's name; default: the host's."""
+
+    host: str = "127.0.0.1"
+    """Address the HTTP API binds to."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Port of the HTTP API; 0 takes a free one."""
+    control_host: str = "127.0.0.1"
+    """Address the coordinator and the stages of this machine listen on for other nodes."""
+    control_port: int = Field(default=8477, ge=0, le=65535)
+    """Port of the coordinator's control and data plane; 0 takes a free one."""
+    max_body_mib: int = Field(default=4, ge=1, le=256)
+    """Largest HTTP request body, MiB."""
+
+    context: int | None = Field(default=None, ge=16, le=1 << 20)
+    """Tokens of one request, prompt and answer; default: the model's own limit, at most 4096."""
+    slots: int = Field(default=4, ge=1, le=64)
+    """Requests generated at the same time; each has a full context of KV cache."""
+    chunk: int = Field(default=256, ge=1, le=2048)
+    """Rows of one frame: a prompt travels in chunks of so many tokens."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Threads of a stage; default: the physical cores, shared among local nodes."""
+    gpu_layers: int = Field(default=-1, ge=-1)
+    """Layers of a stage run on the GPU when llama.cpp has one; -1: all."""
+    split_mode: Literal["none", "layer", "row", "tensor"] = "layer"
+    """How llama.cpp uses several GPUs of one node."""
+    flash_attention: Literal["auto", "on", "off"] = "auto"
+    """llama.cpp's flash attention."""
+    wire: Literal["f32", "f16", "q8"] = "f32"
+    """Precision of activations between stages; f32 is exact."""
+
+    effective_vram: float | None = Field(default=None, gt=0, le=1 << 20)
+    """GiB this node lends; default: what is free on its device, less a reserve."""
+    cuts: tuple[int, ...] = ()
+    """Layer boundaries set by hand; default: in proportion to effective VRAM."""
+    wait_nodes: int = Field(default=1, ge=1, le=1024)
+    """Nodes to wait for before the first plan."""
+
+    @property
+    def models_dir(self) -> Path:
+        return self.models or self.home / "models"
+
+
+def load_settings(
+    command_line: Mapping[str, Any], environment: Mapping[str, str], config: Path | None = None
+) -> Settings:
+    """Merge the sources. ``config`` None reads ``config.toml`` of the platform's config folder or of the home.
+
+    Raises SettingsError naming the key and its source.
+    """
+    given = {key: value for key, value in command_line.items() if value is not None}
+    from_environment = {
+        key: environment[ENV_PREFIX + key.upper()]
+        for key in Settings.model_fields
+        if ENV_PREFIX + key.upper() in environment
+    }
+    if "cuts" in from_environment:
+        from_environment["cuts"] = [part for part in from_environment["cuts"].split(",") if part]  # type: ignore[assignment]
+    home = given.get("home") or from_environment.get("home")
+    if config is None:
+        folder = Path(home) if home else Path(platformdirs.user_config_dir("dwarfstar"))
+        config = folder / "config.toml"
+    from_file = _read(config)
+    sources = (
+        ("the config file " + str(config), from_file),
+        ("the environment", from_environment),
+        ("the command line", given),
+    )
+    merged: dict[str, Any] = {}
+    for _, values in sources:
+        merged.update(values)
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "?"
+        where = next((name for name, values in reversed(sources) if key in values), "the settings")
+        shown = key.replace("_", "-")
+        raise SettingsError(f"{shown} from {where} is not usable: {first['msg']} (given: {first['input']!r})") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise SettingsError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: it is not a config file")
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from None

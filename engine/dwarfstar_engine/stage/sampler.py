@@ -1,0 +1,98 @@
+"""Sampling at the last stage: llama.cpp sampler chains, so that token ids cross the wire and not logits.
+
+Randomness at a position derives from (seed, position) alone: a replay after a failure draws the same tokens.
+Log-probabilities are of the model's own distribution, before temperature and penalties, as OpenAI's are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dwarfstar_engine import native
+from dwarfstar_engine.stage.llama import LlamaSlice
+from dwarfstar_engine.stage.llamacpp import llama
+from dwarfstar_engine.wire.frames import SampledRow
+from dwarfstar_engine.wire.sampler_spec import SamplerSpec
+
+_MASK = (1 << 64) - 1
+
+
+def draw_seed(seed: int, position: int) -> int:
+    """32 bits for llama.cpp's generator from a 64-bit seed and a position: splitmix64's finaliser.
+
+    Never 0xFFFFFFFF, which llama.cpp takes for "choose one yourself".
+    """
+    x = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    x ^= x >> 31
+    return min(x & 0xFFFFFFFF, 0xFFFFFFFE)
+
+
+class Sampler:
+    """One slot's sampler. Plain greedy needs no chain; everything else is a llama.cpp chain."""
+
+    def __init__(self, spec: SamplerSpec, slice_: LlamaSlice) -> None:
+        self.spec = spec
+        self._chain: Any = None
+        self._dist: int | None = None  # index of the drawing sampler in the chain
+        greedy = spec.temperature <= 0
+        edits = bool(spec.logit_bias) or spec.repeat_penalty != 1.0 or spec.frequency_penalty or spec.presence_penalty
+        if greedy and not edits:
+            return
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        vocab = slice_.vocab_size
+        if spec.logit_bias:
+            biases = (llama.llama_logit_bias * len(spec.logit_bias))()
+            for entry, (token, bias) in zip(biases, spec.logit_bias, strict=True):
+                entry.token, entry.bias = token, bias
+            llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_logit_bias(vocab, len(biases), biases))
+        if spec.repeat_penalty != 1.0 and spec.repeat_last_n != 0:
+            # Sees prompt and answer; a window of its own, as frequency and presence count the answer only.
+            repeat = llama.llama_sampler_init_penalties(vocab, spec.repeat_last_n, spec.repeat_penalty, 0.0, 0.0)
+            for token in spec.prompt_tail:
+                llama.llama_sampler_accept(repeat, token)
+            llama.llama_sampler_chain_add(chain, repeat)
+        if spec.frequency_penalty or spec.presence_penalty:
+            llama.llama_sampler_chain_add(
+                chain,
+                llama.llama_sampler_init_penalties(
+                    vocab, slice_.options.cells, 1.0, spec.frequency_penalty, spec.presence_penalty
+                ),
+            )
+        if greedy:
+            llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_greedy())
+        else:
+            if spec.top_k > 0:
+                llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_k(spec.top_k))
+            if spec.top_p < 1.0:
+                llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_p(spec.top_p, 1))
+            if spec.min_p > 0.0:
+                llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_min_p(spec.min_p, 1))
+            llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_temp(spec.temperature))
+            self._dist = llama.llama_sampler_chain_n(chain)
+            llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(0))
+        self._chain = chain
+
+    def sample(self, slice_: LlamaSlice, row: int, slot: int, position: int) -> SampledRow:
+        """Draw the token that follows the batch row ``row``, whose position is ``position``."""
+        logits = slice_.logits(row)
+        if self._chain is None:
+            token = native.argmax(logits, slice_.vocab_size)
+        else:
+            if self._dist is not None:
+                llama.llama_sampler_free(llama.llama_sampler_chain_remove(self._chain, self._dist))
+                llama.llama_sampler_chain_add(
+                    self._chain, llama.llama_sampler_init_dist(draw_seed(self.spec.seed, position))
+                )
+            token = slice_.sample(self._chain, row)
+        if self.spec.logprobs < 0:
+            return SampledRow(slot, token, 0.0, ())
+        chosen, top = native.top_logprobs(logits, slice_.vocab_size, token, self.spec.logprobs)
+        return SampledRow(slot, token, chosen, top)
+
+    def close(self) -> None:
+        """Free the chain. Idempotent."""
+        if self._chain is not None:
+            llama.llama_sampler_free(self._chain)
+            self._chain = None

@@ -1,0 +1,106 @@
+"""A backend that computes no model but shows every mistake of a pipeline: for tests of everything around llama.cpp.
+
+The activation of a token is a rolling hash over (layer, position, token) and over the hidden states the layer has
+cached for the positions before. A skipped, repeated or swapped layer, a stale or missing KV cell, or a wrong position
+changes the token drawn at the end. :func:`expected` computes the undisturbed answer without a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwarfstar_engine.errors import ModelError, StageError
+
+WIDTH = 4  # 64 bits as four lanes of 16: every lane is exact in f32
+VOCABULARY = 256  # tokens are bytes
+PREFIX = "toy:"
+MAX_LAYERS = 256
+MAX_DELAY_MS = 10_000
+_MASK = (1 << 64) - 1
+
+
+def parse(name: str) -> tuple[int, float]:
+    """``toy:LAYERS`` or ``toy:LAYERS:MS`` → layers, and the seconds each stage pretends to compute per frame."""
+    parts = name.removeprefix(PREFIX).split(":")
+    try:
+        layers, delay_ms = int(parts[0]), int(parts[1]) if len(parts) > 1 else 0
+    except ValueError:
+        layers = delay_ms = 0
+    if len(parts) > 2 or not 1 <= layers <= MAX_LAYERS or not 0 <= delay_ms <= MAX_DELAY_MS:
+        raise ModelError(f"{name!r} is not a toy model: write toy:LAYERS or toy:LAYERS:MILLISECONDS")
+    return layers, delay_ms / 1000
+
+
+def _mix(*values: int) -> int:
+    x = 0x9E3779B97F4A7C15
+    for value in values:
+        x = ((x ^ value) * 0xBF58476D1CE4E5B9) & _MASK
+        x ^= x >> 29
+    return x
+
+
+def to_row(value: int) -> NDArray[np.float32]:
+    """64 bits → WIDTH floats."""
+    return np.array([(value >> (16 * lane)) & 0xFFFF for lane in range(WIDTH)], np.float32)
+
+
+def from_row(row: NDArray[np.float32]) -> int:
+    """WIDTH floats → 64 bits."""
+    return sum(int(lane) << (16 * index) for index, lane in enumerate(row))
+
+
+def embed(token: int) -> int:
+    """A token's hidden state before layer 0."""
+    return _mix(0xE3BED, token)
+
+
+class ToySlice:
+    """Layers [a, b) of the toy model. The interface of ``LlamaSlice``, as far as the stage worker uses it."""
+
+    def __init__(self, a: int, b: int) -> None:
+        self._layers = range(a, b)
+        self._cache: dict[tuple[int, int], dict[int, int]] = {}  # (slot, layer) → position → hidden state
+
+    def step(self, rows: NDArray[np.float32], positions: Sequence[int], slots: Sequence[int]) -> NDArray[np.float32]:
+        """n × WIDTH hidden states in and out. Raises StageError if earlier positions are missing."""
+        out = np.empty_like(rows)
+        for index, (position, slot) in enumerate(zip(positions, slots, strict=True)):
+            state = from_row(rows[index])
+            for layer in self._layers:
+                cache = self._cache.setdefault((int(slot), layer), {})
+                if position and position - 1 not in cache:
+                    raise StageError(f"toy: slot {slot} has no position {position - 1} at layer {layer}")
+                state = _mix(layer, int(position), state, cache.get(int(position) - 1, 0))
+                cache[int(position)] = state
+            out[index] = to_row(state)
+        return out
+
+    def trim(self, slot: int, position: int) -> None:
+        for (owner, _), cache in self._cache.items():
+            if owner == slot:
+                for held in [p for p in cache if p >= position]:
+                    del cache[held]
+
+    def copy(self, source: int, target: int, position: int) -> None:
+        for (owner, layer), cache in list(self._cache.items()):
+            if owner == source:
+                self._cache[(target, layer)] = {p: s for p, s in cache.items() if p < position}
+
+
+def draw(state: int) -> int:
+    """The token a last hidden state stands for: a printable byte, so that texts are legible."""
+    return 97 + state % 26
+
+
+def expected(prompt: Sequence[int], count: int, layers: int) -> list[int]:
+    """The ``count`` tokens an undisturbed toy model of ``layers`` layers generates after ``prompt``."""
+    whole = ToySlice(0, layers)
+    known = list(prompt)
+    for position in range(len(prompt) + count - 1):
+        row = whole.step(to_row(embed(known[position]))[None, :], [position], [0])
+        if position >= len(prompt) - 1:
+            known.append(draw(from_row(row[0])))
+    return known[len(prompt) :]

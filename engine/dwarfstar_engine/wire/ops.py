@@ -1,0 +1,133 @@
+"""Operations on KV slots that travel in a step frame, because they must keep their order with the rows around them.
+
+A stage applies the operations of a frame in order, before the frame's rows. Encoded: kind u8, slot u16, then what the
+kind needs. Every decoded operation names slots below MAX_SLOTS and positions in 0 … MAX_POSITION.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from dwarfstar_engine.errors import FrameError
+from dwarfstar_engine.wire.sampler_spec import MAX_SAMPLER_BYTES
+
+MAX_SLOTS = 256  # llama.cpp's LLAMA_MAX_SEQ
+MAX_POSITION = (1 << 24) - 1  # sixteen times the longest context the settings allow
+MAX_OPS = 4 * MAX_SLOTS  # each slot freed, trimmed, filled by a copy and given a sampler in one frame
+
+_HEAD = struct.Struct("<BH")  # kind, slot; then by kind:
+_POSITION = struct.Struct("<i")
+_TARGET = struct.Struct("<Hi")  # target, position
+_LENGTH = struct.Struct("<I")
+_FREE, _TRIM, _COPY, _SAMPLER = 1, 2, 3, 4
+
+
+@dataclass(frozen=True, slots=True)
+class FreeSlot:
+    """Forget a slot: its KV cells and its sampler."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrimSlot:
+    """Drop a slot's KV cells from ``position`` on."""
+
+    slot: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopySlot:
+    """Let ``target`` hold ``source``'s KV cells before ``position``, and nothing else."""
+
+    source: int
+    target: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetSampler:
+    """Give a slot a fresh sampler; ``spec`` is an encoded SamplerSpec. Only the last stage reads it."""
+
+    slot: int
+    spec: bytes
+
+
+Op = FreeSlot | TrimSlot | CopySlot | SetSampler
+
+
+def encode_ops(ops: tuple[Op, ...]) -> bytes:
+    """The operations' bytes. One out of range is our fault and asserts."""
+    return b"".join([_encode(op) for op in ops]) if ops else b""
+
+
+def _encode(op: Op) -> bytes:
+    match op:
+        case FreeSlot(slot):
+            _assert_cell(slot, 0)
+            return _HEAD.pack(_FREE, slot)
+        case TrimSlot(slot, position):
+            _assert_cell(slot, position)
+            return _HEAD.pack(_TRIM, slot) + _POSITION.pack(position)
+        case CopySlot(source, target, position):
+            _assert_cell(source, position)
+            _assert_cell(target, position)
+            return _HEAD.pack(_COPY, source) + _TARGET.pack(target, position)
+        case SetSampler(slot, spec):
+            _assert_cell(slot, 0)
+            assert len(spec) <= MAX_SAMPLER_BYTES
+            return _HEAD.pack(_SAMPLER, slot) + _LENGTH.pack(len(spec)) + spec
+
+
+def _assert_cell(slot: int, position: int) -> None:
+    assert 0 <= slot < MAX_SLOTS and 0 <= position <= MAX_POSITION, f"slot {slot}, position {position}"
+
+
+def decode_ops(data: bytes, start: int, end: int, count: int) -> tuple[Op, ...]:
+    """``count`` operations from ``data[start:end]``, which they must fill. Raises FrameError."""
+    if not count and start == end:
+        return ()
+    ops: list[Op] = []
+    view = memoryview(data)[:end]  # so that unpacking past the operations fails
+    try:
+        for _ in range(count):
+            op, start = _decode(view, start)
+            ops.append(op)
+    except struct.error:
+        raise FrameError("A frame's operations end in the middle of one.") from None
+    if start != end:
+        raise FrameError("A frame's operations are shorter than its header says.")
+    return tuple(ops)
+
+
+def _decode(view: memoryview, at: int) -> tuple[Op, int]:
+    kind, slot = _HEAD.unpack_from(view, at)
+    at += _HEAD.size
+    target, position = slot, 0
+    op: Op
+    if kind == _FREE:
+        op = FreeSlot(slot)
+    elif kind == _TRIM:
+        (position,) = _POSITION.unpack_from(view, at)
+        at += _POSITION.size
+        op = TrimSlot(slot, position)
+    elif kind == _COPY:
+        target, position = _TARGET.unpack_from(view, at)
+        at += _TARGET.size
+        op = CopySlot(slot, target, position)
+    elif kind == _SAMPLER:
+        (length,) = _LENGTH.unpack_from(view, at)
+        at += _LENGTH.size
+        if length > MAX_SAMPLER_BYTES or at + length > len(view):
+            raise FrameError(f"A frame sets a sampler of {length} bytes, more than it may or does hold.")
+        op = SetSampler(slot, bytes(view[at : at + length]))
+        at += length
+    else:
+        raise FrameError(f"A frame has the unknown operation {kind}; run one release everywhere.")
+    if max(slot, target) >= MAX_SLOTS or not 0 <= position <= MAX_POSITION:
+        raise FrameError(
+            f"A frame has an operation on slot {slot}, target {target}, position {position}: out of range."
+        )
+    return op, at

@@ -1,0 +1,202 @@
+"""The hops of the ring: one gRPC stream each, frames as bytes, one direction.
+
+Theory. A hop is a bidirectional stream ``/dwarfstar.v1.Data/Ring``. The first message either way is a hello; the
+receiver answers with its own or refuses (another protocol, another llama.cpp build, a stale epoch). Then frames flow
+from the sender to the receiver, and the stream's life is the hop's life: when either process dies, both ends learn
+it at once. Order within a hop is the order of ``send``.
+
+Bounds. ``SEND_QUEUE`` frames wait for a slow receiver; the coordinator keeps fewer than that in flight, so a full
+queue is a fault and breaks the hop. A receiver that is one epoch behind its sender gets ``EPOCH_WAIT_S`` to catch up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from dwarfstar_engine.errors import DwarfStarError, FrameError, PeerError, VersionMismatch
+from dwarfstar_engine.wire import channel
+from dwarfstar_engine.wire.generated import data_pb2
+from dwarfstar_engine.wire.handshake import BuildInfo, check_peer
+
+log = logging.getLogger("dwarfstar.ring")
+
+RING_METHOD = "Ring"
+DATA_SERVICE = "dwarfstar.v1.Data"
+SEND_QUEUE = 256  # frames; the scheduler keeps a few per stage in flight
+EPOCH_WAIT_S = 5.0  # stages are linked at the same moment; one may hear of it later
+OPEN_DEADLINE_S = 10.0
+
+FrameSink = Callable[[bytes], None]
+
+
+def _hello(build: BuildInfo, epoch: int, sender: str) -> bytes:
+    return data_pb2.RingHello(
+        protocol=build.protocol,
+        llama_build=build.llama_build,
+        version=build.version,
+        abi=build.abi,
+        epoch=epoch,
+        sender=sender,
+    ).SerializeToString()
+
+
+def _build(hello: data_pb2.RingHello) -> BuildInfo:
+    return BuildInfo(hello.protocol, hello.llama_build, hello.version, hello.abi)
+
+
+@dataclass(slots=True)
+class _Epoch:
+    value: int
+    changed: asyncio.Event
+
+
+class RingReceiver:
+    """The receiving end: a gRPC service. Frames of the current epoch's hop go to ``on_frame``, in order.
+
+    ``on_open(epoch)`` and ``on_lost(epoch, sender)`` tell of hops, also of epochs that are over.
+    """
+
+    def __init__(
+        self,
+        build: BuildInfo,
+        name: str,
+        on_frame: FrameSink,
+        on_open: Callable[[int], None],
+        on_lost: Callable[[int, str], None],
+    ) -> None:
+        self._build, self._name = build, name
+        self._on_frame, self._on_open, self._on_lost = on_frame, on_open, on_lost
+        self._epoch = _Epoch(0, asyncio.Event())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accept the hop of ``epoch`` from now on; frames still coming over an older hop are refused."""
+        self._epoch.value = epoch
+        self._epoch.changed.set()
+        self._epoch.changed = asyncio.Event()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
+        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(
+            self._ring
+        )  # no serialisers: bytes in, bytes out
+        return grpc.method_handlers_generic_handler(DATA_SERVICE, {RING_METHOD: method})
+
+    async def _ring(
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes]:
+        first = await anext(aiter(requests), b"")
+        hello = data_pb2.RingHello()
+        try:
+            hello.ParseFromString(first)
+            check_peer(self._build, _build(hello))
+            await self._reach(hello.epoch)
+        except DwarfStarError as error:
+            yield data_pb2.RingWelcome(code=error.code, message=error.message).SerializeToString()
+            return
+        except Exception:
+            yield data_pb2.RingWelcome(code="bad_hello", message="the hello is not one of ours").SerializeToString()
+            return
+        epoch, sender = hello.epoch, hello.sender
+        yield data_pb2.RingWelcome(code="").SerializeToString()
+        self._on_open(epoch)
+        try:
+            async for data in requests:
+                if epoch != self._epoch.value:
+                    break
+                self._on_frame(data)
+        except FrameError as error:
+            log.warning("closing the hop from %s: %s", sender, error.message)
+        finally:
+            self._on_lost(epoch, sender)
+
+    async def _reach(self, epoch: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EPOCH_WAIT_S):
+                while self._epoch.value < epoch:
+                    await self._epoch.changed.wait()
+        if self._epoch.value != epoch:
+            raise PeerError(
+                f"{self._name} serves epoch {self._epoch.value} and was offered epoch {epoch}", code="stale_epoch"
+            )
+
+
+class RingSender:
+    """The sending end of a hop. ``on_lost`` is called once when the stream ends, unless ``close`` was first."""
+
+    def __init__(self, on_lost: Callable[[str], None]) -> None:
+        self._on_lost = on_lost
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue(SEND_QUEUE)
+        self._channel: grpc.aio.Channel | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
+
+    async def open(
+        self, address: str, credentials: grpc.ChannelCredentials, build: BuildInfo, epoch: int, sender: str
+    ) -> None:
+        """Connect and shake hands. Raises VersionMismatch or PeerError within OPEN_DEADLINE_S."""
+        self._channel = channel.open_channel(address, credentials)
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = self._channel.stream_stream(f"/{DATA_SERVICE}/{RING_METHOD}")()
+        try:
+            async with asyncio.timeout(OPEN_DEADLINE_S):
+                await call.write(_hello(build, epoch, sender))
+                answer = await call.read()
+        except (TimeoutError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            await self.close()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else "no answer in time"
+            raise PeerError(f"the next stage at {address} cannot be reached: {detail}", code="hop_failed") from None
+        welcome = data_pb2.RingWelcome()
+        if isinstance(answer, bytes):
+            welcome.ParseFromString(answer)
+        else:
+            welcome.code, welcome.message = "hop_failed", f"the next stage at {address} closed the connection"
+        if welcome.code:
+            await self.close()
+            kind = VersionMismatch if welcome.code == VersionMismatch.code else PeerError
+            raise kind(welcome.message, code=welcome.code)
+        self._tasks = [
+            asyncio.create_task(self._write(call), name="ring-write"),
+            asyncio.create_task(self._watch(call), name="ring-watch"),
+        ]
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame. A full queue breaks the hop: the receiver has stopped."""
+        try:
+            self._queue.put_nowait(frame)
+        except asyncio.QueueFull:
+            self._lost("the next stage takes no frames")
+
+    async def _write(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        try:
+            while True:
+                await call.write(await self._queue.get())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            self._lost(str(error.details()) if isinstance(error, grpc.aio.AioRpcError) else "closed")
+
+    async def _watch(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await call.read()  # nothing is sent this way: it returns when the stream ends
+        self._lost("the stream ended")
+
+    def _lost(self, reason: str) -> None:
+        if not self._closed:
+            self._closed = True
+            self._on_lost(reason)
+
+    async def close(self) -> None:
+        """End the hop. Idempotent; ``on_lost`` is not called."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None

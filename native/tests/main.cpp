@@ -1,0 +1,12 @@
+#include "check.h"
+#include "dwarfstar_native.h"
+
+int main() {
+    CHECK(ds_abi_version() == DS_ABI_VERSION);
+    test_file();
+    test_tap();
+    test_codec();
+    test_rows();
+    std::puts("all native tests passed");
+    return 0;
+}

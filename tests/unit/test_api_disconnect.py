@@ -1,0 +1,157 @@
+"""A client that leaves frees what it held at once; one that reads slowly holds a bounded amount."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from dwarfstar_engine.api.app import create_app
+from dwarfstar_engine.api.run import MAX_UNSENT
+from dwarfstar_engine.serving import Request
+from support.fake_engine import FakeEngine, Step
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+TURNS = 200  # of the event loop: far more than anything here needs to come to rest
+
+
+class Client:
+    """The server's side of one connection: sends a body, then leaves when told; may stop reading."""
+
+    def __init__(self, body: dict[str, Any], path: str = "/v1/chat/completions", *, cut_body: bool = False) -> None:
+        self._messages: list[Message] = [
+            {"type": "http.request", "body": json.dumps(body).encode(), "more_body": cut_body}
+        ]
+        self.scope = {
+            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "headers": [], "http_version": "1.1", "asgi": {"version": "3.0"}, "scheme": "http",
+            "server": ("fake", 80), "client": ("fake", 1), "root_path": "",
+        }  # fmt: skip
+        self.left = asyncio.Event()
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.got: list[Message] = []
+        self.got_text = asyncio.Event()
+
+    async def receive(self) -> Message:
+        if self._messages:
+            return self._messages.pop(0)
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        self.got.append(message)
+        if message.get("body"):
+            self.got_text.set()
+            await self.reading.wait()
+
+    @property
+    def status(self) -> int:
+        return int(self.got[0]["status"])
+
+
+class EndlessEngine(FakeEngine):
+    """Says one token, then waits for ever; or waits before the first, or in the chat template."""
+
+    def __init__(self, wait_in: str) -> None:
+        self.waiting = asyncio.Event()
+        never = asyncio.Event()
+
+        def script(request: Request) -> Iterator[Step]:
+            if wait_in == "generation":
+                yield b"a"
+            self.waiting.set()
+            yield never
+
+        super().__init__(script)
+        self._wait_in = wait_in
+        self._never = never
+        self.template_left = False
+
+    async def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if self._wait_in == "template":
+            self.waiting.set()
+            try:
+                await self._never.wait()
+            finally:
+                self.template_left = True
+        return await super().chat_tokens(messages)
+
+
+@pytest.mark.parametrize("wait_in", ["template", "queue", "generation"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_leaving_closes_every_generator(wait_in: str, stream: bool) -> None:
+    engine = EndlessEngine(wait_in)
+    client = Client(CHAT | {"stream": stream, "n": 3})
+    request = asyncio.create_task(create_app(engine)(client.scope, client.receive, client.send))
+    await engine.waiting.wait()
+    if stream and wait_in == "generation":
+        await client.got_text.wait()
+    client.left.set()
+    await request
+    assert engine.opened == engine.closed == (0 if wait_in == "template" else 3)
+    assert engine.template_left == (wait_in == "template")
+    # Nothing was said to a client that had not heard anything yet but that its request came to an end.
+    started = stream and wait_in == "generation"
+    assert client.status == (200 if started else 400)
+
+
+async def test_leaving_while_sending_the_body() -> None:
+    engine = FakeEngine()
+    client = Client(CHAT, cut_body=True)
+    client.left.set()
+    await create_app(engine)(client.scope, client.receive, client.send)
+    assert engine.messages == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_cancelled_request_closes_its_generators(stream: bool) -> None:
+    """A server that shuts down cancels its requests."""
+    engine = EndlessEngine("generation")
+    client = Client(CHAT | {"stream": stream, "n": 2})
+    request = asyncio.create_task(create_app(engine)(client.scope, client.receive, client.send))
+    await engine.waiting.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert engine.opened == engine.closed == 2
+
+
+async def test_a_slow_reader_stops_the_engine() -> None:
+    produced = 0
+
+    def script(request: Request) -> Iterator[Step]:
+        nonlocal produced
+        for produced in range(1, 5001):  # noqa: B007 - counted for the test
+            yield b"x"
+
+    engine = FakeEngine(script, context=10_000)
+    client = Client(CHAT | {"stream": True})
+    client.reading.clear()
+    request = asyncio.create_task(create_app(engine)(client.scope, client.receive, client.send))
+    await client.got_text.wait()
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
+    assert MAX_UNSENT <= produced <= 2 * MAX_UNSENT + 2
+    client.reading.set()
+    await request
+    assert produced == 5000
+    body = b"".join(message.get("body", b"") for message in client.got).decode()
+    assert body.count('{"content":"x"}') == 5000
+    assert body.endswith("data: [DONE]\n\n")
+    assert len(client.got) < 100  # several tokens to a write
+
+
+async def test_a_slow_reader_may_leave() -> None:
+    engine = FakeEngine([b"x"] * 5000, context=10_000)
+    client = Client(CHAT | {"stream": True})
+    client.reading.clear()
+    request = asyncio.create_task(create_app(engine)(client.scope, client.receive, client.send))
+    await client.got_text.wait()
+    client.left.set()
+    await request
+    assert engine.opened == engine.closed == 1
