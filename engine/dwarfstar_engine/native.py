@@ -104,10 +104,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def _file_name() -> str:
-    if sys.platform == "win32":
-        return "dwarfstar_native.dll"
-    return "libdwarfstar_native.dylib" if sys.platform == "darwin" else "libdwarfstar_native.so"
+_FILE_NAMES = {"win32": "dwarfstar_native.dll", "darwin": "libdwarfstar_native.dylib"}
+FILE_NAME = _FILE_NAMES.get(sys.platform, "libdwarfstar_native.so")
 
 
 def _folders() -> Iterator[Path]:
@@ -119,9 +117,10 @@ def _folders() -> Iterator[Path]:
     yield from (Path(sysconfig.get_path(kind)) / "dwarfstar_engine" for kind in ("platlib", "purelib"))
 
 
-def _find() -> Path:
+def find() -> Path:
+    """The library's path. Raises DwarfStarError if it is nowhere it should be."""
     told = os.environ.get("DWARFSTAR_NATIVE")
-    candidates = [Path(told)] if told else [folder / _file_name() for folder in _folders()]
+    candidates = [Path(told)] if told else [folder / FILE_NAME for folder in _folders()]
     for path in candidates:
         if path.is_file():
             return path
@@ -156,7 +155,7 @@ def load(path: Path) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, loaded at first use. Raises DwarfStarError if it is missing or of another version."""
-    return load(_find())
+    return load(find())
 
 
 def _address(function: Any) -> int:
@@ -259,6 +258,10 @@ class TensorFiller:
     places: tensor name -> (offset, size) in the virtual file, which must outlive the load. get_name, nbytes,
     tensor_set: addresses of ggml_get_name, ggml_nbytes, ggml_backend_tensor_set. chunk_bytes bounds the staging
     buffer; 0 sets each tensor in one piece, as back-ends with split tensors demand.
+
+    llama.cpp asks for *every* tensor the architecture knows, also for optional ones the file lacks: places must give
+    those neutral values (extents of zeros for ``.bias``, of ones for scales and RoPE factors). A head tied to the
+    embedding needs an ``output.weight`` of the embedding's type in the metadata, at the embedding's place.
     """
 
     def __init__(

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
 from dwarfstar_engine import native
-from dwarfstar_engine.errors import ModelFileError, StageError
+from dwarfstar_engine.errors import DwarfStarError, FrameError, ModelFileError, StageError
 from dwarfstar_engine.model.slice import Extent, FileExtent, MemoryExtent, ZeroExtent
+from dwarfstar_engine.native import WireType
 
 FINITE_ROWS = hnp.arrays(
     np.float32,
     hnp.array_shapes(min_dims=2, max_dims=2, max_side=70),
-    elements=st.floats(-1e30, 1e30, width=32, allow_subnormal=False),
+    elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
 )
 
 
@@ -108,32 +114,298 @@ def test_virtual_file_notices_a_file_that_shrinks(content: tuple[str, bytes]) ->
             file.pread(50_000, 0)
 
 
-# ---- filler and tap, with tensors of our own: ctypes functions in place of ggml's
+# ---- filler and tap, on tensors of our own with ctypes functions in place of ggml's
 
 
 class Tensor(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
+    _fields_ = (("name", ctypes.c_void_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+    def __init__(self, name: str, values: NDArray[Any]) -> None:
+        self.text, self.values = ctypes.create_string_buffer(name.encode()), values
+        super().__init__(ctypes.addressof(self.text), values.ctypes.data, values.nbytes)
 
 
-_get_name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.POINTER(Tensor))
-_nbytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.POINTER(Tensor))
-_move = ctypes.CFUNCTYPE(None, ctypes.POINTER(Tensor), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+_At = ctypes.POINTER(Tensor)
+_Move = ctypes.CFUNCTYPE(None, _At, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
 
 
-class Ggml:
-    """Addresses as llama.cpp's would be; must live as long as they are used."""
+def _copy_out(tensor: Any, to: int, offset: int, size: int) -> None:
+    ctypes.memmove(to, tensor.contents.data + offset, size)
 
-    def __init__(self) -> None:
-        name = ctypes.cast(ctypes.pythonapi.PyBytes_AsString, ctypes.c_void_p)  # placeholder type for mypy
-        del name
-        self._functions: dict[str, Any] = {
-            # The name is the first member: an address of a char* is what ggml_get_name returns the value of.
-            "nbytes": _nbytes(lambda t: t.contents.size),
-            "tensor_get": _move(lambda t, p, offset, n: ctypes.memmove(p, t.contents.data + offset, n) and None),
-            "tensor_set": _move(lambda t, p, offset, n: ctypes.memmove(t.contents.data + offset, p, n) and None),
-        }
 
-    def __getitem__(self, name: str) -> int:
-        value = ctypes.cast(self._functions[name], ctypes.c_void_p).value
-        assert value
-        return value
+def _copy_in(tensor: Any, source: int, offset: int, size: int) -> None:
+    ctypes.memmove(tensor.contents.data + offset, source, size)
+
+
+_FUNCTIONS: dict[str, Any] = {
+    "get_name": ctypes.CFUNCTYPE(ctypes.c_void_p, _At)(lambda tensor: tensor.contents.name),
+    "nbytes": ctypes.CFUNCTYPE(ctypes.c_size_t, _At)(lambda tensor: tensor.contents.size),
+    "tensor_get": _Move(_copy_out),
+    "tensor_set": _Move(_copy_in),
+}
+
+
+def ggml(*names: str) -> dict[str, int]:
+    return {name: ctypes.cast(_FUNCTIONS[name], ctypes.c_void_p).value or 0 for name in names}
+
+
+def make_tap(capture: str | None, inject: str | None = None) -> native.Tap:
+    return native.Tap(capture=capture, inject=inject, **ggml("get_name", "nbytes", "tensor_get", "tensor_set"))
+
+
+def evaluate(tap: native.Tap, *tensors: Tensor) -> int:
+    """As ggml's scheduler: ask for each node, show those wanted, stop when told. Returns how many were run."""
+    callback = ctypes.CFUNCTYPE(ctypes.c_bool, _At, ctypes.c_bool, ctypes.c_void_p)(tap.callback_address)
+    for i, tensor in enumerate(tensors):
+        at = ctypes.byref(tensor)
+        if callback(at, True, tap.user_data) and not callback(at, False, tap.user_data):
+            return i + 1
+    return len(tensors)
+
+
+def rows(first: float, n: int = 2) -> NDArray[np.float32]:
+    return np.arange(first, first + 4 * n, dtype=np.float32).reshape(n, 4)
+
+
+def test_tap_captures_over_micro_batches_and_ends_the_graph() -> None:
+    tap, out = make_tap("l_out-4"), np.zeros((4, 4), np.float32)
+    tap.begin(target=out)
+    for first in (0, 8):
+        assert evaluate(tap, Tensor("l_out-3", rows(90)), Tensor("l_out-4", rows(first)), Tensor("norm", rows(0))) == 2
+    tap.check(captured=64, injected=0)
+    np.testing.assert_array_equal(out, rows(0, 4))
+    evaluate(tap, Tensor("l_out-4", rows(50)))
+    np.testing.assert_array_equal(out, rows(0, 4))
+    with pytest.raises(StageError, match="more rows"):
+        tap.check()
+    tap.begin(target=out)
+    tap.check(captured=0)
+
+
+def test_tap_injects_and_lets_the_graph_run() -> None:
+    tap, source = make_tap(None, "inp_scaled"), rows(5, 4)
+    scaled = [Tensor("inp_scaled", rows(70)) for _ in range(3)]
+    tap.begin(source=source)
+    assert [evaluate(tap, tensor, Tensor("l_out-4", rows(0))) for tensor in scaled[:2]] == [2, 2]
+    tap.check(injected=64)
+    np.testing.assert_array_equal(scaled[0].values, source[:2])
+    np.testing.assert_array_equal(scaled[1].values, source[2:])
+    evaluate(tap, scaled[2])
+    np.testing.assert_array_equal(scaled[2].values, rows(70))
+    with pytest.raises(StageError):
+        tap.check()
+
+
+def test_tap_without_buffers_asks_for_nothing_and_says_what_is_missing() -> None:
+    tap = make_tap("l_out-4", "inp_scaled")
+    tap.begin()
+    assert evaluate(tap, Tensor("inp_scaled", rows(0)), Tensor("l_out-4", rows(0)), Tensor("norm", rows(0))) == 3
+    with pytest.raises(StageError, match="0 bytes of hidden states were captured and 32 expected"):
+        tap.check(captured=32)
+
+
+def test_tap_can_be_retargeted() -> None:
+    tap, out = make_tap("l_out-4"), np.zeros((2, 4), np.float32)
+    tap.retarget("l_out-3")
+    tap.begin(target=out)
+    assert evaluate(tap, Tensor("l_out-3", rows(3)), Tensor("l_out-4", rows(9))) == 1
+    np.testing.assert_array_equal(out, rows(3))
+
+
+@pytest.mark.parametrize("chunk", [0, 1000, native.FILL_CHUNK_BYTES])
+def test_filler_fills_tensors_by_name(content: tuple[str, bytes], chunk: int) -> None:
+    path, data = content
+    a, b = np.zeros(4000, np.uint8), np.zeros(12_345, np.uint8)
+    with native.VirtualFile([FileExtent(path, 0, 50_000), ZeroExtent(10)]) as file:
+        filler = native.TensorFiller(
+            file,
+            {"a": (46_000, 4000), "b": (0, 12_345)},
+            chunk_bytes=chunk,
+            **ggml("get_name", "nbytes", "tensor_set"),
+        )
+        fill = ctypes.CFUNCTYPE(None, _At, ctypes.c_void_p)(filler.callback_address)
+        for name, values in (("a", a), ("b", b)):
+            fill(ctypes.byref(Tensor(name, values)), filler.user_data)
+        filler.check()
+        assert filler.count == 2
+        assert (a.tobytes(), b.tobytes()) == (data[46_000:], data[:12_345])
+        fill(ctypes.byref(Tensor("blk.0.c", a)), filler.user_data)
+        with pytest.raises(StageError, match=r"blk\.0\.c .* not in the slice"):
+            filler.check()
+        with pytest.raises(StageError, match="does not fit"):
+            native.TensorFiller(file, {"a": (50_000, 11)}, **ggml("get_name", "nbytes", "tensor_set"))
+
+
+# ---- codecs
+
+
+@given(FINITE_ROWS)
+def test_codecs_keep_their_promise(x: NDArray[np.float32]) -> None:
+    n, cols = x.shape
+    top = np.abs(x).max(axis=1, keepdims=True)
+    for dtype in WireType:
+        data = native.encode(dtype, x)
+        assert data.nbytes == native.encoded_size(dtype, n, cols)
+        back = native.decode(dtype, data, n, cols)
+        error = np.abs(back.astype(np.float64) - x)
+        if dtype is WireType.F32:
+            assert back.tobytes() == x.tobytes()
+        elif dtype is WireType.F16:
+            assert (error <= np.maximum(np.abs(x) * 2.0**-11, top * 2.0**-38)).all()
+        else:
+            starts = range(0, cols, 32)
+            blocks = np.concatenate(
+                [
+                    np.broadcast_to(np.abs(x[:, i : i + 32]).max(1, keepdims=True), x[:, i : i + 32].shape)
+                    for i in starts
+                ],
+                axis=1,
+            )
+            assert (error <= np.maximum(blocks / 254 * 1.001, 2.0**-100)).all()
+
+
+def test_codecs_show_what_is_not_finite() -> None:
+    x = np.array([[math.inf, -math.inf, math.nan, 2.0, 0.0]], np.float32)
+    half = native.decode(WireType.F16, native.encode(WireType.F16, x), 1, 5)
+    np.testing.assert_array_equal(half, x)
+    eight = native.decode(WireType.Q8, native.encode(WireType.Q8, x), 1, 5)
+    np.testing.assert_array_equal(eight, np.array([[math.nan, math.nan, math.nan, 2.0, 0.0]], np.float32))
+
+
+@pytest.mark.parametrize("dtype", WireType)
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, lambda data: np.frombuffer(data, np.uint8)])
+def test_decode_takes_any_buffer(dtype: WireType, wrap: Callable[[bytes], native.Buffer]) -> None:
+    data = native.encode(dtype, rows(1, 3)).tobytes()
+    np.testing.assert_allclose(native.decode(dtype, wrap(data), 3, 4), rows(1, 3), rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", WireType)
+def test_decode_aligns_what_is_not_aligned(dtype: WireType) -> None:
+    data = b"?" + native.encode(dtype, rows(1, 3)).tobytes()
+    back = native.decode(dtype, memoryview(data)[1:], 3, 4)
+    assert back.flags.aligned
+    np.testing.assert_allclose(back, rows(1, 3), rtol=0.01)
+
+
+def test_decode_of_f32_copies_nothing() -> None:
+    data = rows(1).tobytes()
+    view = native.decode(WireType.F32, data, 2, 4)
+    assert np.shares_memory(view, np.frombuffer(data, np.uint8))
+
+
+@pytest.mark.parametrize("dtype", WireType)
+def test_decode_refuses_wrong_sizes(dtype: WireType) -> None:
+    data = native.encode(dtype, rows(1)).tobytes()
+    for wrong, n, cols in (
+        (data[:-1], 2, 4),
+        (data + b"x", 2, 4),
+        (data, 3, 4),
+        (data, 2, 0),
+        (data, -1, 4),
+        (data, 2**60, 2**60),
+    ):
+        with pytest.raises(FrameError):
+            native.decode(dtype, wrong, n, cols)
+    assert native.decode(dtype, b"", 0, 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [WireType.F16, WireType.Q8])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
+def test_decode_refuses_scales_no_encoder_writes(dtype: WireType, scale: float) -> None:
+    data = native.encode(dtype, rows(1))
+    data[:4] = np.frombuffer(np.float32(scale).tobytes(), np.uint8)
+    with pytest.raises(FrameError, match="scale"):
+        native.decode(dtype, data, 2, 4)
+
+
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_crc32c_chains_and_matches_the_table(data: bytes, cut: int) -> None:
+    crc = native.crc32c(data)
+    assert native.crc32c(data[cut:], native.crc32c(data[:cut])) == crc
+    assert native.crc32c(memoryview(b"x" + data)[1:]) == crc
+    table = native.library().ds_crc32c_portable
+    assert table(0, data, len(data)) & 0xFFFFFFFF == crc
+
+
+def test_crc32c_is_castagnoli() -> None:
+    assert native.crc32c(b"123456789") == 0xE3069283
+
+
+# ---- rows and logits
+
+
+def test_embed_rows_scales_f32_rows() -> None:
+    table = rows(0, 5)
+    ids, out = np.array([4, 0, 4], np.int32), np.empty((3, 4), np.float32)
+    at: dict[str, Any] = {"to_float": 0, "base": table.ctypes.data, "n_rows": 5, "row_bytes": 16}
+    native.embed_rows(**at, ids=ids, scale=2.5, out=out)
+    np.testing.assert_array_equal(out, table[ids] * np.float32(2.5))
+    for bad in (5, -1):
+        with pytest.raises(StageError, match="vocabulary of 5"):
+            native.embed_rows(**at, ids=np.array([0, bad], np.int32), scale=1.0, out=out[:2])
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 90), elements=st.sampled_from([0, 1, 2, -5, -math.inf, math.nan])))
+def test_argmax_is_greedy(x: NDArray[np.float32]) -> None:
+    best = 0
+    for i, value in enumerate(x.tolist()):  # llama_sampler_greedy_apply
+        best = i if value > x[best] else best
+    assert native.argmax(x.ctypes.data, x.size) == best
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 60), elements=st.integers(-30, 30).map(lambda n: n / 2)), st.integers(0, 20)
+)
+def test_top_logprobs_is_a_log_softmax(x: NDArray[np.float32], k: int) -> None:
+    wide = x.astype(np.float64)
+    want = wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
+    order = sorted(range(x.size), key=lambda i: (-wide[i], i))[:k]
+    own, top = native.top_logprobs(x.ctypes.data, x.size, x.size - 1, k)
+    assert own == pytest.approx(want[-1], abs=1e-5)
+    assert [token for token, _ in top] == order
+    assert [logprob for _, logprob in top] == pytest.approx([want[i] for i in order], abs=1e-5)
+
+
+def test_top_logprobs_of_a_broken_model() -> None:
+    for value in (math.inf, math.nan, -math.inf):
+        x = np.full(5, value, np.float32)
+        with pytest.raises(StageError, match="not finite"):
+            native.top_logprobs(x.ctypes.data, 5, 0, 3)
+
+
+def test_memory_bandwidth_is_a_plausible_number() -> None:
+    speed = native.memory_bandwidth_gb_s(threads=2, size_bytes=4 << 20, seconds=0.005)
+    assert 0.01 < speed < 100_000
+
+
+# ---- finding the library
+
+
+def test_a_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DWARFSTAR_NATIVE", str(tmp_path / "none.so"))
+    with pytest.raises(DwarfStarError, match=r"none\.so: install") as error:
+        native.load(native.find())
+    assert error.value.code == "native_library_missing"
+
+
+def test_a_library_beside_the_package_or_in_site_packages_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("DWARFSTAR_NATIVE", raising=False)
+    monkeypatch.setattr("dwarfstar_engine.__path__", [str(tmp_path / "source"), str(tmp_path / "installed")])
+    (tmp_path / "installed").mkdir()
+    copy = shutil.copy(native.library()._name, tmp_path / "installed" / native.FILE_NAME)
+    assert native.find() == Path(copy)
+
+
+def test_another_file_or_version_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    junk = tmp_path / "junk.so"
+    junk.write_bytes(b"not a library")
+    with pytest.raises(DwarfStarError, match="not a usable") as error:
+        native.load(junk)
+    assert error.value.code == "native_library_invalid"
+    built = Path(native.library()._name)
+    monkeypatch.setattr(native, "ABI_VERSION", 99)
+    with pytest.raises(DwarfStarError, match="needs 99") as error:
+        native.load(built)
+    assert error.value.code == "native_library_mismatch"

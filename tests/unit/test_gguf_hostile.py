@@ -179,6 +179,16 @@ def test_each_lie_is_told_from_the_others(tmp_path: Path, content: bytes, field:
     assert words in error.message
 
 
+def test_names_in_errors_do_not_steer_a_terminal(tmp_path: Path) -> None:
+    key = b"\x1b[2J\n" + b"k" * 5000
+    path = tmp_path / "m.gguf"
+    path.write_bytes(one_pair(key, struct.pack("<I", 13)))
+    with pytest.raises(ModelFileError) as caught:
+        read_model(path)
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < len(str(path)) + 300
+
+
 def test_a_tensor_may_end_where_the_file_ends(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(one_tensor(b"t", (16,)))

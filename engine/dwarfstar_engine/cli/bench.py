@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 
+from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.node.child import Child
 from dwarfstar_engine.node.source import find_model
@@ -48,7 +49,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome; ratios are split ÷ unsplit of the medians."""
+    """The outcome; ratios are split ÷ unsplit of the medians. stage_ms: compute per token of each stage."""
 
     model: str
     stages: int
@@ -56,6 +57,7 @@ class Report:
     unsplit: list[Run]
     split: list[Run]
     same_text: bool
+    stage_ms: list[float]
 
     @property
     def unsplit_tok_s(self) -> float:
@@ -178,7 +180,6 @@ async def bench(model: str, models: Path, *, nodes: int, cuts: Sequence[int], ru
             await unsplit.start(path, cores[:1])
             try:
                 whole_runs, split_runs, same = [], [], True
-                status = (await client.get(f"{url}/health")).json()
                 for index in range(runs + 1):
                     text = PROMPTS[index % len(PROMPTS)]
                     prompt = list((await client.post(f"{url}/tokenize", json={"content": text})).json()["tokens"])
@@ -189,9 +190,11 @@ async def bench(model: str, models: Path, *, nodes: int, cuts: Sequence[int], ru
                     if index:  # the first pair warms caches
                         whole_runs.append(whole)
                         split_runs.append(split)
+                view = await asyncio.to_thread(remote.status, running.require(Path(folder)), Path(folder))
             finally:
                 await unsplit.stop()
-    return Report(path.stem, nodes, list(status.get("cuts", cuts)), whole_runs, split_runs, same)
+    cut_at = [stage.layers[1] for stage in view.stages[:-1]]
+    return Report(path.stem, nodes, cut_at, whole_runs, split_runs, same, [stage.ms_per_token for stage in view.stages])
 
 
 def table(report: Report) -> str:
@@ -207,9 +210,17 @@ def table(report: Report) -> str:
     lines += [
         "",
         f"split ÷ unsplit: {report.ratio:.3f}",
+        _where(report),
         "texts: " + ("equal" if report.same_text else "DIFFERENT"),
     ]
     return "\n".join(lines)
+
+
+def _where(report: Report) -> str:
+    """Where the time of a token of the split goes."""
+    token_ms, compute = 1000 / report.split_tok_s, sum(report.stage_ms)
+    stages = " + ".join(f"{ms:.2f}" for ms in report.stage_ms)
+    return f"a token of the split: {token_ms:.2f} ms = compute {stages}, hops and the rest {token_ms - compute:.2f}"
 
 
 def _split_name(report: Report) -> str:

@@ -24,6 +24,7 @@ from dwarfstar_engine.model.gguf_reader import (
     Scalar,
     TensorInfo,
     read_directory,
+    shown,
 )
 
 __all__ = ["GgufModel", "MetaArray", "MetaEntry", "MetaValue", "Scalar", "TensorInfo", "read_model"]
@@ -83,7 +84,7 @@ class GgufModel:
                 index = int(match["layer"])
                 if index >= len(found) or str(index) != match["layer"]:
                     raise self.problem(
-                        self.key("block_count"), f"says {len(found)} layers, but tensor {name!r} is there"
+                        self.key("block_count"), f"says {len(found)} layers, but tensor {shown(name)} is there"
                     )
                 found[index].append((match["rest"], tensor))
         for index, tensors in enumerate(found):
@@ -129,7 +130,7 @@ class GgufModel:
     def problem(self, key: str, text: str) -> ModelFileError:
         """The error to raise about a key's value."""
         entry = self.entries.get(key)
-        return ModelFileError(self.paths[0], entry.offset if entry else 0, key, text)
+        return ModelFileError(self.paths[0], entry.offset if entry else 0, shown(key), text)
 
     def _get(self, key: str, types: frozenset[ValueType], default: Scalar | None) -> MetaValue:
         entry = self.entries.get(key)
@@ -199,7 +200,7 @@ def _join(parts: Sequence[GgufModel]) -> GgufModel:
             raise part.problem("split.no", f"the file is not part {no + 1} of {len(parts)}, as its name says")
         for name, tensor in part.tensors.items():
             if name in tensors:
-                raise ModelFileError(part.paths[0], tensor.offset, name, "the tensor is in another part too")
+                raise ModelFileError(part.paths[0], tensor.offset, shown(name), "the tensor is in another part too")
             tensors[name] = tensor
         if len(tensors) > MAX_TENSORS:
             raise ModelFileError(part.paths[0], 0, "tensor_count", f"the parts hold more than {MAX_TENSORS} tensors")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_TENSOR_NAME_BYTES = 63  # GGML_MAX_NAME, less the closing zero
 MAX_ALIGNMENT = 1 << 16  # the largest page size in use
 DEFAULT_ALIGNMENT = 32
+MAX_SHOWN = 80  # characters of a key or tensor name in an error
 ALIGNMENT_KEY = "general.alignment"
 MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, key, type, value
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, dimensions, one dimension, type, offset
@@ -52,7 +54,7 @@ class MetaArray(Sequence[Scalar]):
     def __init__(self, data: bytes, start: int, element_type: ValueType, count: int) -> None:
         self._data, self._start = data, start
         self.element_type, self._count = element_type, count
-        self._offsets: list[int] | None = None  # of strings' lengths
+        self._offsets: array[int] | None = None  # of strings' lengths
 
     def __len__(self) -> int:
         return self._count
@@ -79,7 +81,7 @@ class MetaArray(Sequence[Scalar]):
     def raw(self, index: int) -> bytes:
         """The bytes of one string."""
         if self._offsets is None:
-            self._offsets, at = [], self._start
+            self._offsets, at = array("Q"), self._start
             for _ in range(self._count):
                 self._offsets.append(at)
                 at += 8 + int.from_bytes(self._data[at : at + 8], "little")
@@ -135,6 +137,12 @@ def read_directory(path: str, what: str = "the GGUF file") -> Directory:
         raise ModelFileError(path, 0, "file", f"cannot open {what}: {_reason(error)}") from error
     with file:
         return _Reader(file, path, os.fstat(file.fileno()).st_size).directory()
+
+
+def shown(text: str) -> str:
+    """A name from a file as it may be printed: short, and without what would steer a terminal."""
+    short = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+    return short if short.isprintable() else ascii(short)
 
 
 def _reason(error: Exception) -> str:
@@ -301,7 +309,7 @@ class _Reader:
     # Primitives. Each checks that what it takes is in the file.
 
     def _fail(self, field: str, problem: str, offset: int) -> NoReturn:
-        raise ModelFileError(self._path, offset, field, problem)
+        raise ModelFileError(self._path, offset, shown(field), problem)
 
     def _fits(self, n: int, field: str) -> None:
         """Fail unless ``n`` more bytes are in the file and in the limit of a directory."""
@@ -317,12 +325,16 @@ class _Reader:
         missing = self._at + n - len(self._data)
         if missing <= 0:
             return
-        # At least double, so that reading byte by byte costs linear time; the file's size bounds it.
-        want = min(max(missing, len(self._data), CHUNK_BYTES), self._size - len(self._data))
+        # At least double, so that reading byte by byte costs linear time; never past what a directory may take, so
+        # that whatever is in memory has passed that limit.
+        most = min(self._size, MAX_DIRECTORY_BYTES) - len(self._data)
+        want = min(max(missing, len(self._data), CHUNK_BYTES), most)
         try:
             self._data += self._file.read(want)
         except OSError as error:
-            raise ModelFileError(self._path, self._at, field, f"cannot read the file: {_reason(error)}") from error
+            raise ModelFileError(
+                self._path, self._at, shown(field), f"cannot read the file: {_reason(error)}"
+            ) from error
         if len(self._data) < self._at + n:
             self._fail(field, "the file shrank while it was read", self._at)
 
