@@ -65,6 +65,10 @@ class Settings(BaseModel):
     """Layer boundaries set by hand; default: in proportion to effective VRAM."""
     wait_nodes: int = Field(default=1, ge=1, le=1024)
     """Nodes to wait for before the first plan."""
+    rejoin_s: float = Field(default=10.0, ge=0, le=3600)
+    """Seconds a lost node is waited for before the model is planned on those that are left."""
+    frame_deadline_s: float = Field(default=60.0, ge=1, le=3600)
+    """A frame that is longer on its way is stuck: its pipeline is given up and brought up again."""
 
     @property
     def models_dir(self) -> Path:
@@ -92,9 +96,9 @@ def load_settings(
         config = folder / "config.toml"
     from_file = _read(config)
     sources = (
-        ("the config file " + str(config), from_file),
-        ("the environment", from_environment),
-        ("the command line", given),
+        ("{key} in {config}", from_file),
+        ("the environment variable {variable}", from_environment),
+        ("--{option}", given),
     )
     merged: dict[str, Any] = {}
     for _, values in sources:
@@ -104,9 +108,16 @@ def load_settings(
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else "?"
-        where = next((name for name, values in reversed(sources) if key in values), "the settings")
-        shown = key.replace("_", "-")
-        raise SettingsError(f"{shown} from {where} is not usable: {first['msg']} (given: {first['input']!r})") from None
+        where = next((name for name, values in reversed(sources) if key in values), "{key}")
+        shown = where.format(key=key, config=config, variable=ENV_PREFIX + key.upper(), option=key.replace("_", "-"))
+        raise SettingsError(f"{shown} {_problem(first['type'], first['msg'])} (given: {first['input']!r})") from None
+
+
+def _problem(kind: str, said: str) -> str:
+    """What pydantic says, as the rest of a sentence that begins with the setting's name."""
+    if kind == "extra_forbidden":
+        return "is not a setting: see the list in the README"
+    return said.replace("Input should", "must", 1) if said.startswith("Input should") else f"is not usable: {said}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise SettingsError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: it is not a config file")
         return tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not valid TOML: {error}") from None

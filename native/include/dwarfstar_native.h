@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a signature, a struct or a byte layout; native.py refuses another number. */
-#define DS_ABI_VERSION 1
+#define DS_ABI_VERSION 2
 DS_API int32_t ds_abi_version(void);
 
 enum ds_status {
@@ -43,7 +43,8 @@ enum ds_status {
     DS_E_OVERFLOW = -6,    /* more rows than the buffer given holds */
     DS_E_DATA = -7,        /* encoded data that no encoder writes, or logits without a finite maximum */
     DS_E_MEMORY = -8,      /* out of memory, or no thread could be started */
-    DS_E_UNSUPPORTED = -9, /* this platform has no such call */
+    DS_E_UNSUPPORTED = -9, /* this platform has no such call, or this frame needs the general way */
+    DS_E_DECODE = -10,     /* llama_decode refused: ds_stage_error has its answer */
 };
 
 /* ---- virtual file ------------------------------------------------------------------------------------------ */
@@ -143,6 +144,59 @@ DS_API int32_t ds_argmax(const float *logits, int32_t n);
 /* log-softmax of `chosen` and of the k largest, best first, ties to the lower id. Writes min(k, n) and returns it. */
 DS_API int32_t ds_top_logprobs(const float *logits, int32_t n, int32_t chosen, int32_t k, int32_t *out_ids,
                                float *out_logprobs, float *out_chosen);
+
+/* ---- stage: frames through llama.cpp ----------------------------------------------------------------------- */
+
+/* struct llama_batch of llama.h, passed by value. */
+typedef struct ds_llama_batch {
+    int32_t n_tokens;
+    int32_t *token;
+    float *embd;
+    int32_t *pos;
+    int32_t *n_seq_id;
+    int32_t **seq_id;
+    int8_t *logits;
+} ds_llama_batch;
+
+typedef struct ds_stage_config {
+    void *context;                                            /* llama_context, the caller's */
+    int32_t (*decode)(void *context, ds_llama_batch batch);   /* llama_decode */
+    float *(*logits)(void *context, int32_t row);             /* llama_get_logits_ith */
+    int32_t (*sample)(void *chain, void *context, int32_t row); /* llama_sampler_sample */
+    void *(*chain_remove)(void *chain, int32_t index);        /* llama_sampler_chain_remove */
+    void (*chain_add)(void *chain, void *sampler);            /* llama_sampler_chain_add */
+    void *(*init_dist)(uint32_t seed);                        /* llama_sampler_init_dist */
+    void (*sampler_free)(void *sampler);                      /* llama_sampler_free */
+    ds_tap *tap;             /* NULL on a last stage that injects nothing */
+    ds_to_float_fn to_float; /* first stage: as ds_embed_rows */
+    const void *rows;
+    int64_t n_rows, row_bytes;
+    float scale;
+    int32_t n_embd, n_vocab;
+    int32_t capacity; /* rows of a frame */
+    int32_t slots;
+    int32_t planes; /* positions per row */
+    int32_t wire;   /* ds_dtype of what is sent on */
+    bool first, last, injects, token_input;
+} ds_stage_config;
+
+typedef struct ds_stage ds_stage;
+
+/* batch_bytes: sizeof(struct llama_batch) as the installed binding has it; DS_E_ARG if it is not ours. */
+DS_API int32_t ds_stage_new(const ds_stage_config *config, size_t batch_bytes, ds_stage **out);
+DS_API void ds_stage_free(ds_stage *stage);
+/* n rows through the slice; out n × n_embd, not used on the last stage. DS_E_NAME: no tensor had the tap's name. */
+DS_API int32_t ds_stage_step(ds_stage *stage, int32_t n, const float *rows, const int32_t *positions,
+                             const uint16_t *slots, const uint8_t *wants, float *out);
+DS_API int32_t ds_stage_error(const ds_stage *stage); /* llama_decode's last answer */
+/* mode 0: none, 1: greedy, 2: a chain. dist: index of the drawing sampler in the chain, or -1. */
+DS_API int32_t ds_stage_sampler(ds_stage *stage, int32_t slot, int32_t mode, void *chain, int32_t dist, uint64_t seed);
+/* The token drawn behind a batch row; or a negative status, DS_E_RANGE if the slot has no sampler. */
+DS_API int32_t ds_stage_draw(ds_stage *stage, int32_t row, int32_t slot, int32_t position);
+/* A whole frame; bytes written to out. DS_E_UNSUPPORTED: nothing was done, take the general way. */
+DS_API int64_t ds_stage_run(ds_stage *stage, const void *frame, size_t size, uint32_t wait_us, void *out, size_t room);
+/* Seed of llama.cpp's generator for a position; never 0xFFFFFFFF. */
+DS_API uint32_t ds_draw_seed(uint64_t seed, int32_t position);
 
 /* ---- probe ------------------------------------------------------------------------------------------------- */
 

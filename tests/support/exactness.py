@@ -18,6 +18,7 @@ import queue
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -139,32 +140,39 @@ class _Chain:
 
 
 class Worker:
-    """A child process that sweeps families on demand, started again when one of them kills it."""
+    """A child process that answers one kind of question, started again when one of them kills it.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    module: what it runs, with ``folder`` as its argument; it calls :func:`serve`.
+    """
+
+    def __init__(self, folder: Path, module: str = "support.exactness", deadline_s: float = DEADLINE_S) -> None:
+        self._folder, self._module, self._deadline_s = folder, module, deadline_s
         self._child: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
         self._pump: threading.Thread | None = None
 
     def sweep(self, family: str, *, ignore_rules: bool = False) -> dict[str, float]:
         """:func:`compare` on the family's tiny model. Raises RuntimeError if it fails, aborts or takes too long."""
+        differences: dict[str, float] = self.ask(family=family, ignore_rules=ignore_rules)["differences"]
+        return differences
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send one request, wait for its answer. Raises RuntimeError if it fails, aborts or takes too long."""
         child = self._running()
         assert child.stdin is not None
-        child.stdin.write(json.dumps({"family": family, "ignore_rules": ignore_rules}) + "\n")
+        child.stdin.write(json.dumps(request) + "\n")
         child.stdin.flush()
         try:
-            line = self._answers.get(timeout=DEADLINE_S)
+            line = self._answers.get(timeout=self._deadline_s)
             answer: dict[str, Any] = json.loads(line) if line else {"error": "the process died"}
         except queue.Empty:
-            line, answer = "", {"error": f"no answer within {DEADLINE_S} s"}
+            line, answer = "", {"error": f"no answer within {self._deadline_s} s"}
         if not line:
             self.close()
         if "error" in answer:
             tail = (self._folder / "stderr").read_text(errors="replace")[-STDERR_TAIL:]
-            raise RuntimeError(f"{family}: {answer['error']}\n{tail}")
-        differences: dict[str, float] = answer["differences"]
-        return differences
+            raise RuntimeError(f"{request}: {answer['error']}\n{tail}")
+        return answer
 
     def close(self) -> None:
         if self._child is not None:
@@ -180,7 +188,7 @@ class Worker:
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GGML_NO_BACKTRACE": "1"}
             with (self._folder / "stderr").open("w") as errors:
                 self._child = subprocess.Popen(
-                    [sys.executable, "-m", "support.exactness", str(self._folder)],
+                    [sys.executable, "-m", self._module, str(self._folder)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -200,18 +208,26 @@ def _pump(lines: IO[str], answers: queue.Queue[str]) -> None:
     answers.put("")  # the end: the child died
 
 
-def main(folder: Path) -> None:
-    """Answer requests, one JSON object a line."""
-    path = folder / "tiny.gguf"
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A child's loop: one JSON object a line in, one out."""
     for line in sys.stdin:
-        request = json.loads(line)
-        answer: dict[str, Any]
         try:
-            tiny_models.make_tiny(request["family"], path)
-            answer = {"differences": compare(path, ignore_rules=request["ignore_rules"])}
+            reply = answer(json.loads(line))
         except Exception as error:  # reported to the test, which fails
-            answer = {"error": repr(error)}
-        print(json.dumps(answer), flush=True)
+            traceback.print_exc()
+            reply = {"error": repr(error)}
+        print(json.dumps(reply), flush=True)
+
+
+def main(folder: Path) -> None:
+    """Sweep the families asked for."""
+    path = folder / "tiny.gguf"
+
+    def sweep(request: dict[str, Any]) -> dict[str, Any]:
+        tiny_models.make_tiny(request["family"], path)
+        return {"differences": compare(path, ignore_rules=request["ignore_rules"])}
+
+    serve(sweep)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Settings are read here, once. Errors of the tree become one sentence on stderr a
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -22,16 +21,20 @@ from dwarfstar_engine.cli import chat as chat_module
 from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.settings import Settings, load_settings
+from dwarfstar_engine.wire import loop
 
 app = typer.Typer(
     name="dwarfstar",
     help="One GGUF model, split by layers over the machines you own, behind one OpenAI endpoint.",
+    epilog="To serve: dwarfstar --serve MODEL, or dwarfstar --serve --demo to try it with a small model and three "
+    "nodes on this machine. Its options: dwarfstar --serve --help",
     add_completion=False,
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-START = "start"
+# ``dwarfstar [MODEL] [OPTIONS]`` has no command word, so it is a program of its own.
+starter = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Home = Annotated[Path | None, typer.Option(help="Folder of identity, certificates and logs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -55,7 +58,7 @@ def _numbers(text: str | None, name: str) -> tuple[int, ...] | None:
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     try:
-        asyncio.run(work)
+        loop.run(work)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -65,9 +68,11 @@ def _log_to_stderr(verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
-@app.command(START, hidden=True)
+@starter.command()
 def start(
-    model: Annotated[str | None, typer.Argument(help="A GGUF file, a name in the models folder, or 'demo'.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A GGUF file, a name in the models folder, or 'demo'.")
+    ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Headless: serve in the foreground.")] = False,
     demo: Annotated[
         bool, typer.Option("--demo", help="The demo model on three local nodes, none of which can hold it.")
@@ -102,7 +107,7 @@ def start(
     )  # fmt: skip
     if model is None and not demo:
         if serve:
-            raise SettingsError("--serve needs a model: give a GGUF file, or --demo")
+            raise SettingsError("--serve needs a model: give a GGUF file, or --demo to try a small one")
         print(remote.status_text(running.require(settings.home), settings.home))
         return
     if model is not None and demo:
@@ -116,7 +121,7 @@ def start(
 
 @app.command()
 def node(
-    join: Annotated[str | None, typer.Option(help="The coordinator's address, host:port.")] = None,
+    join: Annotated[str | None, typer.Option(help="Where to join, host:port: the first time only.")] = None,
     token: Annotated[str | None, typer.Option(help="Join token, from `dwarfstar token` there.")] = None,
     attach: Annotated[str | None, typer.Option(hidden=True)] = None,
     effective_vram: Annotated[float | None, typer.Option(help="GiB to lend.")] = None,
@@ -130,7 +135,7 @@ def node(
     models: Models = None,
     parent: Annotated[bool, typer.Option("--parent", hidden=True)] = False,
 ) -> None:
-    """Lend this machine to a coordinator."""
+    """Lend this machine to a coordinator: the first time with the line that `dwarfstar token` prints there."""
     from dwarfstar_engine.cli.lend import lend
 
     settings = _settings(
@@ -158,11 +163,21 @@ def stop(home: Home = None) -> None:
 
 
 @app.command()
-def token(home: Home = None) -> None:
-    """Print what a machine needs to join: `dwarfstar node --join ADDRESS --token TOKEN`."""
+def token(
+    hours: Annotated[float, typer.Option(help="How long it is valid.")] = 24.0,
+    uses: Annotated[int | None, typer.Option(help="Machines it lets in; default: any number.")] = None,
+    control_host: Annotated[str | None, typer.Option(help="As the engine will be started with.")] = None,
+    control_port: Annotated[int | None, typer.Option(help="As the engine will be started with.")] = None,
+    home: Home = None,
+) -> None:
+    """Make a join token, and print the command to run on the machine that joins."""
     from dwarfstar_engine.cli.lend import new_join_token
 
-    print(new_join_token(_settings(home=home).home))
+    settings = _settings(control_host=control_host, control_port=control_port, home=home)
+    line, notes = new_join_token(settings, hours, uses)
+    for note in notes:
+        print(f"dwarfstar: {note}", file=sys.stderr)
+    print(line)
 
 
 @app.command()
@@ -218,20 +233,18 @@ def version() -> None:
     print(dwarfstar_engine.__version__)
 
 
-def _with_command(arguments: list[str]) -> list[str]:
-    """``dwarfstar [MODEL] [OPTIONS]`` is ``dwarfstar start …``: the first word decides."""
+def _names_command(arguments: list[str]) -> bool:
+    """Whether the first word is a command; else it is ``dwarfstar [MODEL] [OPTIONS]``."""
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    if arguments and (arguments[0] in commands or arguments[0] == "--help"):
-        return arguments
-    if arguments == ["--version"]:
-        return ["version"]
-    return [START, *arguments]
+    return bool(arguments) and (arguments[0] in commands or arguments[0] == "--help")
 
 
 def run() -> None:
     """Entry point."""
+    arguments = ["version"] if sys.argv[1:] == ["--version"] else sys.argv[1:]
+    program = app if _names_command(arguments) else starter
     try:
-        app(_with_command(sys.argv[1:]))
+        program(arguments, prog_name="dwarfstar")
     except DwarfStarError as error:
         print(f"dwarfstar: {error.message}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

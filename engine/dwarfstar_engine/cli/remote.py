@@ -45,7 +45,7 @@ def stop(engine: running.Running, home: Path) -> None:
     """End the engine, and wait until it is gone. Raises DwarfStarError."""
     _call(engine, home, "Stop", pb.StopRequest())
     deadline = time.monotonic() + STOP_S
-    while running.find(home) is not None:
+    while not running.gone(engine):
         if time.monotonic() > deadline:
             raise DwarfStarError(f"the engine (process {engine.pid}) has not ended after {STOP_S:.0f} s")
         time.sleep(0.05)

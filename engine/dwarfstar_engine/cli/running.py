@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.errors import DwarfStarError, SettingsError
 
 MAX_BYTES = 4096
 
 
 class Running(BaseModel):
-    """Where a running engine can be reached. ``started``: the process's start time, so that a reused pid is seen."""
+    """Where a running engine can be reached. ``started``: the process's start time, so that a reused pid is seen.
+
+    join: where other machines join the cluster.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -23,6 +28,7 @@ class Running(BaseModel):
     started: float
     control: str
     api_url: str
+    join: str = ""
 
 
 def _file(home: Path) -> Path:
@@ -47,17 +53,64 @@ def require(home: Path) -> Running:
     running = find(home)
     if running is None:
         raise DwarfStarError(
-            f"no engine is running from {home}: start one with `dwarfstar --serve MODEL` or `dwarfstar --demo`",
+            f"no engine is running from {home}: start one with `dwarfstar --serve MODEL` or `dwarfstar --serve --demo`",
             code="not_running",
         )
     return running
 
 
-def announce(home: Path, control: str, api_url: str) -> None:
+def gone(engine: Running) -> bool:
+    """Whether the engine's process has ended."""
+    try:
+        process = psutil.Process(engine.pid)
+        same = abs(process.create_time() - engine.started) < 1.0
+        return not same or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
+
+
+@contextlib.contextmanager
+def claim(home: Path) -> Iterator[None]:
+    """Hold ``home`` for this process: two engines would overwrite each other's certificates and logs.
+
+    The lock is the kernel's, so it ends with the process however that dies. Raises DwarfStarError if an engine has it,
+    SettingsError if the folder cannot be used.
+    """
+    try:
+        _file(home).parent.mkdir(parents=True, exist_ok=True)
+        lock = (_file(home).parent / "engine.lock").open("wb")
+    except OSError as error:
+        raise SettingsError(f"the home folder {home} cannot be used ({error.strerror}): give another --home") from None
+    with lock:
+        try:
+            _lock(lock.fileno())
+        except OSError:
+            other = find(home)
+            who = f"process {other.pid}, {other.api_url}" if other else "it is just starting or ending"
+            raise DwarfStarError(
+                f"an engine is running from {home} already ({who}): "
+                f"stop it with `dwarfstar stop --home {home}`, or give another --home",
+                code="already_running",
+            ) from None
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a file without waiting. Raises OSError if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: the engine file alone must do
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def announce(home: Path, control: str, api_url: str, join: str) -> None:
     """Write the file for this process, whole or not at all."""
     path = _file(home)
     path.parent.mkdir(parents=True, exist_ok=True)
-    running = Running(pid=os.getpid(), started=psutil.Process().create_time(), control=control, api_url=api_url)
+    running = Running(
+        pid=os.getpid(), started=psutil.Process().create_time(), control=control, api_url=api_url, join=join
+    )
     draft = path.with_suffix(".new")
     draft.write_text(json.dumps(running.model_dump()), "utf-8")
     draft.replace(path)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +20,29 @@ import grpc.aio
 import uvicorn
 
 from dwarfstar_engine.api.app import create_app
-from dwarfstar_engine.cli import running
-from dwarfstar_engine.errors import DwarfStarError, SettingsError
+from dwarfstar_engine.cli import running, telling
+from dwarfstar_engine.errors import SettingsError
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator, reserve_bytes
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
-from dwarfstar_engine.node.facts import GIB, cores, default_threads, measure
+from dwarfstar_engine.node.facts import GIB, cores, default_threads, measure, reached_host
 from dwarfstar_engine.node.local import LocalNode
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, open_source
+from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
+from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.wire import channel
+from dwarfstar_engine.wire.enrol import Enrolment, join_port, serve_enrolment
 from dwarfstar_engine.wire.generated.control_pb2_grpc import add_ControlServicer_to_server
-from dwarfstar_engine.wire.trust import Authority, NodeFiles, issue_local, load_or_create_authority, utc_now
+from dwarfstar_engine.wire.trust import (
+    Authority,
+    NodeFiles,
+    certificate_node_id,
+    issue_local,
+    load_or_create_authority,
+    utc_now,
+)
 
 log = logging.getLogger("dwarfstar")
 
@@ -50,18 +62,22 @@ class Start:
 
 async def serve(start: Start, settings: Settings, out: TextIO = sys.stderr) -> None:
     """Run an engine until SIGINT, SIGTERM or ``dwarfstar stop``. Raises DwarfStarError if it cannot start."""
-    if (other := running.find(settings.home)) is not None:
-        raise DwarfStarError(
-            f"an engine is running from {settings.home} already (process {other.pid}, {other.api_url}): "
-            "stop it with `dwarfstar stop`, or give another --home",
-            code="already_running",
-        )
-    say = _sayer(out)
+    with running.claim(settings.home):
+        await _serve(start, settings, _sayer(out))
+
+
+async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -> None:
+    started = time.monotonic()
     source = open_source(start.model, settings.models_dir)
-    say(f"model {source.name}: {source.architecture}, {source.layers} layers")
+    _check_cuts(source, settings.cuts)
     local = start.local_nodes or (DEMO_NODES if start.demo else 0)
-    settings = settings.model_copy(update={"wait_nodes": max(settings.wait_nodes, local)})
-    listener = _bind(settings.host, settings.port, "port")
+    settings = settings.model_copy(
+        update={"wait_nodes": max(settings.wait_nodes, local, len(settings.cuts) + 1 if settings.cuts else 0)}
+    )
+    lent_gib = _lent_gib(start, settings, source)
+    for line in telling.opening(source, settings, local, lent_gib):
+        say(line)
+    listener = _bind(settings.host, settings.port, "")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
         stopping = asyncio.Event()
@@ -74,7 +90,13 @@ async def serve(start: Start, settings: Settings, out: TextIO = sys.stderr) -> N
         coordinator = Coordinator(settings, source, vocab, trust, "coordinator")
         control = await _control(coordinator, settings, trust, stopping.set)
         stack.push_async_callback(control.stop, 0.5)
-        nodes = _local_nodes(local, start, settings, source, coordinator.address, authority)
+        joining, join = await _joining(authority, trust, settings, coordinator.address)
+        stack.push_async_callback(joining.stop, 0.5)
+        stack.callback(running.withdraw, settings.home)
+        host, port = listener.getsockname()[:2]
+        coordinator.api_url = f"http://{_shown_host(host)}:{port}"
+        running.announce(settings.home, coordinator.address, coordinator.api_url, join)
+        nodes = _local_nodes(local, start, settings, lent_gib, coordinator.address, authority)
         for node in nodes:
             stack.push_async_callback(node.stop)
             await node.start()
@@ -82,25 +104,39 @@ async def serve(start: Start, settings: Settings, out: TextIO = sys.stderr) -> N
         if not local:
             tasks.append(asyncio.create_task(_own_node(settings, authority, coordinator.address), name="node"))
         stack.push_async_callback(_cancel, tasks)
-        host, port = listener.getsockname()[:2]
-        coordinator.api_url = f"http://{_shown_host(host)}:{port}"
         http = asyncio.create_task(_http(coordinator, listener, settings, stopping), name="http")
-        running.announce(settings.home, coordinator.address, coordinator.api_url)
-        stack.callback(running.withdraw, settings.home)
-        teller = asyncio.create_task(_tell(coordinator, say))
+        teller = asyncio.create_task(telling.tell(coordinator, say, started, settings.home))
         stack.push_async_callback(_cancel, [teller])
         stopped = asyncio.create_task(stopping.wait())
         done, _ = await asyncio.wait([stopped, http, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        stopping.set()
+        await _cancel([teller])
         say("stopping")
+        stopping.set()
         await http
         for task in done:
             task.result()
 
 
+def _check_cuts(source: Source, cuts: Sequence[int]) -> None:
+    """Raises IllegalCutError now rather than when the nodes are there."""
+    boundless = [Capacity(str(index), sys.maxsize) for index in range(len(cuts) + 1)]
+    with_cuts(source.costs, source.cuts, Need(cells=0, reserve_bytes=0), boundless, cuts)
+
+
+def _lent_gib(start: Start, settings: Settings, source: Source) -> float | None:
+    """What each local node lends: what was asked for; in the demo, too little for the whole model."""
+    if settings.effective_vram is not None or not start.demo:
+        return settings.effective_vram
+    context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
+    kv = context * settings.slots * sum(source.costs.kv_bytes_per_token)
+    whole = sum(source.costs.layer_bytes) + source.costs.head_bytes + kv
+    return (whole * DEMO_SHARE + reserve_bytes(source, settings)) / GIB
+
+
 def _sayer(out: TextIO) -> Callable[[str], None]:
     def say(text: str) -> None:
-        print(f"dwarfstar: {text}", file=out, flush=True)
+        # A command to copy stands alone on its line.
+        print(text if text.startswith("curl ") else f"dwarfstar: {text}", file=out, flush=True)
 
     return say
 
@@ -109,14 +145,19 @@ def _shown_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _bind(host: str, port: int, setting: str) -> socket.socket:
-    """A listening socket. Raises SettingsError naming the setting."""
+def _bind(host: str, port: int, prefix: str) -> socket.socket:
+    """A listening socket. Raises SettingsError naming the option, ``--{prefix}host`` or ``--{prefix}port``."""
+    option = f"--{prefix}host"
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
+        code, problem = "bad_host", (error.strerror or str(error)).split(" (", 1)[0]
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            option, code = f"--{prefix}port", "port_taken"
+            problem = "another program has it" if error.errno == errno.EADDRINUSE else "permission denied"
         raise SettingsError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another with --{setting}", code="port_taken"
+            f"cannot listen on {_shown_host(host)}:{port} ({problem}): choose another with {option}", code=code
         ) from None
 
 
@@ -140,6 +181,8 @@ async def _control(
     coordinator: Coordinator, settings: Settings, trust: NodeFiles, on_stop: Callable[[], None]
 ) -> grpc.aio.Server:
     """The control and data plane's server. Raises SettingsError if its port is taken."""
+    # gRPC would say why it cannot listen in a log line of its own; a plain socket tells us.
+    _bind(settings.control_host, settings.control_port, "control-").close()
     server = grpc.aio.server(options=channel.SERVER_OPTIONS)
     server.add_generic_rpc_handlers((coordinator.receiver.handler(),))
     add_ControlServicer_to_server(ControlService(coordinator, on_stop), server)
@@ -151,22 +194,28 @@ async def _control(
             f"cannot listen on {host}:{settings.control_port}: choose another with --control-port", code="port_taken"
         ) from None
     await server.start()
-    coordinator.address = f"{host}:{port}"
+    coordinator.address = f"{_shown_host(reached_host(settings.control_host))}:{port}"
     return server
 
 
+async def _joining(
+    authority: Authority, trust: NodeFiles, settings: Settings, control: str
+) -> tuple[grpc.aio.Server, str]:
+    """The server that lets machines join, and its address. Raises SettingsError if its port is taken."""
+    tokens = TokenStore(trust.folder, utc_now)
+    host, _, control_port = control.rpartition(":")
+    service = Enrolment(authority, tokens.admit, f":{control_port}", utc_now)
+    wanted = join_port(settings.control_port)
+    server, port = await serve_enrolment(service, _shown_host(settings.control_host), wanted, trust)
+    return server, f"{host}:{port}"
+
+
 def _local_nodes(
-    count: int, start: Start, settings: Settings, source: Source, address: str, authority: Authority
+    count: int, start: Start, settings: Settings, lent_gib: float | None, address: str, authority: Authority
 ) -> list[LocalNode]:
     """Node processes on this machine, each with a home, a certificate and a share of the cores of its own."""
     free = cores()
     pinned = start.pin and len(free) >= count
-    lent = settings.effective_vram
-    if start.demo and lent is None:
-        context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
-        kv = context * settings.slots * sum(source.costs.kv_bytes_per_token)
-        whole = sum(source.costs.layer_bytes) + source.costs.head_bytes + kv
-        lent = (whole * DEMO_SHARE + reserve_bytes(source, settings)) / GIB
     nodes = []
     for index in range(count):
         home = settings.home / "local" / f"node{index + 1}"
@@ -177,7 +226,7 @@ def _local_nodes(
                 home=home,
                 coordinator=address,
                 threads=settings.threads or default_threads(count),
-                effective_vram=lent,
+                effective_vram=lent_gib,
                 cpus=(free[index],) if pinned else (),
                 models=settings.models_dir,
             )
@@ -188,7 +237,7 @@ def _local_nodes(
 async def _own_node(settings: Settings, authority: Authority, address: str) -> None:
     """This process as the coordinator's node."""
     files = NodeFiles(settings.home / "node" / "trust")
-    node_id = "own-" + secrets.token_hex(4)
+    node_id = certificate_node_id(files.load().certificate_pem) if files.exists() else f"own-{secrets.token_hex(4)}"
     issue_local(authority, files, node_id, utc_now())
     options = NodeOptions(
         name=settings.name or socket.gethostname(),
@@ -214,30 +263,6 @@ async def _http(coordinator: Coordinator, listener: socket.socket, settings: Set
     await stopping.wait()
     server.should_exit = True
     await serving
-
-
-async def _tell(coordinator: Coordinator, say: Callable[[str], None]) -> None:
-    """Say what a person without a screen wants to know: what is awaited, where each stage is, what to try."""
-    told, invited = "", False
-    while True:
-        status = coordinator.status()
-        line = status.reason
-        if status.state == "serving":
-            stages = ", ".join(f"{s.node} layers {s.layers[0]}–{s.layers[1] - 1}" for s in status.stages)
-            line = f"serving {status.model.name if status.model else ''} on {status.coordinator.api_url}: {stages}"
-        elif (loads := coordinator.loading()) and status.stages:
-            line = f"loading: {loads}"
-        if line and line != told:
-            say(line)
-            told = line
-        if status.state == "serving" and not invited:
-            invited = True
-            say("try it, from another terminal:")
-            say(
-                f"""  curl {status.coordinator.api_url}/v1/chat/completions -H 'Content-Type: application/json' """
-                """-d '{"messages": [{"role": "user", "content": "Hello!"}]}'"""
-            )
-        await asyncio.sleep(0.25)
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

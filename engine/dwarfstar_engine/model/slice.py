@@ -178,14 +178,14 @@ def token_embedding(model: GgufModel, rules: ArchRules) -> TokenEmbedding:
     )
 
 
-def check_cut(model: GgufModel, legal_cuts: Sequence[int], cuts: Sequence[int]) -> None:
+def check_cut(n_layers: int, legal_cuts: Sequence[int], cuts: Sequence[int]) -> None:
     """Raise IllegalCutError unless ``cuts`` rise and each is legal. The message names the nearest legal ones."""
     for cut in cuts:
         if cut in legal_cuts:
             continue
         near = sorted(sorted(legal_cuts, key=lambda legal: (abs(legal - cut), legal))[:NEAREST_SHOWN])
         hint = f"the nearest legal cuts are {' and '.join(map(str, near))}" if near else "it cannot be divided"
-        raise IllegalCutError(f"layer {cut} is not a legal cut of this {model.n_layers}-layer model: {hint}")
+        raise IllegalCutError(f"layer {cut} is not a legal cut of this {n_layers}-layer model: {hint}")
     if any(x >= y for x, y in pairwise(cuts)):
         raise IllegalCutError("the cuts must rise: give each boundary once, in order")
 

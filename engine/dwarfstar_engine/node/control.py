@@ -15,7 +15,7 @@ import grpc.aio
 
 from dwarfstar_engine.errors import DwarfStarError, PeerError, TrustError
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.members import MAX_NODES, Member
+from dwarfstar_engine.node.members import END, MAX_NODES, Member
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlServicer
@@ -43,7 +43,7 @@ class ControlService(ControlServicer):
             yield pb.CoordinatorMessage(refused=pb.Refused(code=error.code, message=error.message))
             return
         reader = asyncio.create_task(self._read(member, request_iterator))
-        reader.add_done_callback(lambda _: member.outbox.put_nowait(_END) if not member.outbox.full() else None)
+        reader.add_done_callback(lambda task: _over(task, member))
         self._coordinator.attach(member)
         try:
             build = local_build()
@@ -55,7 +55,7 @@ class ControlService(ControlServicer):
                     ),
                 )
             )
-            while (message := await member.outbox.get()) is not _END:
+            while (message := await member.outbox.get()) is not END:
                 yield message
         finally:
             reader.cancel()
@@ -94,7 +94,11 @@ class ControlService(ControlServicer):
         return pb.StopReply()
 
 
-_END = pb.CoordinatorMessage()
+def _over(reader: asyncio.Task[None], member: Member) -> None:
+    """The node's side of the stream has ended: end ours."""
+    if not reader.cancelled() and (error := reader.exception()) is not None:
+        log.warning("the control stream of node %s failed: %s", member.name, error)
+    member.dismiss()
 
 
 def peer_host(peer: str) -> str:

@@ -12,6 +12,7 @@ its frames go to the first stage, and the last stage's results come back to it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -40,10 +41,11 @@ log = logging.getLogger("dwarfstar.coordinator")
 LOAD_DEADLINE_S = 600.0  # a stage of a large model from a slow disk
 STALL_S = 60.0  # a load that makes no progress for so long is given up
 LINK_DEADLINE_S = 15.0
-FRAME_DEADLINE_S = 60.0  # a frame that takes longer is stuck: a stage is stopped or a cable is out
 WATCH_S = 0.5
 RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
-PAUSE_S = (0.0, 0.2, 1.0, 3.0)  # between attempts to bring an epoch up; the last one repeats
+PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
+STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
+MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
 @dataclass(slots=True)
@@ -73,6 +75,10 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._broken = asyncio.Event()
         self._returned = asyncio.Event()  # the last stage's hop to us is open
+        self._came = asyncio.Event()  # a node came: a pause between attempts ends
+        self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
+        self._gone_at = 0.0  # monotonic time the last node was lost
+        self._stopping = False
         self._created = int(time.time())
 
     # --- serving.Engine ---
@@ -103,8 +109,10 @@ class Coordinator:
 
     def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         if self._dispatcher is None:
-            raise Unavailable(
-                f"the model is not being served: {self._reason}", code=self._code, retry_after_s=RETRY_AFTER_S
+            return _refused(
+                Unavailable(
+                    f"the model is not being served: {self._reason}", code=self._code, retry_after_s=RETRY_AFTER_S
+                )
             )
         return self._dispatcher.generate(request)
 
@@ -116,6 +124,7 @@ class Coordinator:
             self.detach(old)
         self.members[member.id] = member
         log.info("node %s joined with %.2f GiB", member.name, member.usable_bytes / GIB)
+        self._came.set()
         self._changed.set()
 
     def detach(self, member: Member) -> None:
@@ -123,7 +132,9 @@ class Coordinator:
         if self.members.get(member.id) is not member:
             return
         del self.members[member.id]
-        log.warning("node %s is gone", member.name)
+        self._gone_at = time.monotonic()
+        if not self._stopping:
+            log.warning("node %s is gone", member.name)
         if any(stage.member is member for stage in self._stages):
             self._break(f"node {member.name} was lost")
         self._changed.set()
@@ -150,9 +161,9 @@ class Coordinator:
 
     # --- the ring ---
 
-    def _on_frame(self, data: bytes) -> None:
+    async def _on_frame(self, data: bytes) -> None:
         if self._dispatcher is not None:
-            self._dispatcher.on_frame(data)
+            await self._dispatcher.on_frame(data)
 
     def _on_open(self, epoch: int) -> None:
         if epoch == self.epoch:
@@ -166,7 +177,10 @@ class Coordinator:
         """The epoch is over: requests in flight get their error now, ``run`` does the rest."""
         if self._broken.is_set():
             return
-        log.warning("epoch %d is over: %s", self.epoch, reason)
+        if self.epoch and not self._stopping:
+            # While an epoch is brought up this is one attempt of several, and the status tells it.
+            level = logging.INFO if self._dispatcher is None else logging.WARNING
+            log.log(level, "epoch %d is over: %s", self.epoch, reason)
         self._reason, self._code = reason, code or StageError.code
         self._broken.set()
         self._changed.set()
@@ -182,23 +196,22 @@ class Coordinator:
         watcher = asyncio.create_task(self._watch())
         try:
             while True:
-                await asyncio.sleep(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
+                await self._pause(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
                 self._changed.clear()
                 try:
-                    if len(self.members) < self.settings.wait_nodes:
-                        here, wanted = len(self.members), self.settings.wait_nodes
-                        raise PlanError(f"{here} of {wanted} nodes have joined", code="waiting_for_nodes")
+                    self._await_nodes()
                     plan = self._plan()
                 except PlanError as error:
                     if self._reason != error.message:
                         log.info("no plan: %s", error.message)
                     self._reason, self._code = error.message, error.code
-                    await self._changed.wait()
+                    await self._until_changed(error.retry_after_s)
                     continue
                 try:
                     await self._bring_up(plan)
-                    failures = 0
                     await self._broken.wait()
+                    brief = time.monotonic() - self._served_at < STEADY_S
+                    failures = min(failures + 1, MAX_BRIEF) if brief else 0
                 except DwarfStarError as error:
                     self._break(error.message, error.code)
                     failures += 1
@@ -206,8 +219,35 @@ class Coordinator:
                     await self._take_down()
         finally:
             watcher.cancel()
-            self._break("the coordinator is stopping")
+            self._stopping = True
+            self._break("the engine is stopping")
             await self._take_down()
+
+    async def _pause(self, pause_s: float) -> None:
+        """Wait, but not longer than until a node comes: it may be what was missing."""
+        self._came.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._came.wait(), pause_s)
+
+    async def _until_changed(self, at_most_s: float | None) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), at_most_s)
+
+    def _await_nodes(self) -> None:
+        """Raises PlanError while nodes are awaited: all before the first plan; later a lost one, for ``rejoin_s``."""
+        here, wanted = len(self.members), self.settings.wait_nodes
+        if here >= wanted:
+            return
+        if not self._served_at:
+            raise PlanError(f"{here} of {wanted} nodes have joined", code="waiting_for_nodes")
+        left = self._gone_at + self.settings.rejoin_s - time.monotonic()
+        if left > 0:
+            raise PlanError(
+                f"a node was lost ({here} of {wanted} are here): it is waited for, at most "
+                f"{self.settings.rejoin_s:.0f} s, before the model is planned on those left",
+                code="waiting_for_nodes",
+                retry_after_s=left,
+            )
 
     def _plan(self) -> Plan:
         costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
@@ -230,6 +270,14 @@ class Coordinator:
             stage.member.stage = None
             stage.member.send(pb.CoordinatorMessage(assign=self._assign(index)))
         await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
+        try:
+            await self._close_ring()
+        except DwarfStarError:
+            self._release_stuck()
+            raise
+
+    async def _close_ring(self) -> None:
+        """Join the loaded stages. Raises DwarfStarError."""
         self.receiver.set_epoch(self.epoch)
         for index, stage in enumerate(self._stages):
             following = self._stages[index + 1 : index + 2]
@@ -246,13 +294,29 @@ class Coordinator:
             raise PeerError("the last stage did not connect to the coordinator", code="hop_failed") from None
         self._serve(sender)
 
+    def _release_stuck(self) -> None:
+        """Have stages that gave no answer replaced: a stopped process would fail every attempt to come."""
+        silent = (pb.STAGE_STATE_READY, pb.STAGE_STATE_LOADING)
+        for stage in self._stages:
+            event = stage.member.stage
+            if event is not None and event.state in silent and stage.member.id in self.members:
+                log.warning("the stage on %s does not answer: it is replaced", stage.member.name)
+                with contextlib.suppress(PeerError):
+                    stage.member.send(pb.CoordinatorMessage(release=pb.Release(term=self.term, epoch=self.epoch)))
+
     def _serve(self, sender: RingSender) -> None:
         stages = len(self._stages)
         limits = Limits(slots=self.settings.slots, context=self.context, rows=self.settings.chunk, in_flight=stages + 1)
         self._dispatcher = Dispatcher(
-            Scheduler(limits, self.vocab.eog), self.epoch, stages, sender.send, lambda message: self._break(message)
+            Scheduler(limits, self.vocab.eog),
+            self.epoch,
+            stages,
+            sender.send,
+            sender.flush,
+            lambda message: self._break(message),
         )
         self._reason = self._code = ""
+        self._served_at = time.monotonic()
         log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, stages, "s" * (stages > 1))
 
     async def _until(self, state: pb.StageState.ValueType, deadline_s: float, what: str) -> None:
@@ -307,8 +371,10 @@ class Coordinator:
             for member in [m for m in self.members.values() if m.state(now) == "lost"]:
                 log.warning("node %s has been silent for %.1f s", member.name, now - member.heard)
                 self.detach(member)
-            if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > FRAME_DEADLINE_S:
-                self._break(f"a frame has been in the ring for more than {FRAME_DEADLINE_S:.0f} s")
+                member.dismiss()
+            deadline_s = self.settings.frame_deadline_s
+            if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
+                self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")
 
     # --- what front ends see ---
 
@@ -368,6 +434,12 @@ class Coordinator:
             pid=event.pid if event else 0,
             state="ready" if dispatcher else "loading",
         )
+
+
+async def _refused(error: DwarfStarError) -> AsyncGenerator[Token, None]:
+    """A generation that fails where all failures of one are awaited: at its first token."""
+    raise error
+    yield  # makes this an asynchronous generator
 
 
 def _address(member: Member) -> str:

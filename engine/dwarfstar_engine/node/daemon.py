@@ -1,9 +1,17 @@
 """The node daemon: lends one machine to a coordinator. It loads no model; it supervises the stage process that does.
 
-It keeps one control stream to the coordinator, opened from this side, and opens it again when it breaks. Over it come
-assignments; back go heartbeats and what happens to the stage. A stage that dies is reported at once; whether it is
-started again is the coordinator's decision (a new assignment). A stage that is asked for the slice it holds already
-keeps its weights and only joins the ring of the new epoch.
+It keeps one control stream to the coordinator, opened from this side, and opens it again when it breaks, for as long as
+it takes. Over it come assignments; back go heartbeats and what happens to the stage. A stage that dies is reported at
+once; whether it is started again is the coordinator's decision (a new assignment). A stage that is asked for the slice
+it holds already keeps its weights and only joins the ring of the new epoch.
+
+While the coordinator is away the stage and its weights stay: a coordinator that returns serves again within moments,
+where loading may take minutes. Nothing that happens meanwhile needs to be told afterwards, because a coordinator begins
+with an assignment, which is answered with the stage's state of that moment. The memory comes back when the daemon ends.
+
+Invariants. There is one stage process at most, also while one replaces another: assignments are carried out one at a
+time, and of several that wait only the newest is. Events of a stage that was replaced are not heard. The stage ends
+with the daemon, however that ends: it reads the end of its stdin.
 """
 
 from __future__ import annotations
@@ -12,23 +20,23 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import psutil
 
-from dwarfstar_engine.errors import DwarfStarError, PeerError, VersionMismatch
+from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError, VersionMismatch
 from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.node.child import Child
-from dwarfstar_engine.node.facts import Facts, used_bytes
-from dwarfstar_engine.node.source import find_model, fingerprint
+from dwarfstar_engine.node.facts import Facts, is_any, local_host, shown_host, used_bytes
+from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
 from dwarfstar_engine.stage.toy import PREFIX as TOY
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
-from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlStub
+from dwarfstar_engine.wire.generated import control_pb2_grpc
 from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.trust import NodeFiles
 
@@ -36,13 +44,21 @@ log = logging.getLogger("dwarfstar.node")
 
 HEARTBEAT_S = 1.0
 RETRY_S = (0.2, 0.5, 1.0, 2.0)  # pauses between attempts to reach the coordinator; the last one repeats
+STEADY_S = 10.0  # a connection that lived so long was sound: the pauses begin anew
+ANSWER_S = 10.0  # until a coordinator that was reached has welcomed or refused us
+RETELL_S = 600.0  # the same trouble with the coordinator is worth a line in the log this often
 OUTBOX = 1024  # messages waiting for the coordinator; more means it has stopped reading, and the stream is broken
+MAX_WORDS = 200  # characters of a dead stage's last words that are passed on
 STAGE = "dwarfstar_engine.stage.main"
+FOREIGN = "CERTIFICATE_VERIFY_FAILED"  # in gRPC's words, when the server's certificate is not of our CA
 
 
 @dataclass(frozen=True, slots=True)
 class NodeOptions:
-    """How this node works. listen: address its stages listen on. cpus: cores its stage is pinned to; empty: any."""
+    """How this node works. cpus: cores its stage is pinned to; empty: any.
+
+    listen: address its stages listen on; empty: the one this machine has towards the coordinator.
+    """
 
     name: str
     listen: str
@@ -55,15 +71,18 @@ class NodeOptions:
     split_mode: str = "layer"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Stage:
-    """The stage process and what it holds. ``load``: the assignment's part that decides its weights."""
+    """The stage process and what it holds. ``load``: what it was told, which only a new process could do otherwise."""
 
-    child: Child
     load: dict[str, Any]
     epoch: int
+    child: Child = field(init=False)
     port: int = 0
-    ready: bool = False
+    state: pb.StageState.ValueType = pb.STAGE_STATE_LOADING
+    ready: bool = False  # its weights are loaded
+    stats: dict[str, Any] = field(default_factory=dict)
+    frames: int = 0
 
 
 class NodeDaemon:
@@ -74,51 +93,70 @@ class NodeDaemon:
         self._stage: _Stage | None = None
         self._outbox: asyncio.Queue[pb.NodeMessage] = asyncio.Queue(OUTBOX)
         self._coordinator = ""
-        self._stats: dict[str, Any] = {}
+        self._host = options.listen
+        self._welcomed = False
+        self._newest = 0  # epoch of the newest assignment of this connection
         self._assigning = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._told = ("", float("-inf"))  # what was last said of the coordinator, and when
 
     async def run(self, coordinator: str) -> None:
         """Attach to the coordinator at host:port, again and again. Raises VersionMismatch: waiting would not help."""
         self._coordinator = coordinator
-        attempt = 0
+        loop, attempt = asyncio.get_running_loop(), 0
         try:
             while True:
+                began, self._welcomed = loop.time(), False
                 try:
-                    attempt = 0 if await self._attach(coordinator) else attempt + 1
+                    await self._attach(coordinator)
+                    self._tell(f"the coordinator at {coordinator} ended the connection")
                 except VersionMismatch:
                     raise
                 except PeerError as error:
-                    attempt += 1
-                    if attempt <= len(RETRY_S):
-                        log.warning("%s", error.message)
+                    self._tell(error.message)
+                steady = self._welcomed and loop.time() - began > STEADY_S
+                attempt = 0 if steady else attempt + 1
                 await asyncio.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
         finally:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._drop_stage()
 
-    async def _attach(self, coordinator: str) -> bool:
-        """One life of the control stream. Returns whether it was ever established."""
-        self._outbox = asyncio.Queue(OUTBOX)
+    def _tell(self, trouble: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if trouble != self._told[0] or now - self._told[1] > RETELL_S:
+            log.warning("%s; trying on", trouble)
+            self._told = (trouble, now)
+
+    async def _attach(self, coordinator: str) -> None:
+        """One life of the control stream. Raises PeerError: not reached, not answering, or it refuses us."""
+        self._host = self._options.listen or await local_host(coordinator, ANSWER_S)
+        self._outbox, self._newest = asyncio.Queue(OUTBOX), 0
         self._post(hello=self._hello())
-        established = False
-        beat = asyncio.create_task(self._beat())
+        beat = asyncio.create_task(self._beat(), name="heartbeat")
         try:
             async with channel.open_channel(coordinator, channel.channel_credentials(self._options.trust)) as link:
-                call = ControlStub(link).Attach(self._messages())
-                async for message in call:
-                    established = True
-                    self._handle(message)
+                stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(link)
+                async with asyncio.timeout(ANSWER_S) as deadline:
+                    async for message in stub.Attach(self._messages()):
+                        deadline.reschedule(None)
+                        self._handle(message)
+        except TimeoutError:
+            raise PeerError(f"the coordinator at {coordinator} does not answer") from None
         except grpc.aio.AioRpcError as error:
-            raise PeerError(f"the coordinator at {coordinator} is not reached: {error.details()}") from None
+            raise PeerError(_trouble(coordinator, error, self._welcomed)) from None
         finally:
             beat.cancel()
-        return established
+            await asyncio.gather(beat, return_exceptions=True)
 
     def _hello(self) -> pb.NodeHello:
         build, facts = local_build(), self._options.facts
         return pb.NodeHello(
             node_id=self._id,
             name=self._options.name,
+            data_host="" if is_any(self._host) else self._host,
             build=pb.Build(
                 protocol=build.protocol, llama_build=build.llama_build, version=build.version, abi=build.abi
             ),
@@ -154,66 +192,99 @@ class NodeDaemon:
             )
 
     def _stage_reports(self) -> list[pb.StageReport]:
-        if self._stage is None or not self._stats:
+        stage = self._stage
+        if stage is None:
             return []
-        stats = self._stats
         return [
-            pb.StageReport(epoch=self._stage.epoch, busy=stats["busy"], rss_bytes=stats["rss"], frames=stats["frames"])
+            pb.StageReport(
+                epoch=stage.epoch,
+                state=stage.state,
+                busy=stage.stats.get("busy", 0.0),
+                rss_bytes=stage.stats.get("rss", 0),
+                frames=stage.frames,
+            )
         ]
 
     def _handle(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):
             case "assign":
+                self._newest = message.assign.epoch
                 self._spawn(self._assign(message.assign))
             case "link":
                 self._link(message.link)
             case "release":
-                self._spawn(self._drop_stage())
+                self._spawn(self._release(message.release.epoch))
             case "refused":
                 if message.refused.code == VersionMismatch.code:
                     raise VersionMismatch(message.refused.message)
-                raise PeerError(message.refused.message, code=message.refused.code)
+                raise PeerError(
+                    f"the coordinator at {self._coordinator} refuses this node: {message.refused.message}",
+                    code=message.refused.code,
+                )
             case "welcome":
-                log.info("joined the coordinator at %s", self._coordinator)
+                self._welcomed = True
+                self._told = ("", float("-inf"))
+                log.info("attached to the coordinator at %s", self._coordinator)
+            case _:
+                pass  # a newer coordinator may say more than this release knows; the handshake has agreed to that
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a fault of the node daemon", exc_info=error)
 
     async def _assign(self, assign: pb.Assign) -> None:
         """Hold the slice asked for: keep the process that has it, or replace it."""
         async with self._assigning:
+            if assign.epoch != self._newest:
+                return  # a newer one waits behind us, or the coordinator that sent it is gone
             try:
-                load = self._load_command(assign)
+                load = await asyncio.to_thread(self._load_command, assign)
             except (DwarfStarError, OSError) as error:
                 self._report(assign.epoch, pb.STAGE_STATE_FAILED, str(error), getattr(error, "code", "stage_failed"))
                 return
             stage = self._stage
             if stage is not None and stage.child.alive and stage.load == load:
                 stage.epoch = assign.epoch
-                if stage.ready:
-                    self._report(assign.epoch, pb.STAGE_STATE_READY)
+                stage.state = pb.STAGE_STATE_READY if stage.ready else pb.STAGE_STATE_LOADING
+                self._report(assign.epoch, stage.state)
                 return
             await self._drop_stage()
-            child = Child(STAGE, self._on_event, self._on_exit)
-            self._stage = _Stage(child, load, assign.epoch)
-            try:
-                await child.start()
-            except OSError as error:
-                self._report(
-                    assign.epoch, pb.STAGE_STATE_FAILED, f"the stage process cannot be started: {error.strerror}"
-                )
-                return
-            options = self._options
-            child.send(name=options.name, host=options.listen, trust=str(options.trust.folder), cpus=list(options.cpus))
-            child.send(command="load", **load)
-            self._report(assign.epoch, pb.STAGE_STATE_LOADING)
+            await self._start_stage(load, assign.epoch)
+
+    async def _start_stage(self, load: dict[str, Any], epoch: int) -> None:
+        stage = _Stage(load, epoch)
+        child = Child(STAGE, lambda event: self._on_event(stage, event), lambda status: self._on_exit(stage, status))
+        stage.child = child
+        try:
+            await child.start()
+        except OSError as error:
+            self._report(epoch, pb.STAGE_STATE_FAILED, f"the stage process cannot be started: {error.strerror}")
+            return
+        self._stage = stage
+        options = self._options
+        child.send(name=options.name, host=load["host"], trust=str(options.trust.folder), cpus=list(options.cpus))
+        child.send(command="load", **load)
+        self._report(epoch, pb.STAGE_STATE_LOADING)
+
+    async def _release(self, epoch: int) -> None:
+        async with self._assigning:
+            if self._stage is not None and self._stage.epoch <= epoch:
+                await self._drop_stage()
 
     def _load_command(self, assign: pb.Assign) -> dict[str, Any]:
-        """The part of an assignment that decides what is loaded. Raises ModelError if this node has no such file."""
+        """The part of an assignment that decides what is loaded. Raises ModelError if this node has no such file.
+
+        It reads files: call it in a thread.
+        """
         command: dict[str, Any] = {
             "backend": "llama",
+            "host": shown_host(self._host),
             "layers": [assign.layer_begin, assign.layer_end],
             "model": assign.model.name,
             "wire": assign.options.wire_type,
@@ -235,15 +306,28 @@ class NodeDaemon:
         return command
 
     def _find(self, wanted: pb.ModelRef) -> Path:
-        hint = Path(wanted.path_hint)
-        path = hint if hint.is_file() else find_model(wanted.name, self._options.models)
-        model = read_model(path)
-        if fingerprint(model) != wanted.fingerprint:
+        """This machine's file of a model: of several of its name, the one that the coordinator serves.
+
+        Looked for in the models folder, in the demo's package, and last where the coordinator found its own.
+        """
+        candidates = [Path(wanted.path_hint)] if Path(wanted.path_hint).is_file() else []
+        for name in (DEMO, wanted.name):
+            with contextlib.suppress(ModelError):  # not there
+                path = find_model(name, self._options.models)
+                if name == wanted.name or path.stem == wanted.name:
+                    candidates.insert(0, path)
+        for path in candidates:
+            if fingerprint(read_model(path)) == wanted.fingerprint:
+                return path
+        if candidates:
             raise DwarfStarError(
-                f"{path} on {self._options.name} is not the file the coordinator serves: copy that one here",
+                f"{candidates[0]} on {self._options.name} is not the file the coordinator serves: copy that one here",
                 code="model_differs",
             )
-        return path
+        raise ModelError(
+            f"{self._options.name} has no file of the model {wanted.name}: copy it into {self._options.models} there",
+            code="model_not_found",
+        )
 
     def _link(self, link: pb.Link) -> None:
         stage = self._stage
@@ -252,9 +336,8 @@ class NodeDaemon:
             return
         stage.child.send(command="link", epoch=link.epoch, next=link.next_hop or self._coordinator)
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        stage = self._stage
-        if stage is None:
+    def _on_event(self, stage: _Stage, event: dict[str, Any]) -> None:
+        if stage is not self._stage:
             return
         match event["event"]:
             case "listening":
@@ -262,27 +345,36 @@ class NodeDaemon:
             case "loading":
                 self._report(stage.epoch, pb.STAGE_STATE_LOADING, share=float(event["share"]))
             case "ready":
-                stage.ready = True
+                stage.ready, stage.state = True, pb.STAGE_STATE_READY
                 self._report(stage.epoch, pb.STAGE_STATE_READY)
             case "linked":
+                stage.state = pb.STAGE_STATE_LINKED
                 self._report(int(event["epoch"]), pb.STAGE_STATE_LINKED)
             case "broken":
+                stage.state = pb.STAGE_STATE_BROKEN
                 self._report(int(event["epoch"]), pb.STAGE_STATE_BROKEN, event["message"], event.get("code", ""))
             case "failed":
                 self._report(stage.epoch, pb.STAGE_STATE_FAILED, event["message"], event["code"])
+                self._spawn(self._discard(stage))
             case "stats":
-                self._stats = event
+                stage.stats = event
+                stage.frames += int(event["frames"])
 
-    def _on_exit(self, status: int) -> None:
-        stage = self._stage
-        if stage is None:
+    async def _discard(self, stage: _Stage) -> None:
+        """End a stage that could not load: asked again for the same slice, a new process tries again."""
+        async with self._assigning:
+            if stage is self._stage:
+                await self._drop_stage()
+
+    def _on_exit(self, stage: _Stage, status: int) -> None:
+        if stage is not self._stage:
             return
         cause = f"signal {-status}" if status < 0 else f"status {status}"
-        words = f": {stage.child.last_words[-1]}" if stage.child.last_words else ""
+        words = f": {stage.child.last_words[-1][:MAX_WORDS]}" if stage.child.last_words else ""
         log.error("the stage process %d ended with %s%s", stage.child.pid, cause, words)
         self._stage = None
         self._report(
-            stage.epoch, pb.STAGE_STATE_EXITED, f"the stage process on {self._options.name} ended with {cause}"
+            stage.epoch, pb.STAGE_STATE_EXITED, f"the stage process on {self._options.name} ended with {cause}{words}"
         )
 
     def _report(
@@ -305,3 +397,15 @@ class NodeDaemon:
         stage, self._stage = self._stage, None
         if stage is not None:
             await stage.child.stop()
+
+
+def _trouble(coordinator: str, error: grpc.aio.AioRpcError, welcomed: bool) -> str:
+    detail = error.details() or str(error.code())
+    if welcomed:
+        return f"the connection to the coordinator at {coordinator} was lost ({detail})"
+    if FOREIGN in detail:
+        return (
+            f"what answers at {coordinator} is not of the cluster this node joined: "
+            "if the coordinator was set up anew, join again with a new token"
+        )
+    return f"the coordinator at {coordinator} is not reached ({detail})"

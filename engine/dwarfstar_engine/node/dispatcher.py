@@ -11,13 +11,13 @@ import itertools
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dwarfstar_engine.batch.scheduler import Scheduler, Step
-from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, StageError
+from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, StageError
 from dwarfstar_engine.serving import Request, Token
 from dwarfstar_engine.wire import frames
 from dwarfstar_engine.wire.frames import FaultFrame, FreeSlot, Op, Payload, ResultFrame, SetSampler, StepFrame
@@ -46,7 +46,7 @@ class StageTimes:
 @dataclass(slots=True)
 class _Flight:
     rows: int
-    decode: bool
+    wanted: int
     sent_at: float
 
 
@@ -58,7 +58,7 @@ class _Answer:
 
 
 class Dispatcher:
-    """``send`` puts a frame into the ring; ``on_fault`` is told of a fault frame, after which ``fail`` is called."""
+    """Puts frames into the ring by ``send`` and ``flush``; a fault frame goes to ``on_fault``, which calls ``fail``."""
 
     def __init__(
         self,
@@ -66,16 +66,18 @@ class Dispatcher:
         epoch: int,
         stages: int,
         send: Callable[[bytes], None],
+        flush: Callable[[], Awaitable[None]],
         on_fault: Callable[[str], None],
     ) -> None:
         self.scheduler, self.epoch = scheduler, epoch
         self.stages = [StageTimes() for _ in range(stages)]
-        self._send, self._on_fault = send, on_fault
+        self._send, self._flush, self._on_fault = send, flush, on_fault
         self._answers: dict[int, _Answer] = {}
         self._ids = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
         self._drawn: deque[float] = deque(maxlen=RATE_TOKENS)  # times of the tokens drawn lately
         self._error: DwarfStarError | None = None
+        self._flushes: set[asyncio.Future[None]] = set()
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         """The tokens of a request; see ``serving.Engine.generate``."""
@@ -93,6 +95,7 @@ class Dispatcher:
         try:
             self.scheduler.submit(sequence, request)
             self._pump()
+            self._flush_apart()
             while True:
                 item = await answer.tokens.get()
                 if isinstance(item, DwarfStarError):
@@ -105,12 +108,17 @@ class Dispatcher:
             if self._error is None:
                 self.scheduler.cancel(sequence)
                 self._pump()
+                self._flush_apart()
+
+    def _flush_apart(self) -> None:
+        """Flush in a task of its own: the caller may be cancelled, and a cancelled write would end the hop."""
+        task = asyncio.ensure_future(self._flush())
+        self._flushes.add(task)
+        task.add_done_callback(self._flushes.discard)
 
     def _pump(self) -> None:
         while self._error is None and (step := self.scheduler.schedule()) is not None:
-            self._flights[step.number] = _Flight(
-                len(step.slots), len(step.slots) == len(step.sequences), time.monotonic()
-            )
+            self._flights[step.number] = _Flight(len(step.slots), len(step.sequences), time.monotonic())
             self._send(self._frame(step))
 
     def _frame(self, step: Step) -> bytes:
@@ -136,7 +144,7 @@ class Dispatcher:
         request = self.scheduler.request(sequence)
         return SamplerSpec.of(request.sampling, request.prompt, secrets.randbits(64)).encode()
 
-    def on_frame(self, data: bytes) -> None:
+    async def on_frame(self, data: bytes) -> None:
         """A frame from the last stage. Raises FrameError if it is not one."""
         frame = frames.decode(data)
         if frame.epoch != self.epoch or self._error is not None:
@@ -145,15 +153,18 @@ class Dispatcher:
             self._on_fault(frame.message)
             return
         assert isinstance(frame, ResultFrame)
-        flight = self._flights.pop(frame.number)
+        flight = self._flights.pop(frame.number, None)
+        if flight is None or len(frame.rows) != flight.wanted:
+            raise FrameError(f"a result came for frame {frame.number}, which asked for no such thing")
         outputs = self.scheduler.complete(frame.number, [Token(row.token, row.logprob, row.top) for row in frame.rows])
         self._pump()
+        await self._flush()
         now = time.monotonic()
         for output in outputs:
             self._drawn.append(now)
             if (answer := self._answers.get(output.sequence)) is not None:
                 answer.tokens.put_nowait(output.token)
-        if flight.decode and len(frame.timings) == len(self.stages):
+        if flight.rows == flight.wanted and len(frame.timings) == len(self.stages):
             for stage, (compute_us, wait_us) in zip(self.stages, frame.timings, strict=True):
                 stage.add(compute_us, wait_us, flight.rows)
 

@@ -1,18 +1,30 @@
-"""What a machine can lend: its device, its memory, and the effective VRAM derived from them."""
+"""What a machine can lend: its device, its memory, the effective VRAM derived from them; and where it is reached."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib.util
+import ipaddress
 import os
 import platform
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from dwarfstar_engine.errors import PeerError
+from dwarfstar_engine.wire.enrol import split_address
+
 GIB = 1 << 30
 RAM_SHARE = 0.8  # of the RAM available at start: the rest keeps the system usable
 VRAM_SHARE = 0.92  # of free VRAM: the driver and the desktop take some later
+CGROUPS = (  # (folder, limit, in use, its reclaimable part): what a container may take; the kernel's totals hide it
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_DOCUMENTATION = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))  # RFC 5737, 3849: belong to nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +70,29 @@ def measure(override_gib: float | None) -> Facts:
         device, total, free = gpu
         kind, usable = "cuda", int(free * VRAM_SHARE)
     else:
-        memory = psutil.virtual_memory()
-        kind, device, total = "cpu", platform.processor() or platform.machine(), memory.total
-        usable = int(memory.available * RAM_SHARE)
+        total, available = _memory()
+        kind, device = "cpu", platform.processor() or platform.machine()
+        usable = int(available * RAM_SHARE)
     return Facts(kind, device, total, usable, int((override_gib or 0) * GIB))
+
+
+def _memory() -> tuple[int, int]:
+    """(total, available) bytes of RAM to this process: the machine's, or its container's where that is less."""
+    memory = psutil.virtual_memory()
+    total, available = int(memory.total), int(memory.available)
+    for folder, limit_file, use_file, cache_key in CGROUPS:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such cgroup, or "max": no limit
+            limit, use = (int(Path(folder, file).read_text("ascii")) for file in (limit_file, use_file))
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text("ascii").splitlines())
+            if limit < total:
+                total, available = limit, min(available, max(0, limit - use + int(statistics[cache_key])))
+    return total, available
 
 
 def used_bytes() -> int:
     """Memory in use on this machine now."""
-    memory = psutil.virtual_memory()
-    return int(memory.total - memory.available)
+    total, available = _memory()
+    return total - available
 
 
 def cores() -> list[int]:
@@ -81,3 +106,64 @@ def default_threads(sharing: int) -> int:
     """Threads of a stage when ``sharing`` nodes run on this machine: physical cores, shared out."""
     physical = psutil.cpu_count(logical=False) or 1
     return max(1, min(physical, len(cores())) // max(1, sharing))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def is_any(host: str) -> bool:
+    """Whether ``host`` means every address of this machine; to others it says nothing."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return host == ""
+
+
+def outward_host() -> str | None:
+    """The address this machine shows the network its default route leads to, or None. Nothing is sent."""
+    for destination, family in _DOCUMENTATION:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((destination, 9))  # of a datagram socket: looks up the route, no more
+            host = str(probe.getsockname()[0])
+            if not is_loopback(host) and not is_any(host):
+                return host
+    addresses = (
+        address.address
+        for card in psutil.net_if_addrs().values()
+        for address in card
+        if address.family is socket.AF_INET and not is_loopback(address.address)
+    )
+    return next(addresses, None)  # no default route: a network of its own, such as a cable between two machines
+
+
+def reached_host(listened_on: str) -> str:
+    """The address others reach ``listened_on`` at: itself, or if it means all addresses, the outward one."""
+    return (outward_host() or "127.0.0.1") if is_any(listened_on) else listened_on
+
+
+async def local_host(address: str, deadline_s: float) -> str:
+    """The address this machine has towards "host:port", found by connecting to it. Raises PeerError."""
+    host, port = split_address(address)
+    try:
+        async with asyncio.timeout(deadline_s):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError) as error:
+        # asyncio puts its own words in the place of the system's, but not of the resolver's
+        of_resolver = isinstance(error, socket.gaierror)
+        why = error.strerror if of_resolver else os.strerror(error.errno) if error.errno else "no answer"
+        raise PeerError(f"the coordinator at {address} is not reached ({why})") from None
+    found = str(writer.get_extra_info("sockname")[0])
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return found
+
+
+def shown_host(host: str) -> str:
+    """``host`` as it stands before a port: v6 addresses in brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ log = logging.getLogger("dwarfstar.local")
 RESTART_S = (0.1, 0.5, 2.0, 5.0)  # pauses before a restart, by how many there were in a row; the last one repeats
 STEADY_S = 30.0  # a node that lived so long is counted as new
 KILL_AFTER_S = 4.0
+LOG_BYTES = 1 << 20  # of node.log; the one before is kept as node.log.1
+LOG_CHECK_S = 30.0
 
 
 @dataclass(slots=True)
@@ -42,7 +45,8 @@ class LocalNode:
             arguments += ["--effective-vram", str(self.effective_vram)]
         if self.cpus:
             arguments += ["--cpus", ",".join(map(str, self.cpus))]
-        with (self.home / "node.log").open("ab") as out:
+        self._trim_log()
+        with self._log.open("ab") as out:
             return await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -51,19 +55,46 @@ class LocalNode:
                 stdin=asyncio.subprocess.PIPE,  # its end tells the node that we are gone
                 stdout=out,
                 stderr=out,
+                process_group=0 if os.name == "posix" else None,  # Ctrl-C is for the engine; it ends its nodes in order
             )
+
+    @property
+    def _log(self) -> Path:
+        return self.home / "node.log"
+
+    def _trim_log(self) -> None:
+        """Keep node.log bounded. The node appends, so it goes on at the start of the emptied file."""
+        with contextlib.suppress(OSError):  # a log is not worth a node
+            if self._log.stat().st_size > LOG_BYTES:
+                self._log.with_suffix(".log.1").write_bytes(self._log.read_bytes()[-LOG_BYTES:])
+                os.truncate(self._log, 0)
+
+    async def _exit_status(self, process: asyncio.subprocess.Process) -> int:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(process.wait(), LOG_CHECK_S)
+            self._trim_log()
 
     async def _keep(self) -> None:
         loop, failures = asyncio.get_running_loop(), 0
         while True:
             assert self._process is not None
             started = loop.time()
-            status = await self._process.wait()
+            status = await self._exit_status(self._process)
             failures = 0 if loop.time() - started > STEADY_S else failures + 1
             pause = RESTART_S[min(failures, len(RESTART_S)) - 1] if failures else RESTART_S[0]
-            log.warning("local node %s ended with status %d; starting it again in %.1f s", self.name, status, pause)
+            log.warning(
+                "local node %s ended with status %d: starting it again in %.1f s (its log: %s)",
+                self.name,
+                status,
+                pause,
+                self._log,
+            )
             await asyncio.sleep(pause)
-            self._process = await self._spawn()
+            try:
+                self._process = await self._spawn()
+            except OSError as error:  # no memory or processes left: it may pass
+                log.error("local node %s cannot be started: %s", self.name, error.strerror)
 
     async def stop(self) -> None:
         """End it: politely, then by force. Idempotent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 
 from dwarfstar_engine.errors import PeerError
@@ -15,6 +16,7 @@ LATE_S = 2.5  # without a heartbeat a node is late, and after LOST_S lost; heart
 LOST_S = 5.0
 OUTBOX = 256  # messages waiting for a node; it is told a few per epoch, so more means it has stopped reading
 MAX_NODES = 1024
+END = pb.CoordinatorMessage()  # in an outbox: close the control stream
 
 
 @dataclass(slots=True)
@@ -46,6 +48,11 @@ class Member:
             self.outbox.put_nowait(message)
         except asyncio.QueueFull:
             raise PeerError(f"node {self.name} takes no messages", code="node_stuck") from None
+
+    def dismiss(self) -> None:
+        """End its control stream, so that a node that was only silent attaches again when it wakes."""
+        with contextlib.suppress(asyncio.QueueFull):  # then it has stopped reading, and the transport's timeout ends it
+            self.outbox.put_nowait(END)
 
     def state(self, now: float) -> str:
         age = now - self.heard

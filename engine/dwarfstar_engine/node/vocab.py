@@ -105,9 +105,7 @@ class ProcessVocab:
             self._ready.set_exception(
                 ModelError(f"{self._path}: llama.cpp ended while reading the vocabulary: {''.join(words)}")
             )
-        for call in self._calls.values():
-            if not call.done():
-                call.set_exception(Unavailable("the tokeniser failed on this text", retry_after_s=1.0))
+        self._fail_calls()
 
     def piece(self, token: int) -> bytes:
         return self._pieces[token]
@@ -122,21 +120,35 @@ class ProcessVocab:
         async with self._lock:
             if self._child is None or not self._child.alive:
                 await self.start()
-        assert self._child is not None
+        child = self._child
+        assert child is not None
         number, self._next = self._next, self._next + 1
         future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         self._calls[number] = future
-        self._child.send(id=number, **command)
+        child.send(id=number, **command)
         try:
             return await asyncio.wait_for(future, CALL_DEADLINE_S)
         except TimeoutError:
-            child, self._child = self._child, None
-            await child.stop()
+            await self._give_up(child)
             raise RequestError(
-                f"preparing the prompt took more than {CALL_DEADLINE_S:.0f} s: the chat template does not end"
+                f"preparing the prompt took more than {CALL_DEADLINE_S:.0f} s: it is too long, "
+                "or the model's chat template does not end on it",
+                code="prompt_takes_too_long",
             ) from None
         finally:
             del self._calls[number]
+
+    async def _give_up(self, child: Child) -> None:
+        """End a process that hangs. Calls that wait behind the one at fault fail with it; they may come again."""
+        if self._child is child:
+            self._child = None
+            self._fail_calls()
+        await child.stop()
+
+    def _fail_calls(self) -> None:
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(Unavailable("the tokeniser failed during this request", retry_after_s=1.0))
 
     async def close(self) -> None:
         if self._child is not None:

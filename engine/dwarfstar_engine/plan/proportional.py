@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dwarfstar_engine.errors import IllegalCutError, PlanError
-from dwarfstar_engine.model.costs import ModelCosts
+from dwarfstar_engine.errors import PlanError
+from dwarfstar_engine.model.costs import ModelCosts, stage_bytes
+from dwarfstar_engine.model.slice import check_cut
 
 TOO_LARGE = "model_too_large_for_remaining_capacity"
 GIB = 1 << 30
@@ -35,7 +36,8 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """Layers [a, b) on a node. weights_bytes counts the head on the last stage."""
+    """Layers [a, b) on a node. weights_bytes are those of the slice, with what every stage holds and the last one's
+    head."""
 
     node: str
     layers: tuple[int, int]
@@ -51,7 +53,7 @@ class Plan:
 
 def stage_plan(costs: ModelCosts, need: Need, node: str, a: int, b: int) -> StagePlan:
     """What layers [a, b) of the model take on a node."""
-    weights = sum(costs.layer_bytes[a:b]) + (costs.head_bytes if b == len(costs.layer_bytes) else 0)
+    weights = stage_bytes(costs, a, b, last=b == len(costs.layer_bytes))
     kv = need.cells * sum(costs.kv_bytes_per_token[a:b])
     return StagePlan(node, (a, b), weights, kv)
 
@@ -64,13 +66,7 @@ def with_cuts(
     Raises IllegalCutError for a boundary the model may not be divided at, PlanError if nodes are missing or too small.
     """
     layers = len(costs.layer_bytes)
-    for cut in cuts:
-        if cut not in legal:
-            near = sorted(legal, key=lambda c: (abs(c - cut), c))[:2]
-            hint = f"the nearest legal cuts are {', '.join(map(str, sorted(near)))}" if near else "it cannot be divided"
-            raise IllegalCutError(f"layer {cut} is not a legal cut of this model: {hint}")
-    if list(cuts) != sorted(set(cuts)):
-        raise IllegalCutError("cuts must rise: give each boundary once, in order")
+    check_cut(layers, legal, cuts)
     if len(nodes) < len(cuts) + 1:
         raise PlanError(f"{len(cuts) + 1} stages need as many nodes, and there are {len(nodes)}")
     bounds = [0, *cuts, layers]
@@ -116,10 +112,12 @@ def proportional(costs: ModelCosts, legal: Sequence[int], need: Need, nodes: Seq
         excluded += [(n.node, "its share is less than one layer") for n in empty]
         used = [n for n in used if n not in empty]
     have = sum(n.usable_bytes for n in nodes)
-    total = _bytes(stage_plan(costs, need, "", 0, layers), need)
+    whole = stage_plan(costs, need, "", 0, layers)
+    several = f"the {len(nodes)} nodes have" if len(nodes) > 1 else "the only node has"
     raise PlanError(
-        f"the model needs {total / GIB:.2f} GiB with its KV cache and the {len(nodes)} nodes have {have / GIB:.2f} GiB "
-        "that its layers can use: add a node or choose a smaller model or context",
+        f"the model needs {(whole.weights_bytes + whole.kv_bytes) / GIB:.2f} GiB with its KV cache, and "
+        f"{need.reserve_bytes / GIB:.2f} GiB on each node for buffers; {several} {have / GIB:.2f} GiB, into which "
+        "its layers do not fit: add a node or choose a smaller model or context",
         code=TOO_LARGE,
         retry_after_s=5.0,
     )

@@ -28,10 +28,11 @@ from dwarfstar_engine import native
 from dwarfstar_engine.errors import StageError
 from dwarfstar_engine.model.arch import ArchRules
 from dwarfstar_engine.model.slice import SliceFile, TokenEmbedding
+from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage import llamacpp
+from dwarfstar_engine.stage.hot import FloatRows, HotStage, Table
 from dwarfstar_engine.stage.llamacpp import llama
 
-FloatRows = NDArray[np.float32]  # n × n_embd, C order
 SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 FLASH_MODES = {"auto": -1, "off": 0, "on": 1}
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
@@ -55,8 +56,9 @@ class LlamaOptions:
 
 
 class LlamaSlice:
-    """A loaded slice. ``step`` runs rows through it; ``argmax``/``sample`` read the last stage's logits.
+    """A loaded slice. ``step`` runs rows through it; ``logits`` reads what the last stage computed.
 
+    ``hot`` makes its llama.cpp calls; with an ``embedder`` it runs whole token frames, and sends on in ``wire``.
     Raises StageError if llama.cpp refuses to load it.
     """
 
@@ -67,6 +69,9 @@ class LlamaSlice:
         n_embd: int,
         options: LlamaOptions,
         on_progress: Callable[[float], None] | None = None,
+        *,
+        embedder: Embedder | None = None,
+        wire: WireType = WireType.F32,
     ) -> None:
         llamacpp.init()
         self.file, self.n_embd, self.options = file, n_embd, options
@@ -90,7 +95,20 @@ class LlamaSlice:
         self._memory = llama.llama_get_memory(self._context)
         self.vocab = llama.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama.llama_vocab_n_tokens(self.vocab))
-        self._batch = _Batch(options.batch, rules.positions_per_token, token_input=rules.token_input)
+        self.hot = HotStage(
+            context=self._context,
+            tap=self._tap,
+            n_embd=n_embd,
+            n_vocab=self.vocab_size,
+            capacity=options.batch,
+            slots=options.slots,
+            planes=rules.positions_per_token,
+            wire=wire,
+            last=file.last,
+            injects=self._injects,
+            token_input=rules.token_input,
+            table=None if embedder is None else embedder.table,
+        )
 
     def _load(self, on_progress: Callable[[float], None] | None) -> Any:
         options = self.options
@@ -123,9 +141,8 @@ class LlamaSlice:
         params.n_batch = params.n_ubatch = options.batch
         params.n_seq_max = options.slots
         if self.file.last:
-            params.n_outputs_max = (
-                options.slots
-            )  # the compute buffer holds logits for so many rows, not for a whole chunk
+            # The compute buffer then holds logits for so many rows, and not for a whole chunk.
+            params.n_outputs_max = options.slots
         params.n_threads = params.n_threads_batch = options.threads
         params.flash_attn_type = FLASH_MODES[options.flash_attention]
         params.type_k = params.type_v = KV_TYPES[options.kv_type]
@@ -152,26 +169,7 @@ class LlamaSlice:
 
         positions, slots, wants: one a row. Raises StageError if the KV cache is full or llama.cpp fails.
         """
-        n = rows.shape[0]
-        assert 0 < n <= self.options.batch and rows.dtype == np.float32 and rows.flags.c_contiguous
-        batch = self._batch.fill(rows, positions, slots, wants if self.file.last else None)
-        out: FloatRows | None = None
-        if self.file.last:
-            if self._injects:
-                self._tap.begin(source=rows)
-        else:
-            out = np.empty((n, self.n_embd), np.float32)
-            self._tap.begin(target=out, source=rows if self._injects else None)
-        code = llama.llama_decode(self._context, batch)
-        if code == 1:
-            raise StageError("the KV cache of this stage is full", code="kv_full")
-        if code != 0:
-            raise StageError(f"llama.cpp failed to run a frame (code {code}): {llamacpp.log_tail()}")
-        if out is not None or self._injects:
-            self._tap.check(
-                captured=None if out is None else out.nbytes, injected=rows.nbytes if self._injects else None
-            )
-        return out
+        return self.hot.step(rows, positions, slots, wants)
 
     def logits(self, row: int) -> int:
         """The address of the logits (float × vocab_size) of batch row ``row``. Valid until the next step."""
@@ -180,16 +178,15 @@ class LlamaSlice:
         assert value, row
         return value
 
-    def sample(self, chain: Any, row: int) -> int:
-        """Draw with a llama.cpp sampler chain from row's logits; the chain accepts the token."""
-        return int(llama.llama_sampler_sample(chain, self._context, row))
-
     def trim(self, slot: int, position: int) -> None:
         """Forget a slot's tokens from ``position`` on; 0 frees it."""
         llama.llama_memory_seq_rm(self._memory, slot, position, -1)
 
     def copy(self, source: int, target: int, position: int) -> None:
-        """Share the cells of ``source`` before ``position`` with ``target``."""
+        """Share the cells of ``source`` before ``position`` with ``target``, which loses its own."""
+        if source == target:
+            return
+        llama.llama_memory_seq_rm(self._memory, target, -1, -1)
         llama.llama_memory_seq_cp(self._memory, source, target, 0, position)
 
     def close(self) -> None:
@@ -202,52 +199,6 @@ class LlamaSlice:
             self._model = None
 
 
-class _Batch:
-    """A ``llama_batch`` over arrays allocated once; ``embd`` points into the caller's rows, nothing is copied."""
-
-    def __init__(self, capacity: int, positions_per_token: int, *, token_input: bool = False) -> None:
-        self._planes = positions_per_token
-        self._position = np.zeros(capacity * positions_per_token, np.int32)
-        self._slot = np.zeros(capacity, np.int32)
-        self._counts = np.ones(capacity, np.int32)
-        self._wants = np.zeros(capacity, np.int8)
-        first = self._slot.ctypes.data
-        self._slot_pointers = (ctypes.c_void_p * capacity)(*(first + 4 * i for i in range(capacity)))
-        self._batch = llama.llama_batch()
-        self._batch.pos = _pointer(self._position, type(self._batch.pos))
-        self._batch.n_seq_id = _pointer(self._counts, type(self._batch.n_seq_id))
-        self._batch.seq_id = ctypes.cast(self._slot_pointers, type(self._batch.seq_id))
-        self._batch.logits = _pointer(self._wants, type(self._batch.logits))
-        self._float_pointer = type(self._batch.embd)
-        # Some graphs take token ids only: they are given zeros, and the rows are injected over their embeddings.
-        self._tokens = np.zeros(capacity, np.int32) if token_input else None
-        if self._tokens is not None:
-            self._batch.token = _pointer(self._tokens, type(self._batch.token))
-
-    def fill(
-        self, rows: FloatRows, positions: NDArray[np.int32], slots: NDArray[np.uint16], wants: NDArray[np.uint8] | None
-    ) -> Any:
-        n = rows.shape[0]
-        self._position[:n] = positions
-        if self._planes > 1:  # M-RoPE: text positions in the first three planes, 0 in the fourth
-            self._position[n : self._planes * n] = 0
-            for plane in range(1, min(3, self._planes)):
-                self._position[plane * n : (plane + 1) * n] = positions
-        self._slot[:n] = slots
-        if wants is None:
-            self._wants[:n] = 1
-        else:
-            self._wants[:n] = wants
-        self._batch.n_tokens = n
-        if self._tokens is None:
-            self._batch.embd = _pointer(rows, self._float_pointer)
-        return self._batch
-
-
-def _pointer(array: NDArray[Any], kind: Any) -> Any:
-    return ctypes.cast(array.ctypes.data, kind)
-
-
 class Embedder:
     """Token ids → embedding rows, exactly as llama.cpp's ``get_rows`` computes them, from the file's own bytes.
 
@@ -255,7 +206,6 @@ class Embedder:
     """
 
     def __init__(self, embedding: TokenEmbedding) -> None:
-        self._embedding = embedding
         start = embedding.offset - embedding.offset % mmap.ALLOCATIONGRANULARITY
         end = embedding.offset + embedding.row_bytes * embedding.n_rows
         with Path(embedding.path).open("rb") as file:
@@ -263,20 +213,26 @@ class Embedder:
         if hasattr(os, "posix_fadvise") and hasattr(mmap, "MADV_RANDOM"):
             self._map.madvise(mmap.MADV_RANDOM)  # rows are scattered: read-ahead would only fill memory
         self._view = np.frombuffer(self._map, np.uint8)
-        self._base = self._view.ctypes.data + (embedding.offset - start)
-        self._to_float = llamacpp.to_float_address(embedding.type)
+        self.table = Table(
+            to_float=llamacpp.to_float_address(embedding.type),
+            base=self._view.ctypes.data + (embedding.offset - start),
+            n_rows=embedding.n_rows,
+            row_bytes=embedding.row_bytes,
+            scale=embedding.scale,
+        )
+        self._n_embd = embedding.n_embd
 
     def rows(self, tokens: NDArray[np.int32]) -> FloatRows:
         """n token ids → n × n_embd f32, scaled as the architecture asks. Raises StageError on an id out of range."""
-        e = self._embedding
-        out = np.empty((tokens.shape[0], e.n_embd), np.float32)
+        t = self.table
+        out = np.empty((tokens.shape[0], self._n_embd), np.float32)
         native.embed_rows(
-            to_float=self._to_float,
-            base=self._base,
-            n_rows=e.n_rows,
-            row_bytes=e.row_bytes,
+            to_float=t.to_float,
+            base=t.base,
+            n_rows=t.n_rows,
+            row_bytes=t.row_bytes,
             ids=tokens,
-            scale=e.scale,
+            scale=t.scale,
             out=out,
         )
         return out

@@ -1,6 +1,7 @@
 """Sampling at the last stage: llama.cpp sampler chains, so that token ids cross the wire and not logits.
 
-Randomness at a position derives from (seed, position) alone: a replay after a failure draws the same tokens.
+Randomness at a position derives from (seed, position) alone (``hot.draw_seed``): a replay after a failure draws the
+same tokens. Drawing itself is native (``hot.HotStage.draw``).
 Log-probabilities are of the model's own distribution, before temperature and penalties, as OpenAI's are.
 """
 
@@ -14,31 +15,18 @@ from dwarfstar_engine.stage.llamacpp import llama
 from dwarfstar_engine.wire.frames import SampledRow
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
-_MASK = (1 << 64) - 1
-
-
-def draw_seed(seed: int, position: int) -> int:
-    """32 bits for llama.cpp's generator from a 64-bit seed and a position: splitmix64's finaliser.
-
-    Never 0xFFFFFFFF, which llama.cpp takes for "choose one yourself".
-    """
-    x = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    x ^= x >> 31
-    return min(x & 0xFFFFFFFF, 0xFFFFFFFE)
-
 
 class Sampler:
     """One slot's sampler. Plain greedy needs no chain; everything else is a llama.cpp chain."""
 
-    def __init__(self, spec: SamplerSpec, slice_: LlamaSlice) -> None:
-        self.spec = spec
+    def __init__(self, spec: SamplerSpec, slice_: LlamaSlice, slot: int) -> None:
+        self.spec, self._slice, self._slot = spec, slice_, slot
         self._chain: Any = None
-        self._dist: int | None = None  # index of the drawing sampler in the chain
+        dist = -1  # index of the drawing sampler in the chain
         greedy = spec.temperature <= 0
         edits = bool(spec.logit_bias) or spec.repeat_penalty != 1.0 or spec.frequency_penalty or spec.presence_penalty
         if greedy and not edits:
+            slice_.hot.set_sampler(slot, chain=None, dist=-1, seed=0)
             return
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         vocab = slice_.vocab_size
@@ -70,29 +58,22 @@ class Sampler:
             if spec.min_p > 0.0:
                 llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_min_p(spec.min_p, 1))
             llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_temp(spec.temperature))
-            self._dist = llama.llama_sampler_chain_n(chain)
+            dist = llama.llama_sampler_chain_n(chain)
             llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(0))
         self._chain = chain
+        slice_.hot.set_sampler(slot, chain=chain, dist=dist, seed=spec.seed)
 
-    def sample(self, slice_: LlamaSlice, row: int, slot: int, position: int) -> SampledRow:
+    def sample(self, row: int, position: int) -> SampledRow:
         """Draw the token that follows the batch row ``row``, whose position is ``position``."""
-        logits = slice_.logits(row)
-        if self._chain is None:
-            token = native.argmax(logits, slice_.vocab_size)
-        else:
-            if self._dist is not None:
-                llama.llama_sampler_free(llama.llama_sampler_chain_remove(self._chain, self._dist))
-                llama.llama_sampler_chain_add(
-                    self._chain, llama.llama_sampler_init_dist(draw_seed(self.spec.seed, position))
-                )
-            token = slice_.sample(self._chain, row)
+        token = self._slice.hot.draw(row, self._slot, position)
         if self.spec.logprobs < 0:
-            return SampledRow(slot, token, 0.0, ())
-        chosen, top = native.top_logprobs(logits, slice_.vocab_size, token, self.spec.logprobs)
-        return SampledRow(slot, token, chosen, top)
+            return SampledRow(self._slot, token, 0.0, ())
+        chosen, top = native.top_logprobs(self._slice.logits(row), self._slice.vocab_size, token, self.spec.logprobs)
+        return SampledRow(self._slot, token, chosen, top)
 
     def close(self) -> None:
         """Free the chain. Idempotent."""
+        self._slice.hot.clear_sampler(self._slot)
         if self._chain is not None:
             llama.llama_sampler_free(self._chain)
             self._chain = None

@@ -2,7 +2,7 @@
 
 The activation of a token is a rolling hash over (layer, position, token) and over the hidden states the layer has
 cached for the positions before. A skipped, repeated or swapped layer, a stale or missing KV cell, or a wrong position
-changes the token drawn at the end. :func:`expected` computes the undisturbed answer without a pipeline.
+changes the token drawn at the end, or is an error. :func:`expected` computes the undisturbed answer without a pipeline.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class ToySlice:
         self._cache: dict[tuple[int, int], dict[int, int]] = {}  # (slot, layer) → position → hidden state
 
     def step(self, rows: NDArray[np.float32], positions: Sequence[int], slots: Sequence[int]) -> NDArray[np.float32]:
-        """n × WIDTH hidden states in and out. Raises StageError if earlier positions are missing."""
+        """n × WIDTH hidden states in and out. Raises StageError unless each position follows the last one held."""
         out = np.empty_like(rows)
         for index, (position, slot) in enumerate(zip(positions, slots, strict=True)):
             state = from_row(rows[index])
             for layer in self._layers:
                 cache = self._cache.setdefault((int(slot), layer), {})
-                if position and position - 1 not in cache:
-                    raise StageError(f"toy: slot {slot} has no position {position - 1} at layer {layer}")
+                if position != len(cache):  # missing cells, or stale ones that nobody freed
+                    raise StageError(f"toy: slot {slot} holds {len(cache)} positions at layer {layer}, not {position}")
                 state = _mix(layer, int(position), state, cache.get(int(position) - 1, 0))
                 cache[int(position)] = state
             out[index] = to_row(state)
@@ -85,6 +85,7 @@ class ToySlice:
                     del cache[held]
 
     def copy(self, source: int, target: int, position: int) -> None:
+        self.trim(target, 0)
         for (owner, layer), cache in list(self._cache.items()):
             if owner == source:
                 self._cache[(target, layer)] = {p: s for p, s in cache.items() if p < position}

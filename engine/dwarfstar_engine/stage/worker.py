@@ -44,6 +44,10 @@ class Backend(Protocol):
     last: bool
     width: int
 
+    def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
+        """A whole frame at once, where the backend can: the next hop's frame, or None to go the general way."""
+        ...
+
     def embed(self, tokens: NDArray[np.int32]) -> Rows: ...
     def step(self, rows: Rows, frame: StepFrame) -> Rows | None: ...
     def draw(self, row: int, slot: int, position: int) -> SampledRow: ...
@@ -61,10 +65,13 @@ class LlamaBackend:
         self.first, self.last = slice_.file.first, slice_.file.last
         self.width = slice_.n_embd
         self._samplers: dict[int, Sampler] = {}
+        self._general: set[int] = set()  # slots whose rows need more than a token: log-probabilities
+
+    def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
+        return None if self._general else self._slice.hot.run(frame, wait_us)
 
     def embed(self, tokens: NDArray[np.int32]) -> Rows:
-        if self._embedder is None:
-            raise FrameError("this stage is not the first and was sent token ids")
+        assert self._embedder is not None, "only a first stage is given tokens"
         return self._embedder.rows(tokens)
 
     def step(self, rows: Rows, frame: StepFrame) -> Rows | None:
@@ -74,13 +81,16 @@ class LlamaBackend:
         sampler = self._samplers.get(slot)
         if sampler is None:
             raise FrameError(f"slot {slot} has no sampler on this stage")
-        return sampler.sample(self._slice, row, slot, position)
+        return sampler.sample(row, position)
 
     def set_sampler(self, slot: int, spec: SamplerSpec | None) -> None:
         if (old := self._samplers.pop(slot, None)) is not None:
             old.close()
+        self._general.discard(slot)
         if spec is not None:
-            self._samplers[slot] = Sampler(spec, self._slice)
+            if spec.logprobs >= 0:
+                self._general.add(slot)
+            self._samplers[slot] = Sampler(spec, self._slice, slot)
 
     def trim(self, slot: int, position: int) -> None:
         self._slice.trim(slot, position)
@@ -102,6 +112,9 @@ class ToyBackend:
         self.first, self.last, self.width = a == 0, b == layers, toy.WIDTH
         self._delay_s = delay_s
         self._rows: Rows = np.empty((0, toy.WIDTH), np.float32)
+
+    def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
+        return None
 
     def embed(self, tokens: NDArray[np.int32]) -> Rows:
         return np.stack([toy.to_row(toy.embed(int(token))) for token in tokens])
@@ -148,16 +161,26 @@ class Worker:
         Raises FrameError if ``data`` is not a frame at all: the connection that sent it must be closed.
         """
         started = time.perf_counter()
+        wait_us = int(1e6 * (started - self._idle_since))
+        fault: DwarfStarError | None = None
+        try:
+            done = self.backend.run_frame(data, wait_us)
+            if done is not None:
+                self._idle_since = time.perf_counter()
+                return done
+        except DwarfStarError as error:
+            fault = error
         frame = frames.decode(data)
         if not isinstance(frame, StepFrame):
             return data
         try:
+            if fault is not None:
+                raise fault
             out = self._step(frame)
         except DwarfStarError as error:
             return frames.encode(FaultFrame(frame.epoch, frame.lane, frame.number, error.code, error.message))
-        ended = time.perf_counter()
-        out.timings = (*frame.timings, (int(1e6 * (ended - started)), int(1e6 * (started - self._idle_since))))
-        self._idle_since = ended
+        self._idle_since = time.perf_counter()
+        out.timings = (*frame.timings, (int(1e6 * (self._idle_since - started)), wait_us))
         return frames.encode(out)
 
     def _step(self, frame: StepFrame) -> StepFrame | ResultFrame:
@@ -186,6 +209,8 @@ class Worker:
 
     def _input(self, frame: StepFrame, n: int) -> Rows:
         if frame.payload is Payload.TOKENS:
+            if not self.backend.first:
+                raise FrameError("this stage is not the first and was sent token ids")
             return self.backend.embed(np.frombuffer(frame.data, np.int32))
         if frame.payload is Payload.NONE or self.backend.first:
             raise FrameError("a frame for this stage carries no usable input")

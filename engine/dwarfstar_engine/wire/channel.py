@@ -20,6 +20,9 @@ from dwarfstar_engine.wire.frames import MAX_FRAME_BYTES
 from dwarfstar_engine.wire.trust import SERVER_NAME, NodeFiles, NodeIdentity, check_node_id
 
 MAX_CONTROL_BYTES = 1 << 20  # the largest control message is a status of a thousand nodes
+MAX_ENROLMENT_BYTES = 64 << 10  # certificates and signing requests have under 1500 bytes
+ENROLMENT_IDLE_MS = 10_000
+ENROLMENT_AGE_MS = 60_000
 KEEPALIVE_MS = 2000  # a cut cable is noticed within KEEPALIVE_MS + KEEPALIVE_TIMEOUT_MS, even with nothing to send
 KEEPALIVE_TIMEOUT_MS = 3000
 MIN_PING_INTERVAL_MS = 1000  # servers close connections that ping more often than this
@@ -41,7 +44,7 @@ def server_options(max_message_bytes: int) -> tuple[tuple[str, int | str], ...]:
     return (
         *_COMMON,
         *_limits(max_message_bytes),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener that takes every other call
     )
 
@@ -53,7 +56,6 @@ def channel_options(max_message_bytes: int) -> tuple[tuple[str, int | str], ...]
         *_limits(max_message_bytes),
         ("grpc.ssl_target_name_override", SERVER_NAME),
         ("grpc.enable_http_proxy", 0),  # peers are on the local network; a proxy of the environment is not for them
-        ("grpc.optimization_target", "latency"),
         ("grpc.use_local_subchannel_pool", 1),  # a hop of its own: no other stream delays its frames
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2000),
@@ -62,6 +64,12 @@ def channel_options(max_message_bytes: int) -> tuple[tuple[str, int | str], ...]
 
 SERVER_OPTIONS = server_options(MAX_FRAME_BYTES)
 CONTROL_SERVER_OPTIONS = server_options(MAX_CONTROL_BYTES)
+ENROLMENT_SERVER_OPTIONS = (  # anybody may connect: messages are small and no connection stays
+    *server_options(MAX_ENROLMENT_BYTES),
+    ("grpc.max_connection_idle_ms", ENROLMENT_IDLE_MS),
+    ("grpc.max_connection_age_ms", ENROLMENT_AGE_MS),
+    ("grpc.server_handshake_timeout_ms", ENROLMENT_IDLE_MS),
+)
 
 
 def server_credentials(trust: NodeFiles | NodeIdentity) -> grpc.ServerCredentials:

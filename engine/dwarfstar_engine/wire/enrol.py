@@ -6,34 +6,53 @@ true CA but cannot show a certificate signed by it. (3) Open a new connection th
 secret there. So the secret never reaches anybody but a holder of a certificate of the cluster.
 
 The server's side checks the secret and signs the node's key. Who may join under which id is decided by ``admit``.
+
+Bounds. Everybody on the network may call this port. A secret has 160 random bits and needs no protection from
+guessing; what is bounded is what strangers can cost: the calls of one source and the number of sources in a window, the
+lines they can write into the log, the size of a message, the calls at one time, and the life of a connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from dwarfstar_engine.errors import DwarfStarError, PeerError, TrustError
-from dwarfstar_engine.wire.channel import MAX_CONTROL_BYTES, open_channel
+from dwarfstar_engine.errors import DwarfStarError, PeerError, SettingsError, TrustError
+from dwarfstar_engine.wire.channel import (
+    ENROLMENT_SERVER_OPTIONS,
+    MAX_CONTROL_BYTES,
+    enrolment_credentials,
+    open_channel,
+)
 from dwarfstar_engine.wire.generated import control_pb2, control_pb2_grpc
 from dwarfstar_engine.wire.trust import (
     SECRET_BYTES,
     Authority,
     JoinToken,
     NodeFiles,
+    NodeIdentity,
     check_fingerprint,
     check_node_id,
     sign_request,
 )
 
+log = logging.getLogger("dwarfstar.enrolment")
+
 STEP_DEADLINE_S = 10.0  # of each of the three steps
 MAX_NAME = 64  # characters of a node's name, as in the settings
+WINDOW_S = 60.0
+CALLS_PER_SOURCE = 60  # in a window; joining takes two calls, so a rack of machines behind one address still gets in
+MAX_SOURCES = 1024  # in a window; further ones are refused until it is over
+CONCURRENT_CALLS = 32
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -44,12 +63,18 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def join_port(control_port: int) -> int:
+    """The port where machines join: the control port and one; 0, a free one, where there is no such port."""
+    return control_port + 1 if 0 < control_port < 65535 else 0
+
+
 async def fetch_ca(address: str, token: JoinToken) -> bytes:
     """The CA certificate (PEM) of the cluster at ``address``, found to be the token's. Raises TrustError, PeerError."""
     try:
         leaf = await asyncio.to_thread(ssl.get_server_certificate, split_address(address), timeout=STEP_DEADLINE_S)
     except (OSError, ValueError) as error:
-        raise PeerError(f"No coordinator answers at {address} ({error}): check the address and that it runs.") from None
+        why = getattr(error, "strerror", None) or error
+        raise PeerError(f"No coordinator answers at {address} ({why}): check the address and that it runs.") from None
     async with open_channel(address, grpc.ssl_channel_credentials(leaf.encode()), MAX_CONTROL_BYTES) as provisional:
         stub = _stub(provisional)
         try:
@@ -75,7 +100,7 @@ async def join(address: str, token: JoinToken, node_id: str, name: str, files: N
             raise _refused(address, error) from None
     files.store(reply.certificate_pem, ca_pem, now)
     given = reply.control_address
-    return split_address(address)[0] + given if given.startswith(":") else given
+    return address.rpartition(":")[0] + given if given.startswith(":") else given
 
 
 def _stub(channel: grpc.aio.Channel) -> control_pb2_grpc.EnrolmentAsyncStub:
@@ -85,13 +110,48 @@ def _stub(channel: grpc.aio.Channel) -> control_pb2_grpc.EnrolmentAsyncStub:
 def _refused(address: str, error: grpc.aio.AioRpcError) -> DwarfStarError:
     if error.code() is grpc.StatusCode.PERMISSION_DENIED:
         return TrustError(str(error.details()))
-    return PeerError(f"The coordinator at {address} did not answer as one ({error.details()}): check the address.")
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return PeerError(str(error.details()))
+    return PeerError(
+        f"What listens at {address} does not let machines join ({error.details()}): "
+        "check the address, port included, against the line that `dwarfstar token` prints."
+    )
+
+
+@dataclass(slots=True)
+class CallLimit:
+    """How often each source has called in the window that is running. Pure: ``now`` is a monotonic time, in s."""
+
+    begin: float = 0.0
+    calls: dict[str, int] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=dict)
+
+    def allows(self, source: str, now: float) -> bool:
+        """Count a call of ``source``; whether it may go on."""
+        self._turn(now)
+        if source not in self.calls and len(self.calls) >= MAX_SOURCES:
+            return False
+        self.calls[source] = self.calls.get(source, 0) + 1
+        return self.calls[source] <= CALLS_PER_SOURCE
+
+    def first_refusal(self, source: str, now: float) -> bool:
+        """Count a refusal of ``source``; whether it is its first of this window, and so worth a line in the log."""
+        self._turn(now)
+        if source not in self.refusals and len(self.refusals) >= MAX_SOURCES:
+            return False
+        self.refusals[source] = self.refusals.get(source, 0) + 1
+        return self.refusals[source] == 1
+
+    def _turn(self, now: float) -> None:
+        if now - self.begin >= WINDOW_S:
+            self.begin, self.calls, self.refusals = now, {}, {}
 
 
 class Enrolment(control_pb2_grpc.EnrolmentServicer):
     """The coordinator's side.
 
-    admit(secret, node_id, name): raises TrustError to refuse. control_address: see JoinReply. clock: the time, in UTC.
+    admit(secret, node_id, name): raises TrustError to refuse; called in a thread of its own, as it reads files.
+    control_address: see JoinReply. clock: the time, in UTC.
     """
 
     def __init__(
@@ -102,27 +162,72 @@ class Enrolment(control_pb2_grpc.EnrolmentServicer):
         clock: Callable[[], datetime],
     ) -> None:
         self._authority, self._admit, self._control_address, self._clock = authority, admit, control_address, clock
+        self._limit = CallLimit(time.monotonic())
 
     async def GetCa(
         self, request: control_pb2.CaRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> control_pb2.CaReply:
+        await self._count(context)
         return control_pb2.CaReply(ca_pem=self._authority.certificate_pem)
 
     async def Join(
         self, request: control_pb2.JoinRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> control_pb2.JoinReply:
+        source = await self._count(context)
+        name = _printable(request.name[:MAX_NAME])
         try:
             secret = _secret(request.token_secret)
             node_id = check_node_id(request.node_id)
-            self._admit(secret, node_id, request.name[:MAX_NAME])
+            await asyncio.to_thread(self._admit, secret, node_id, name)
             certificate = sign_request(self._authority, request.csr_pem, node_id, self._clock())
         except TrustError as error:
+            self._tell(source, error.message)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, error.message)
+        log.info("signed a certificate for %s (%s) at %s", name, node_id, source)
         return control_pb2.JoinReply(
             certificate_pem=certificate,
             ca_pem=self._authority.certificate_pem,
             control_address=self._control_address,
         )
+
+    async def _count(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+        source = context.peer().rpartition(":")[0]  # without the port, which changes with each connection
+        if not self._limit.allows(source, time.monotonic()):
+            self._tell(source, "too many calls")
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"Too many machines try to join at once: wait {WINDOW_S:.0f} s, then try again.",
+            )
+        return source
+
+    def _tell(self, source: str, reason: str) -> None:
+        if self._limit.first_refusal(source, time.monotonic()):
+            log.warning("refused to let a machine at %s join: %s", source, reason)
+
+
+async def serve_enrolment(
+    enrolment: Enrolment, host: str, port: int, trust: NodeFiles | NodeIdentity
+) -> tuple[grpc.aio.Server, int]:
+    """Serve on ``host`` (a v6 address in brackets); port 0 takes a free one. The server, started, and its port.
+
+    Raises SettingsError if the port is taken, TrustError if our certificate cannot be read.
+    """
+    server = grpc.aio.server(options=ENROLMENT_SERVER_OPTIONS, maximum_concurrent_rpcs=CONCURRENT_CALLS)
+    control_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, server)
+    try:
+        bound = server.add_secure_port(f"{host}:{port}", enrolment_credentials(trust))
+    except RuntimeError:
+        raise SettingsError(
+            f"cannot listen on {host}:{port}, where machines join (the control port and one): "
+            "choose another with --control-port",
+            code="port_taken",
+        ) from None
+    await server.start()
+    return server, bound
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _secret(text: str) -> bytes:

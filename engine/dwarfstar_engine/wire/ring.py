@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from dwarfstar_engine.errors import DwarfStarError, FrameError, PeerError, VersionMismatch
 from dwarfstar_engine.wire import channel
@@ -33,7 +35,7 @@ SEND_QUEUE = 256  # frames; the scheduler keeps a few per stage in flight
 EPOCH_WAIT_S = 5.0  # stages are linked at the same moment; one may hear of it later
 OPEN_DEADLINE_S = 10.0
 
-FrameSink = Callable[[bytes], None]
+FrameSink = Callable[[bytes], Awaitable[None]]
 
 
 def _hello(build: BuildInfo, epoch: int, sender: str) -> bytes:
@@ -88,29 +90,27 @@ class RingReceiver:
         )  # no serialisers: bytes in, bytes out
         return grpc.method_handlers_generic_handler(DATA_SERVICE, {RING_METHOD: method})
 
-    async def _ring(
-        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> AsyncIterator[bytes]:
-        first = await anext(aiter(requests), b"")
+    async def _ring(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        # ``read`` and ``write`` and not iteration: fewer steps of the event loop for each frame.
+        first = await context.read()
         hello = data_pb2.RingHello()
         try:
-            hello.ParseFromString(first)
+            hello.ParseFromString(first if isinstance(first, bytes) else b"")
             check_peer(self._build, _build(hello))
             await self._reach(hello.epoch)
         except DwarfStarError as error:
-            yield data_pb2.RingWelcome(code=error.code, message=error.message).SerializeToString()
+            await context.write(data_pb2.RingWelcome(code=error.code, message=error.message).SerializeToString())
             return
-        except Exception:
-            yield data_pb2.RingWelcome(code="bad_hello", message="the hello is not one of ours").SerializeToString()
+        except DecodeError:
+            refusal = data_pb2.RingWelcome(code="bad_hello", message="the hello is not one of ours")
+            await context.write(refusal.SerializeToString())
             return
         epoch, sender = hello.epoch, hello.sender
-        yield data_pb2.RingWelcome(code="").SerializeToString()
+        await context.write(data_pb2.RingWelcome(code="").SerializeToString())
         self._on_open(epoch)
         try:
-            async for data in requests:
-                if epoch != self._epoch.value:
-                    break
-                self._on_frame(data)
+            while isinstance(data := await context.read(), bytes) and epoch == self._epoch.value:
+                await self._on_frame(data)
         except FrameError as error:
             log.warning("closing the hop from %s: %s", sender, error.message)
         finally:
@@ -132,9 +132,11 @@ class RingSender:
 
     def __init__(self, on_lost: Callable[[str], None]) -> None:
         self._on_lost = on_lost
-        self._queue: asyncio.Queue[bytes] = asyncio.Queue(SEND_QUEUE)
+        self._queue: deque[bytes] = deque()
+        self._sending = False
         self._channel: grpc.aio.Channel | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._call: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._closed = False
 
     async def open(
@@ -162,24 +164,28 @@ class RingSender:
             await self.close()
             kind = VersionMismatch if welcome.code == VersionMismatch.code else PeerError
             raise kind(welcome.message, code=welcome.code)
-        self._tasks = [
-            asyncio.create_task(self._write(call), name="ring-write"),
-            asyncio.create_task(self._watch(call), name="ring-watch"),
-        ]
+        self._call = call
+        self._watcher = asyncio.create_task(self._watch(call), name="ring-watch")
 
     def send(self, frame: bytes) -> None:
-        """Queue a frame. A full queue breaks the hop: the receiver has stopped."""
-        try:
-            self._queue.put_nowait(frame)
-        except asyncio.QueueFull:
+        """Queue a frame; ``flush`` sends it. A full queue breaks the hop: the receiver has stopped."""
+        if len(self._queue) >= SEND_QUEUE:
             self._lost("the next stage takes no frames")
+        else:
+            self._queue.append(frame)
 
-    async def _write(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+    async def flush(self) -> None:
+        """Send what is queued; returns once it is on its way, or at once if another call is sending already."""
+        if self._sending or self._call is None:
+            return
+        self._sending = True
         try:
-            while True:
-                await call.write(await self._queue.get())
+            while self._queue and not self._closed:
+                await self._call.write(self._queue.popleft())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             self._lost(str(error.details()) if isinstance(error, grpc.aio.AioRpcError) else "closed")
+        finally:
+            self._sending = False
 
     async def _watch(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):
@@ -194,9 +200,9 @@ class RingSender:
     async def close(self) -> None:
         """End the hop. Idempotent; ``on_lost`` is not called."""
         self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
         if self._channel is not None:
             await self._channel.close()
             self._channel = None

@@ -9,8 +9,12 @@ A node joins with a token, ``ds1.<CA fingerprint>.<secret>``: the fingerprint le
 lets the cluster know the node. Only the secret's hash is stored; the secret has 160 random bits, so a plain SHA-256 is
 enough. Of a signing request only the public key is used: the CA chooses name, use and lifetime.
 
-Invariants. Private keys are files of mode 0600 in folders of mode 0700, and refused otherwise. Files appear whole or
-not at all; two processes that create the same one agree on the first. Time is an argument, always aware of its zone.
+A node of another machine is named after its key (``k-`` and a hash of it), which is made at its first start and kept.
+So a token lets a machine in, but never in the place of another: no list of ids is needed to keep them from being taken.
+
+Invariants. A certificate for an id ``k-…`` is signed for the key of that name only. Private keys are files of mode 0600
+in folders of mode 0700, and refused otherwise. Files appear whole or not at all; two processes that create the same one
+agree on the first. Time is an argument, always aware of its zone.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ RENEW_BEFORE = timedelta(days=120)  # a machine switched on a few times a year s
 CLOCK_SKEW = timedelta(days=1)  # certificates begin this much earlier: clocks of machines at home are often wrong
 MAX_PEM_BYTES = 16384  # ours have under 1500
 SECRET_BYTES = 20
+KEY_ID = "k-"  # begins the ids that name a key
+KEY_ID_CHARS = 24  # 120 bits of the key's hash
 _PREFIX = "ds1"
 _NODE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,46}[a-z0-9])?")  # a DNS label with room for "node-"
 
@@ -96,7 +102,8 @@ def load_or_create_authority(folder: Path, now: datetime) -> Authority:
 def sign_request(authority: Authority, csr_pem: bytes, node_id: str, now: datetime) -> bytes:
     """A node certificate (PEM) for the public key of a signing request, whose other contents are ignored.
 
-    Raises TrustError if the request is not one, is not signed by its own key, or the key is not on P-256.
+    Raises TrustError if the request is not one, is not signed by its own key, the key is not on P-256, or the id names
+    another key.
     """
     check_node_id(node_id)
     try:
@@ -106,6 +113,8 @@ def sign_request(authority: Authority, csr_pem: bytes, node_id: str, now: dateti
         raise TrustError(f"The signing request cannot be read ({error}): let the node make a new one.") from None
     if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError("The signing request is not signed by a P-256 key of its own: let the node make a new one.")
+    if node_id.startswith(KEY_ID) and node_id != _key_id(key):
+        raise TrustError("The node id in the signing request names another key: let the node make a new one.")
     ca, ca_key = load_certificate(authority.certificate_pem), _load_key(authority.key_pem)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)])
     names: list[x509.GeneralName] = [
@@ -141,13 +150,20 @@ class NodeFiles:
     def request(self, node_id: str) -> bytes:
         """A signing request (PEM) for this node's key, which is made if there is none. Raises TrustError."""
         check_node_id(node_id)
-        path = self.folder / "node.key"
-        if not path.exists():
-            create_private(path, _key_pem(ec.generate_private_key(ec.SECP256R1())))
-        key = _load_key(read_private(path, MAX_PEM_BYTES))
+        key = self._key()
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)])
         csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
         return csr.public_bytes(serialization.Encoding.PEM)
+
+    def key_id(self) -> str:
+        """The node id that names this node's key, which is made if there is none. Raises TrustError."""
+        return _key_id(self._key().public_key())
+
+    def _key(self) -> ec.EllipticCurvePrivateKey:
+        path = self.folder / "node.key"
+        if not path.exists():
+            create_private(path, _key_pem(ec.generate_private_key(ec.SECP256R1())))
+        return _load_key(read_private(path, MAX_PEM_BYTES))
 
     def store(self, certificate_pem: bytes, ca_pem: bytes, now: datetime) -> NodeIdentity:
         """Keep what the CA answered, once it is found to be sound. Raises TrustError, and keeps what was there."""
@@ -300,6 +316,11 @@ def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise TrustError("A private key is not an elliptic one: remove this node's trust folder and join again.")
     return key
+
+
+def _key_id(key: ec.EllipticCurvePublicKey) -> str:
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return KEY_ID + _base32(hashlib.sha256(der).digest())[:KEY_ID_CHARS]
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -1,0 +1,81 @@
+"""What an engine without a screen tells the person who started it: what it will do, how far it is, what to try."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dwarfstar_engine.node.coordinator import Coordinator, reserve_bytes
+from dwarfstar_engine.node.facts import GIB
+from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
+from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.views import StatusView
+
+LOOK_S = 0.25
+PROGRESS_EVERY_S = 1.0  # of a load: a line for each percent would scroll everything else away
+
+
+def opening(source: Source, settings: Settings, local: int, lent_gib: float | None) -> Iterator[str]:
+    """The first lines: the model, what it needs, and what it is given."""
+    context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
+    weights = sum(source.costs.layer_bytes) + source.costs.head_bytes
+    kv = context * settings.slots * sum(source.costs.kv_bytes_per_token)
+    yield (
+        f"model {source.name} ({source.architecture}, {source.layers} layers): {weights / GIB:.2f} GiB of weights, "
+        f"{kv / GIB:.2f} GiB of KV cache for {settings.slots} requests of {context} tokens"
+    )
+    if not local:
+        yield "starting; this machine is the first node"
+        return
+    nodes = f"starting {local} local node{'s' * (local > 1)}"
+    if lent_gib is None:
+        yield nodes
+        return
+    whole = (weights + kv + reserve_bytes(source, settings)) / GIB
+    fits = "" if whole <= lent_gib else f"; the whole model needs {whole:.2f} GiB, so it must be split"
+    yield f"{nodes}, each lending {lent_gib:.2f} GiB{fits}"
+
+
+async def tell(coordinator: Coordinator, say: Callable[[str], None], started: float, home: Path) -> None:
+    """Say what changes, until cancelled. ``started``: monotonic time the program began."""
+    told, invited, told_at = "", False, 0.0
+    while True:
+        status, now = coordinator.status(), time.monotonic()
+        loading = coordinator.loading() if status.stages else ""
+        line = _line(status, loading, served=invited)
+        hurry = not loading or now - told_at >= PROGRESS_EVERY_S
+        if line and line != told and hurry:
+            took = f" (after {now - started:.1f} s)" if status.state == "serving" and not invited else ""
+            say(line + took)
+            told, told_at = line, now
+        if status.state == "serving" and not invited:
+            invited = True
+            for line in _invitation(status.coordinator.api_url, home):
+                say(line)
+        await asyncio.sleep(LOOK_S)
+
+
+def _line(status: StatusView, loading: str, *, served: bool) -> str:
+    """Where the engine is now; empty when there is nothing to say yet."""
+    if status.state == "serving":
+        stages = " → ".join(
+            f"{stage.node} layers {stage.layers[0]}–{stage.layers[1] - 1} ({stage.weights_gib + stage.kv_gib:.2f} GiB)"
+            for stage in status.stages
+        )
+        return f"serving on {status.coordinator.api_url}: {stages}"
+    if loading:
+        return f"loading: {loading}"
+    return "" if status.reason == "starting" else f"not serving{'' if served else ' yet'}: {status.reason}"
+
+
+def _invitation(api_url: str, home: Path) -> Iterator[str]:
+    yield "ready. Try it from another terminal:"
+    yield (
+        f"curl {api_url}/v1/chat/completions -H 'Content-Type: application/json' "
+        """-d '{"messages": [{"role": "user", "content": "Hello!"}]}'"""
+    )
+    where = "" if home == Settings().home else f" --home {shlex.quote(str(home))}"
+    yield f"or: dwarfstar chat{where}. What runs where: dwarfstar status{where}. To end it: Ctrl-C"

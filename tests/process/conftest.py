@@ -1,0 +1,34 @@
+"""Engines and reference answers that several tests share: starting them takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dwarfstar_engine.node.source import DEMO, find_model
+from process.prompts import PROMPTS
+from process.reference import Answer, answers
+from support.engine_process import EngineProcess
+
+TOKENS = 32  # of each greedy answer
+CHUNK = 256  # rows of a frame, and of the reference's batches
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    return find_model(DEMO, Path())
+
+
+@pytest.fixture(scope="session")
+def reference(demo_model: Path) -> list[Answer]:
+    """What unsplit llama.cpp answers to PROMPTS."""
+    return answers(demo_model, PROMPTS, TOKENS, CHUNK)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """The demo as a user starts it. Tests that share it leave it serving and idle."""
+    with EngineProcess(tmp_path_factory.mktemp("demo") / "home", "--demo") as engine:
+        yield engine.wait_serving()

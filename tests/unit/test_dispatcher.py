@@ -1,0 +1,286 @@
+"""The dispatcher over a simulated ring of toy workers: real frames, real workers, no sockets, random delays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+
+import pytest
+
+from dwarfstar_engine.batch.scheduler import Limits, Scheduler
+from dwarfstar_engine.errors import ContextLengthError, FrameError, Overloaded, StageError
+from dwarfstar_engine.native import WireType
+from dwarfstar_engine.node.dispatcher import RATE_WINDOW_S, Dispatcher
+from dwarfstar_engine.serving import Request, Sampling, Token
+from dwarfstar_engine.stage import toy
+from dwarfstar_engine.stage.worker import ToyBackend, Worker
+from dwarfstar_engine.wire import frames
+from dwarfstar_engine.wire.frames import FaultFrame, ResultFrame, StepFrame
+
+LAYERS, CONTEXT = 5, 60
+EPOCH = 4
+RETRY_S = 2.0
+EOG = frozenset({122})  # 'z'
+DEADLINE_S = 20.0
+
+
+class Ring:
+    """Frames go through the workers in order; each result comes back some turns of the event loop later."""
+
+    def __init__(self, seed: int = 0, *, slots: int = 3, rows: int = 8, in_flight: int = 4, queued: int = 99) -> None:
+        self.rng = random.Random(seed)
+        limits = Limits(slots, CONTEXT, rows, in_flight, queued=queued)
+        bounds = (0, 2, 3, LAYERS)
+        self.workers = [Worker(ToyBackend(a, b, LAYERS), slots, WireType.F32) for a, b in pairwise(bounds)]
+        self.sent: list[bytes] = []
+        self.waiting: deque[bytes] = deque()
+        self.faults: list[str] = []
+        self.stopped = False
+        self.dispatcher = Dispatcher(Scheduler(limits, EOG), EPOCH, len(self.workers), self._send, self._on_fault)
+
+    def _send(self, data: bytes) -> None:
+        assert not self.stopped, "sent after the pipeline failed"
+        self.sent.append(data)
+        self.waiting.append(data)
+
+    def _on_fault(self, message: str) -> None:
+        self.faults.append(message)
+        self.fail(message)
+
+    def fail(self, message: str) -> None:
+        self.stopped = True
+        self.dispatcher.fail(message, RETRY_S)
+
+    def step(self) -> None:
+        data = self.waiting.popleft()
+        for worker in self.workers:
+            data = worker.run(data)
+        self.dispatcher.on_frame(data)
+
+    async def run(self) -> None:
+        while True:
+            if self.waiting and self.rng.random() < 0.6:
+                self.step()
+            await asyncio.sleep(0)
+
+    def idle(self) -> bool:
+        scheduler = self.dispatcher.scheduler
+        return scheduler.active == scheduler.queued == scheduler.in_flight == 0
+
+
+@asynccontextmanager
+async def running(ring: Ring) -> AsyncIterator[Dispatcher]:
+    task = asyncio.create_task(ring.run())
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            yield ring.dispatcher
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop turn until it holds."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not condition():  # noqa: ASYNC110 - turns are waited for, not time
+            await asyncio.sleep(0)
+
+
+def request(prompt: list[int], limit: int | None = None) -> Request:
+    return Request(tuple(prompt), Sampling(temperature=0.0), limit)
+
+
+def prompt_of(rng: random.Random) -> list[int]:
+    return [rng.randrange(97, 123) for _ in range(rng.randint(1, 30))]
+
+
+def reference(prompt: list[int], limit: int | None) -> tuple[list[int], str]:
+    room = CONTEXT - len(prompt)
+    tokens = toy.expected(prompt, min(room, limit or room), LAYERS)
+    for index, token in enumerate(tokens):
+        if token in EOG:
+            return tokens[: index + 1], "stop"
+    return tokens, "length"
+
+
+async def collect(dispatcher: Dispatcher, wanted: Request) -> list[Token]:
+    return [token async for token in dispatcher.generate(wanted)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_many_requests_at_once_get_their_own_texts(seed: int) -> None:
+    rng = random.Random(seed)
+    ring = Ring(seed, slots=rng.randint(1, 5), rows=rng.randint(1, 12), in_flight=rng.randint(1, 6))
+
+    async def client(dispatcher: Dispatcher) -> None:
+        for _ in range(rng.randint(0, 40)):
+            await asyncio.sleep(0)
+        prompt, limit = prompt_of(rng), rng.choice([None, 1, 2, 9, 25])
+        leaves_after = rng.choice([None, None, None, 0, 1, 5])
+        text, finish = reference(prompt, limit)
+        got: list[Token] = []
+        stream = dispatcher.generate(request(prompt, limit))
+        async for token in stream:
+            got.append(token)
+            if leaves_after is not None and len(got) > leaves_after:
+                await stream.aclose()
+                break
+        else:
+            assert got[-1].finish == finish and len(got) == len(text)
+        assert [token.id for token in got] == text[: len(got)]
+        assert all(token.finish is None for token in got[:-1])
+
+    async with running(ring) as dispatcher:
+        await asyncio.gather(*(client(dispatcher) for _ in range(25)))
+        await until(ring.idle)  # frames of those who left are still on their way
+    assert not ring.faults
+
+
+async def test_closing_the_stream_frees_the_slot_at_once() -> None:
+    ring = Ring(slots=1)
+    async with running(ring) as dispatcher:
+        first = dispatcher.generate(request([97, 98]))
+        await anext(first)
+        other = asyncio.create_task(collect(dispatcher, request([99, 100, 101], 9)))
+        await until(lambda: dispatcher.scheduler.queued > 0)
+        assert dispatcher.scheduler.active == 1
+        await first.aclose()
+        assert dispatcher.scheduler.queued == 0 and dispatcher.scheduler.active == 1
+        assert [token.id for token in await other] == reference([99, 100, 101], 9)[0]
+    assert dispatcher.scheduler.active == 0
+
+
+async def test_leaving_while_queued_costs_nothing() -> None:
+    ring = Ring(slots=1)
+    async with running(ring) as dispatcher:
+        first = dispatcher.generate(request([97, 98], 12))
+        await anext(first)
+        waiting = asyncio.create_task(collect(dispatcher, request([99])))
+        await until(lambda: dispatcher.scheduler.queued > 0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert dispatcher.scheduler.queued == 0
+        rest = [token.id async for token in first]
+        assert rest == reference([97, 98], 12)[0][1:]
+
+
+async def test_a_failure_ends_every_request_and_may_be_retried() -> None:
+    ring = Ring(slots=2)
+    async with running(ring) as dispatcher:
+        streams = [dispatcher.generate(request([97 + i])) for i in range(2)]
+        for stream in streams:
+            await anext(stream)
+        queued = asyncio.create_task(collect(dispatcher, request([105])))
+        await until(lambda: dispatcher.scheduler.queued > 0)
+        ring.fail("node x was lost")
+        ring.fail("again")  # only the first reason counts
+
+        async def drain(stream: AsyncIterator[Token]) -> None:
+            async for _ in stream:
+                pass
+
+        for work in (*map(drain, streams), queued):
+            with pytest.raises(StageError, match="node x was lost") as ended:
+                await work
+            assert ended.value.retry_after_s == RETRY_S and ended.value.http_status == 503
+        with pytest.raises(StageError, match="node x was lost"):
+            await anext(dispatcher.generate(request([97])))
+        await until(lambda: not ring.waiting)  # results that were still on their way are ignored
+    assert dispatcher.oldest_age_s(1e9) == 0.0
+
+
+async def test_a_fault_frame_is_told() -> None:
+    ring = Ring()
+    async with running(ring) as dispatcher:
+        stream = dispatcher.generate(request([97]))
+        await anext(stream)
+        dispatcher.on_frame(frames.encode(FaultFrame(EPOCH + 1, 0, 0, "kv_full", "of another epoch")))
+        assert ring.faults == []
+        dispatcher.on_frame(frames.encode(FaultFrame(EPOCH, 0, 0, "kv_full", "the cache is full")))
+        assert ring.faults == ["the cache is full"]
+        with pytest.raises(StageError, match="the cache is full"):
+            while True:
+                await anext(stream)
+
+
+async def test_results_of_another_epoch_are_ignored() -> None:
+    ring = Ring()
+    async with running(ring) as dispatcher:
+        dispatcher.on_frame(frames.encode(ResultFrame(EPOCH - 1, 0, 0, [], ())))
+        tokens = await collect(dispatcher, request([97], 3))
+    assert [token.id for token in tokens] == reference([97], 3)[0]
+
+
+async def test_what_is_no_frame_is_an_error() -> None:
+    with pytest.raises(FrameError):
+        Ring().dispatcher.on_frame(b"rubbish")
+
+
+@pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 7])
+async def test_a_prompt_that_fills_the_context_is_refused(length: int) -> None:
+    ring = Ring()
+    with pytest.raises(ContextLengthError, match=f"{length} tokens .* by {length - CONTEXT + 1} tokens") as refused:
+        await anext(ring.dispatcher.generate(request([97] * length)))
+    assert (refused.value.http_status, refused.value.code) == (400, "context_length_exceeded")
+    assert ring.idle() and not ring.sent
+
+
+async def test_the_longest_prompt_gets_one_token() -> None:
+    ring = Ring()
+    async with running(ring) as dispatcher:
+        tokens = await collect(dispatcher, request([97] * (CONTEXT - 1)))
+    assert len(tokens) == 1 and tokens[0].finish in ("length", "stop")
+
+
+async def test_a_full_queue_refuses_and_the_others_go_on() -> None:
+    ring = Ring(slots=1, queued=1)
+    async with running(ring) as dispatcher:
+        first = dispatcher.generate(request([97], 5))
+        await anext(first)
+        second = asyncio.create_task(collect(dispatcher, request([98], 5)))
+        await until(lambda: dispatcher.scheduler.queued > 0)
+        with pytest.raises(Overloaded):
+            await anext(dispatcher.generate(request([99], 5)))
+        assert len([token async for token in first]) == 4
+        assert [token.id for token in await second] == reference([98], 5)[0]
+
+
+async def test_seeds_are_fresh_unless_given() -> None:
+    """Each request's sampler travels with its first rows, its seed decided."""
+    ring = Ring()
+    async with running(ring) as dispatcher:
+        for seed in (None, None, 11):
+            await collect(dispatcher, Request((97,), Sampling(seed=seed), 1))
+    seeds = []
+    for data in ring.sent:
+        frame = frames.decode(data)
+        assert isinstance(frame, StepFrame)
+        seeds += [frames.SamplerSpec.decode(op.spec).seed for op in frame.ops if isinstance(op, frames.SetSampler)]
+    assert len(seeds) == 3 and len(set(seeds)) == 3 and seeds[2] == 11
+
+
+async def test_figures() -> None:
+    ring = Ring()
+    async with running(ring) as dispatcher:
+        tokens = await collect(dispatcher, request([97, 98], 12))
+        now = asyncio.get_running_loop().time()
+        assert dispatcher.tok_s(now) == pytest.approx(len(tokens) / RATE_WINDOW_S)
+        assert dispatcher.tok_s(now + 2 * RATE_WINDOW_S) == 0.0
+        assert [stage.frames for stage in dispatcher.stages] == [len(tokens) - 1] * 3  # the prompt's frame is no decode
+    assert dispatcher.oldest_age_s(now) == 0.0
+
+
+async def test_a_stuck_frame_grows_old() -> None:
+    ring = Ring()
+    waiting = asyncio.create_task(collect(ring.dispatcher, request([97])))
+    await until(lambda: bool(ring.sent))
+    now = asyncio.get_running_loop().time()
+    assert ring.dispatcher.oldest_age_s(now + 5) >= 5
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)

@@ -1,0 +1,244 @@
+"""Hops over loopback with mutual TLS: frames in order, the handshake's refusals, and that a death is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+import pytest
+
+from dwarfstar_engine.errors import FrameError, PeerError, VersionMismatch
+from dwarfstar_engine.wire import channel, ring, trust
+from dwarfstar_engine.wire.generated import data_pb2
+from dwarfstar_engine.wire.handshake import BuildInfo, local_build
+from dwarfstar_engine.wire.ring import DATA_SERVICE, RING_METHOD, SEND_QUEUE, RingReceiver, RingSender
+from dwarfstar_engine.wire.trust import NodeFiles, NodeIdentity
+
+NOW = trust.utc_now()  # TLS looks at the real clock
+EPOCH = 7
+DEADLINE_S = 20.0
+BAD = b"bad"
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> NodeIdentity:
+    return trust.issue_local(trust.create_authority(NOW), NodeFiles(tmp_path_factory.mktemp("trust")), "n1", NOW)
+
+
+@dataclass
+class End:
+    """A receiving end and what it was told."""
+
+    receiver: RingReceiver
+    server: grpc.aio.Server
+    address: str
+    frames: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
+    opened: list[int] = field(default_factory=list)
+    lost: asyncio.Queue[tuple[int, str]] = field(default_factory=asyncio.Queue)
+
+
+@asynccontextmanager
+async def receiving(identity: NodeIdentity, build: BuildInfo | None = None, epoch: int = EPOCH) -> AsyncIterator[End]:
+    def take(data: bytes) -> None:
+        if data == BAD:
+            raise FrameError("not a frame")
+        end.frames.put_nowait(data)
+
+    server = grpc.aio.server(options=channel.SERVER_OPTIONS)
+    receiver = RingReceiver(
+        build or local_build(),
+        "the receiver",
+        take,
+        lambda epoch: end.opened.append(epoch),
+        lambda epoch, sender: end.lost.put_nowait((epoch, sender)),
+    )
+    receiver.set_epoch(epoch)
+    server.add_generic_rpc_handlers((receiver.handler(),))
+    port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(identity))
+    end = End(receiver, server, f"127.0.0.1:{port}")
+    await server.start()
+    try:
+        yield end
+    finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def sending(
+    end: End, identity: NodeIdentity, *, build: BuildInfo | None = None, epoch: int = EPOCH
+) -> AsyncIterator[tuple[RingSender, asyncio.Queue[str]]]:
+    """A hop to ``end``, and the reasons for which it was lost."""
+    lost: asyncio.Queue[str] = asyncio.Queue()
+    sender = RingSender(lost.put_nowait)
+    try:
+        await sender.open(end.address, channel.channel_credentials(identity), build or local_build(), epoch, "n1")
+        yield sender, lost
+    finally:
+        await sender.close()
+
+
+async def soon(queue: asyncio.Queue[T]) -> T:
+    return await asyncio.wait_for(queue.get(), DEADLINE_S)
+
+
+async def test_frames_arrive_whole_and_in_order(identity: NodeIdentity) -> None:
+    frames = [bytes([i % 256]) * (1 + i * 997 % 5000) for i in range(SEND_QUEUE - 1)] + [b"x" * (5 << 20)]
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        for frame in frames:
+            sender.send(frame)
+        assert [await soon(end.frames) for _ in frames] == frames
+        assert end.opened == [EPOCH] and lost.empty() and end.lost.empty()
+
+
+async def test_closing_tells_the_receiver_and_not_the_sender(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end:
+        async with sending(end, identity) as (sender, lost):
+            sender.send(b"1")
+            await soon(end.frames)
+        assert await soon(end.lost) == (EPOCH, "n1")
+        await sender.close()  # again
+        assert lost.empty()
+
+
+async def test_a_dead_receiver_is_noticed_once(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        await end.server.stop(None)
+        assert await soon(lost)
+        for _ in range(2 * SEND_QUEUE):  # sent into the void, without another report
+            sender.send(b"1")
+        await end.server.wait_for_termination()
+        assert lost.empty()
+
+
+async def test_a_sender_that_vanishes_is_noticed(identity: NodeIdentity) -> None:
+    """Its channel goes without a word, as when the process is killed."""
+    async with receiving(identity) as end, sending(end, identity) as (sender, _):
+        assert sender._channel is not None
+        await sender._channel.close()
+        assert await soon(end.lost) == (EPOCH, "n1")
+
+
+async def test_a_bad_frame_closes_the_hop_on_both_ends(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        for frame in (b"1", BAD, b"2"):
+            sender.send(frame)
+        assert await soon(end.lost) == (EPOCH, "n1")
+        assert await soon(lost)
+        assert await soon(end.frames) == b"1" and end.frames.empty()
+
+
+async def test_a_receiver_that_takes_nothing_breaks_the_hop(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        for _ in range(SEND_QUEUE + 1):  # without a pause in which the queue could drain
+            sender.send(b"1")
+        assert await soon(lost) == "the next stage takes no frames"
+
+
+async def test_frames_of_an_epoch_that_is_over_are_refused(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        sender.send(b"1")
+        assert await soon(end.frames) == b"1"
+        end.receiver.set_epoch(EPOCH + 1)
+        sender.send(b"2")
+        assert await soon(end.lost) == (EPOCH, "n1")
+        assert await soon(lost) and end.frames.empty()
+
+
+async def test_an_old_epoch_is_refused(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end:
+        with pytest.raises(PeerError, match="the receiver serves epoch 7 and was offered epoch 6") as refused:
+            async with sending(end, identity, epoch=EPOCH - 1):
+                pass
+        assert refused.value.code == "stale_epoch"
+        assert not end.opened and end.lost.empty()
+
+
+async def test_an_epoch_that_never_comes_is_refused(identity: NodeIdentity, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "EPOCH_WAIT_S", 0.05)
+    async with receiving(identity) as end:
+        with pytest.raises(PeerError, match="was offered epoch 8") as refused:
+            async with sending(end, identity, epoch=EPOCH + 1):
+                pass
+        assert refused.value.code == "stale_epoch"
+
+
+async def test_a_receiver_one_epoch_behind_catches_up(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end:
+
+        async def follow() -> None:
+            async with sending(end, identity, epoch=EPOCH + 1) as (sender, _):
+                sender.send(b"1")
+                assert await soon(end.frames) == b"1"
+
+        task = asyncio.create_task(follow())
+        await asyncio.sleep(0)  # the sender has begun
+        end.receiver.set_epoch(EPOCH + 1)
+        await asyncio.wait_for(task, DEADLINE_S)
+        assert end.opened == [EPOCH + 1]
+
+
+@pytest.mark.parametrize(
+    ("other", "both"),
+    [
+        (replace(local_build(), protocol=99), ("99.", f"{local_build().protocol}.{local_build().abi}")),
+        (replace(local_build(), abi=98), (".98", f"{local_build().protocol}.{local_build().abi}")),
+        (replace(local_build(), llama_build="llama-x 0.1"), ("llama-x 0.1", local_build().llama_build)),
+    ],
+)
+async def test_another_version_is_refused_and_both_are_named(
+    identity: NodeIdentity, other: BuildInfo, both: tuple[str, str]
+) -> None:
+    async with receiving(identity) as end:
+        with pytest.raises(VersionMismatch) as refused:
+            async with sending(end, identity, build=other):
+                pass
+        assert all(name in refused.value.message for name in both)
+        assert refused.value.code == VersionMismatch.code and not end.opened
+
+
+async def test_another_release_of_the_same_protocol_is_fine(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity, build=replace(local_build(), version="9")):
+        assert end.opened == [EPOCH]
+
+
+async def test_another_clusters_certificate_is_refused_either_way(identity: NodeIdentity, tmp_path: Path) -> None:
+    stranger = trust.issue_local(trust.create_authority(NOW), NodeFiles(tmp_path), "n1", NOW)
+    for serves, calls in ((identity, stranger), (stranger, identity)):
+        async with receiving(serves) as end:
+            with pytest.raises(PeerError, match="cannot be reached") as refused:
+                async with sending(end, calls):
+                    pass
+            assert refused.value.code == "hop_failed"
+            assert not end.opened and end.lost.empty()
+
+
+async def test_nobody_there(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end:
+        pass  # its port was free a moment ago
+    with pytest.raises(PeerError, match=end.address):
+        async with sending(end, identity):
+            pass
+
+
+@pytest.mark.parametrize("first", [b"\xff\xff\xff", b""])
+async def test_a_caller_that_does_not_say_hello(identity: NodeIdentity, first: bytes) -> None:
+    async with (
+        receiving(identity) as end,
+        channel.open_channel(end.address, channel.channel_credentials(identity)) as opened,
+    ):
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = opened.stream_stream(f"/{DATA_SERVICE}/{RING_METHOD}")()
+        await call.write(first)
+        async with asyncio.timeout(DEADLINE_S):
+            answer = await call.read()
+        welcome = data_pb2.RingWelcome()
+        assert isinstance(answer, bytes)
+        welcome.ParseFromString(answer)
+        assert welcome.code and welcome.message
+        assert not end.opened and end.lost.empty()
