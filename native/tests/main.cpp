@@ -7,6 +7,7 @@ int main() {
     test_tap();
     test_codec();
     test_rows();
+    test_stage();
     std::puts("all native tests passed");
     return 0;
 }

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +47,7 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE_BYTES,
-            process_group=0 if os.name == "posix" else None,  # Ctrl-C in a terminal is for the parent alone
+            start_new_session=True,  # Ctrl-C in a terminal is for the parent alone
         )
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._listen())]
         self._watcher = asyncio.create_task(self._watch())

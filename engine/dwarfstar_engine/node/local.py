@@ -55,7 +55,7 @@ class LocalNode:
                 stdin=asyncio.subprocess.PIPE,  # its end tells the node that we are gone
                 stdout=out,
                 stderr=out,
-                process_group=0 if os.name == "posix" else None,  # Ctrl-C is for the engine; it ends its nodes in order
+                start_new_session=True,  # Ctrl-C is for the engine; it ends its nodes in order
             )
 
     @property
