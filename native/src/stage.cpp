@@ -166,14 +166,18 @@ bool parse(const ds_stage &stage, const uint8_t *data, size_t size, Step &step) 
 bool usable(const ds_stage &stage, const Step &step) {
     const ds_stage_config &c = stage.config;
     const Header &h = step.header;
+    int32_t wanted = 0;
     for (uint32_t i = 0; i < h.rows; ++i) {
         int32_t position;
         uint16_t slot;
         std::memcpy(&position, step.positions + i, sizeof position);
         std::memcpy(&slot, step.slots + i, sizeof slot);
+        if (i > 0 && std::memcmp(step.slots + i, step.slots, sizeof slot) != 0) return false;  // llama.cpp would reorder them
         if (position < 0 || uint32_t(position) > MAX_POSITION || slot >= c.slots || step.wants[i] > 1) return false;
         if (c.last && step.wants[i] && stage.samplers[slot].mode == Mode::None) return false;
+        wanted += step.wants[i];
     }
+    if (c.last && wanted > c.slots) return false;  // llama.cpp has room for a row of logits per slot, and aborts
     if (c.first) return h.payload == PAYLOAD_TOKENS && h.payload_bytes == uint64_t(h.rows) * 4;
     return h.cols == uint32_t(c.n_embd) && h.payload >= DS_F32 && h.payload <= DS_Q8 &&
            ds_encoded_size(h.payload, h.rows, h.cols) == int64_t(h.payload_bytes);

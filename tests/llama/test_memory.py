@@ -61,7 +61,7 @@ class Stage:
     """A running stage process in a ring of its own: what it sends comes back here."""
 
     pid: int
-    send: Callable[[bytes], None]
+    sender: RingSender
     replies: asyncio.Queue[bytes]
     width: int
     layers: tuple[int, int]
@@ -88,7 +88,8 @@ class Stage:
             data=data,
             cols=0 if first else self.width,
         )
-        self.send(frames.encode(frame))
+        self.sender.send(frames.encode(frame))
+        await self.sender.flush()
         reply = frames.decode(await asyncio.wait_for(self.replies.get(), DEADLINE_S))
         assert not isinstance(reply, frames.FaultFrame), reply
         assert reply.number == self._number
@@ -105,7 +106,7 @@ async def running_stage(
     events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     child = Child(STAGE, events.put_nowait, lambda status: events.put_nowait({"event": "exited", "status": status}))
     replies: asyncio.Queue[bytes] = asyncio.Queue()
-    receiver = RingReceiver(local_build(), "test", replies.put_nowait, lambda _: None, lambda *_: None)
+    receiver = RingReceiver(local_build(), "test", replies.put, lambda _: None, lambda *_: None)
     receiver.set_epoch(1)
     server = grpc.aio.server(options=channel.SERVER_OPTIONS)
     server.add_generic_rpc_handlers((receiver.handler(),))
@@ -131,7 +132,7 @@ async def running_stage(
         child.send(command="link", epoch=1, next=f"127.0.0.1:{port}")
         await until("linked")
         await sender.open(address, channel.channel_credentials(identity), local_build(), 1, "test")
-        yield Stage(child.pid, sender.send, replies, read_model(path).n_embd, layers)
+        yield Stage(child.pid, sender, replies, read_model(path).n_embd, layers)
     finally:
         await sender.close()
         await child.stop()

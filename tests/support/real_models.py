@@ -130,8 +130,8 @@ class Pipeline:
         try:
             for a, b in pairwise(bounds):
                 file = slice_file(model, rules, a, b)
-                self._last = LlamaSlice(file, rules, model.n_embd, options)
                 embedder = Embedder(token_embedding(model, rules)) if file.first else None
+                self._last = LlamaSlice(file, rules, model.n_embd, options, embedder=embedder, wire=wire)
                 self._workers.append(Worker(LlamaBackend(self._last, embedder), slots, wire))
         except BaseException:
             self.close()
@@ -181,43 +181,6 @@ class Pipeline:
         rows = [self.feed(tokens[:prompt], 0, slot)]
         rows += [self.feed(tokens[i : i + 1], i, slot) for i in range(prompt, len(tokens))]
         return np.concatenate(rows)
-
-
-class Unsplit:
-    """The unsplit model from llama.cpp's own loader, with several slots: the reference for frames that mix sequences.
-
-    It has the stages' unified KV cache; which cells a sequence gets moves the rounding of its attention.
-    """
-
-    def __init__(self, path: Path, slots: int) -> None:
-        llamacpp.init()
-        self._model: Any = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
-        params = llama.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified = CELLS, slots, True
-        params.n_batch = params.n_ubatch = BATCH
-        params.n_threads = params.n_threads_batch = 1
-        self._context: Any = llama.llama_init_from_model(self._model, params)
-        self._batch = llama.llama_batch_init(BATCH, 0, 1)
-        self._vocab_size = int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model)))
-
-    def close(self) -> None:
-        llama.llama_batch_free(self._batch)
-        llama.llama_free(self._context)
-        llama.llama_model_free(self._model)
-
-    def run(self, rows: Sequence[Row]) -> Logits:
-        """As :meth:`Pipeline.run`."""
-        batch = self._batch
-        batch.n_tokens = len(rows)
-        for i, row in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.logits[i] = row.token, row.position, row.want
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row.slot
-        assert llama.llama_decode(self._context, batch) == 0
-        wanted = [i for i, row in enumerate(rows) if row.want]
-        return np.stack([self._logits(llama.llama_get_logits_ith(self._context, i)) for i in wanted])
-
-    def _logits(self, pointer: Any) -> Logits:
-        return np.array(np.ctypeslib.as_array(pointer, (self._vocab_size,)))
 
 
 # --- the questions ---------------------------------------------------------------------------------------------------
@@ -302,38 +265,25 @@ def _cuts(path: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _together(path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Four sequences at different positions, prompts and decode rows mixed in frames, against the unsplit model given
-    the same batches; and how far that is from each sequence alone."""
+    """Four sequences at different positions, prompts between decode rows, frame by frame in turn: each against the
+    unsplit model that runs it alone."""
     steps = 8
     subjects = [_subject(path, prompt, steps, start) for prompt, start in ((40, 0), (7, 30), (90, 11), (23, 60))]
-
-    def batches() -> Iterator[list[Row]]:
-        at = [0] * len(subjects)
+    at = [0] * len(subjects)
+    logits: list[list[Logits]] = [[] for _ in subjects]
+    with subjects[0].split(request["cuts"], slots=len(subjects)) as pipeline:
         for turn in range(len(subjects) + steps):
-            rows = []
             for slot, subject in enumerate(subjects):
                 if turn < slot or at[slot] == len(subject.tokens):
                     continue
                 count = subject.prompt if turn == slot else 1
-                for position in range(at[slot], at[slot] + count):
-                    rows.append(Row(slot, position, subject.tokens[position], position == at[slot] + count - 1))
+                tokens = subject.tokens[at[slot] : at[slot] + count]
+                logits[slot].append(pipeline.feed(tokens, at[slot], slot))
                 at[slot] += count
-            yield rows
-
-    unsplit = Unsplit(path, len(subjects))
-    alone: list[list[Logits]] = [[] for _ in subjects]
-    worst = 0.0
-    try:
-        with subjects[0].split(request["cuts"], slots=len(subjects)) as pipeline:
-            for rows in batches():
-                logits, expected = pipeline.run(rows), unsplit.run(rows)
-                worst = max(worst, _difference(logits, expected))
-                for row, one in zip((row for row in rows if row.want), logits, strict=True):
-                    alone[row.slot].append(one)
-    finally:
-        unsplit.close()
-    divergences = [_divergence(np.stack(rows), subject.logits) for rows, subject in zip(alone, subjects, strict=True)]
-    return {"difference": worst, "steps": [len(rows) for rows in alone], "alone_divergences": divergences}
+    differences = [
+        _difference(np.concatenate(rows), subject.logits) for rows, subject in zip(logits, subjects, strict=True)
+    ]
+    return {"differences": differences, "steps": [len(rows) for rows in logits]}
 
 
 def _reuse(path: Path, request: dict[str, Any]) -> dict[str, Any]:

@@ -41,12 +41,21 @@ class Ring:
         self.waiting: deque[bytes] = deque()
         self.faults: list[str] = []
         self.stopped = False
-        self.dispatcher = Dispatcher(Scheduler(limits, EOG), EPOCH, len(self.workers), self._send, self._on_fault)
+        self.dispatcher = Dispatcher(
+            Scheduler(limits, EOG), EPOCH, len(self.workers), self._send, self._flush, self._on_fault
+        )
+        self._unsent: deque[bytes] = deque()
 
     def _send(self, data: bytes) -> None:
         assert not self.stopped, "sent after the pipeline failed"
         self.sent.append(data)
-        self.waiting.append(data)
+        self._unsent.append(data)
+
+    async def _flush(self) -> None:
+        for _ in range(self.rng.randint(0, 2)):  # a write may take a while
+            await asyncio.sleep(0)
+        while self._unsent:
+            self.waiting.append(self._unsent.popleft())
 
     def _on_fault(self, message: str) -> None:
         self.faults.append(message)
@@ -56,16 +65,17 @@ class Ring:
         self.stopped = True
         self.dispatcher.fail(message, RETRY_S)
 
-    def step(self) -> None:
+    def result(self) -> bytes:
+        """What the ring answers to its oldest frame."""
         data = self.waiting.popleft()
         for worker in self.workers:
             data = worker.run(data)
-        self.dispatcher.on_frame(data)
+        return data
 
     async def run(self) -> None:
         while True:
             if self.waiting and self.rng.random() < 0.6:
-                self.step()
+                await self.dispatcher.on_frame(self.result())
             await asyncio.sleep(0)
 
     def idle(self) -> bool:
@@ -191,7 +201,7 @@ async def test_a_failure_ends_every_request_and_may_be_retried() -> None:
             assert ended.value.retry_after_s == RETRY_S and ended.value.http_status == 503
         with pytest.raises(StageError, match="node x was lost"):
             await anext(dispatcher.generate(request([97])))
-        await until(lambda: not ring.waiting)  # results that were still on their way are ignored
+        await until(lambda: not ring.waiting and not ring._unsent)  # results that were still on their way are ignored
     assert dispatcher.oldest_age_s(1e9) == 0.0
 
 
@@ -200,9 +210,9 @@ async def test_a_fault_frame_is_told() -> None:
     async with running(ring) as dispatcher:
         stream = dispatcher.generate(request([97]))
         await anext(stream)
-        dispatcher.on_frame(frames.encode(FaultFrame(EPOCH + 1, 0, 0, "kv_full", "of another epoch")))
+        await dispatcher.on_frame(frames.encode(FaultFrame(EPOCH + 1, 0, 0, "kv_full", "of another epoch")))
         assert ring.faults == []
-        dispatcher.on_frame(frames.encode(FaultFrame(EPOCH, 0, 0, "kv_full", "the cache is full")))
+        await dispatcher.on_frame(frames.encode(FaultFrame(EPOCH, 0, 0, "kv_full", "the cache is full")))
         assert ring.faults == ["the cache is full"]
         with pytest.raises(StageError, match="the cache is full"):
             while True:
@@ -212,14 +222,106 @@ async def test_a_fault_frame_is_told() -> None:
 async def test_results_of_another_epoch_are_ignored() -> None:
     ring = Ring()
     async with running(ring) as dispatcher:
-        dispatcher.on_frame(frames.encode(ResultFrame(EPOCH - 1, 0, 0, [], ())))
+        await dispatcher.on_frame(frames.encode(ResultFrame(EPOCH - 1, 0, 0, [], ())))
         tokens = await collect(dispatcher, request([97], 3))
     assert [token.id for token in tokens] == reference([97], 3)[0]
 
 
 async def test_what_is_no_frame_is_an_error() -> None:
     with pytest.raises(FrameError):
-        Ring().dispatcher.on_frame(b"rubbish")
+        await Ring().dispatcher.on_frame(b"rubbish")
+
+
+async def started(ring: Ring) -> tuple[asyncio.Task[list[Token]], bytes]:
+    """A request whose first frame has been through the ring, and the answer to it, not delivered yet."""
+    work = asyncio.create_task(collect(ring.dispatcher, request([97, 98], 2)))
+    await until(lambda: bool(ring.waiting))
+    return work, ring.result()
+
+
+async def stopped(work: asyncio.Task[list[Token]]) -> None:
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+
+
+def changed(data: bytes, number: int, rows: int) -> bytes:
+    """A result with another frame number, and its rows repeated or dropped."""
+    frame = frames.decode(data)
+    assert isinstance(frame, ResultFrame) and len(frame.rows) == 1
+    return frames.encode(ResultFrame(EPOCH, 0, frame.number + number, frame.rows * rows, frame.timings))
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, 1), (1000, 1), (0, 0), (0, 2)])
+async def test_a_result_nobody_asked_for_is_an_error(number: int, rows: int) -> None:
+    ring = Ring()
+    work, result = await started(ring)
+    with pytest.raises(FrameError, match="asked for no such thing"):
+        await ring.dispatcher.on_frame(changed(result, number, rows))
+    assert len(ring.sent) == 1 and not work.done()
+    await stopped(work)
+
+
+async def test_the_same_result_twice_is_an_error() -> None:
+    ring = Ring()
+    work, result = await started(ring)
+    await ring.dispatcher.on_frame(result)
+    with pytest.raises(FrameError, match="asked for no such thing"):
+        await ring.dispatcher.on_frame(result)
+    await stopped(work)
+
+
+async def test_a_frame_that_is_no_answer_is_an_error() -> None:
+    """The last stage sends its input back."""
+    ring = Ring()
+    work, _ = await started(ring)
+    with pytest.raises(FrameError, match="no result"):
+        await ring.dispatcher.on_frame(ring.sent[0])
+    await stopped(work)
+
+
+async def test_the_next_frame_leaves_before_the_token_is_delivered() -> None:
+    """The ring must not wait for HTTP: while frames are on their way out, no request has been woken."""
+    ring = Ring()
+    work, result = await started(ring)
+    gate = asyncio.Event()
+    real = ring.dispatcher._flush
+
+    async def slow() -> None:
+        await gate.wait()
+        await real()
+
+    ring.dispatcher._flush = slow
+    delivering = asyncio.create_task(ring.dispatcher.on_frame(result))
+    await until(lambda: len(ring.sent) == 2)
+    (answer,) = ring.dispatcher._answers.values()
+    assert answer.tokens.empty() and not delivering.done()
+    gate.set()
+    await delivering
+    assert len(ring.waiting) == 1
+    await ring.dispatcher.on_frame(ring.result())
+    assert [token.id for token in await work] == reference([97, 98], 2)[0]
+
+
+async def test_a_caller_that_is_cancelled_does_not_cancel_the_write() -> None:
+    """A cancelled write would end the hop for all: frames are flushed apart from the request that caused them."""
+    ring = Ring()
+    gate, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def write() -> None:
+        try:
+            await gate.wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    ring.dispatcher._flush = write
+    work = asyncio.create_task(collect(ring.dispatcher, request([97, 98], 2)))
+    await until(lambda: bool(ring.dispatcher._flushes))
+    writes = set(ring.dispatcher._flushes)
+    await stopped(work)
+    assert writes and not cancelled.is_set() and not any(write.done() for write in writes)
+    gate.set()
+    await until(lambda: not ring.dispatcher._flushes)
 
 
 @pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 7])

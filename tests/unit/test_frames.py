@@ -376,3 +376,27 @@ def test_the_spec_of_a_request_fixes_what_the_request_left_open() -> None:
         endless = SamplerSpec.of(Sampling(repeat_penalty=1.1, repeat_last_n=last_n), prompt, fresh_seed=0)
         assert endless.prompt_tail == prompt[-MAX_PROMPT_TAIL:] and endless.encode()
     assert SamplerSpec.of(Sampling(repeat_penalty=1.1, repeat_last_n=0), prompt, fresh_seed=0).prompt_tail == ()
+
+
+@given(steps(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_short_way_to_a_token_frame_gives_the_same_bytes(frame: StepFrame, data: st.DataObject) -> None:
+    n = len(frame.positions)
+    tokens = data.draw(st.lists(st.integers(0, 2**31 - 1), min_size=n, max_size=n))
+    frame.payload, frame.data, frame.cols, frame.lane, frame.timings = (
+        Payload.TOKENS,
+        np.array(tokens, np.int32),
+        0,
+        0,
+        (),
+    )
+    short = frames.encode_tokens(
+        frame.epoch,
+        frame.number,
+        frame.ops,
+        frame.slots.tolist(),
+        frame.positions.tolist(),
+        frame.wants.tolist(),
+        tokens,
+    )
+    assert short == frames.encode(frame)

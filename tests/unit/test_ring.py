@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ NOW = trust.utc_now()  # TLS looks at the real clock
 EPOCH = 7
 DEADLINE_S = 20.0
 BAD = b"bad"
+MIB = 1 << 20
 T = TypeVar("T")
 
 
@@ -41,12 +43,14 @@ class End:
     address: str
     frames: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
     opened: list[int] = field(default_factory=list)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: the receiver is busy with a frame
     lost: asyncio.Queue[tuple[int, str]] = field(default_factory=asyncio.Queue)
 
 
 @asynccontextmanager
 async def receiving(identity: NodeIdentity, build: BuildInfo | None = None, epoch: int = EPOCH) -> AsyncIterator[End]:
-    def take(data: bytes) -> None:
+    async def take(data: bytes) -> None:
+        await end.gate.wait()
         if data == BAD:
             raise FrameError("not a frame")
         end.frames.put_nowait(data)
@@ -63,10 +67,12 @@ async def receiving(identity: NodeIdentity, build: BuildInfo | None = None, epoc
     server.add_generic_rpc_handlers((receiver.handler(),))
     port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(identity))
     end = End(receiver, server, f"127.0.0.1:{port}")
+    end.gate.set()
     await server.start()
     try:
         yield end
     finally:
+        end.gate.set()
         await server.stop(None)
 
 
@@ -93,6 +99,7 @@ async def test_frames_arrive_whole_and_in_order(identity: NodeIdentity) -> None:
     async with receiving(identity) as end, sending(end, identity) as (sender, lost):
         for frame in frames:
             sender.send(frame)
+        await sender.flush()
         assert [await soon(end.frames) for _ in frames] == frames
         assert end.opened == [EPOCH] and lost.empty() and end.lost.empty()
 
@@ -101,6 +108,7 @@ async def test_closing_tells_the_receiver_and_not_the_sender(identity: NodeIdent
     async with receiving(identity) as end:
         async with sending(end, identity) as (sender, lost):
             sender.send(b"1")
+            await sender.flush()
             await soon(end.frames)
         assert await soon(end.lost) == (EPOCH, "n1")
         await sender.close()  # again
@@ -113,6 +121,7 @@ async def test_a_dead_receiver_is_noticed_once(identity: NodeIdentity) -> None:
         assert await soon(lost)
         for _ in range(2 * SEND_QUEUE):  # sent into the void, without another report
             sender.send(b"1")
+            await sender.flush()
         await end.server.wait_for_termination()
         assert lost.empty()
 
@@ -129,24 +138,102 @@ async def test_a_bad_frame_closes_the_hop_on_both_ends(identity: NodeIdentity) -
     async with receiving(identity) as end, sending(end, identity) as (sender, lost):
         for frame in (b"1", BAD, b"2"):
             sender.send(frame)
+        await sender.flush()
         assert await soon(end.lost) == (EPOCH, "n1")
         assert await soon(lost)
         assert await soon(end.frames) == b"1" and end.frames.empty()
 
 
-async def test_a_receiver_that_takes_nothing_breaks_the_hop(identity: NodeIdentity) -> None:
+async def test_a_queue_nobody_flushes_breaks_the_hop(identity: NodeIdentity) -> None:
     async with receiving(identity) as end, sending(end, identity) as (sender, lost):
-        for _ in range(SEND_QUEUE + 1):  # without a pause in which the queue could drain
+        for _ in range(SEND_QUEUE):
             sender.send(b"1")
+        assert lost.empty()
+        sender.send(b"1")
         assert await soon(lost) == "the next stage takes no frames"
+        await sender.flush()  # sends nothing any more
+        assert end.frames.empty()
+
+
+async def test_nothing_leaves_before_the_flush(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        sender.send(b"1")
+        sender.send(b"2")
+        assert len(sender._queue) == 2
+        await sender.flush()
+        assert not sender._queue and [await soon(end.frames) for _ in range(2)] == [b"1", b"2"]
+        assert lost.empty()
+
+
+async def test_two_flushes_at_once_keep_the_order(identity: NodeIdentity) -> None:
+    """The second returns at once; the first sends also what came meanwhile."""
+    frames = [bytes([i]) * (1 << 18) for i in range(20)]
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        flushes = []
+        for frame in frames:
+            sender.send(frame)
+            flushes.append(asyncio.create_task(sender.flush()))
+            await asyncio.sleep(0)
+        assert [await soon(end.frames) for _ in frames] == frames
+        await asyncio.wait_for(asyncio.gather(*flushes), DEADLINE_S)
+        assert lost.empty()
+
+
+async def blocked(end: End, sender: RingSender) -> asyncio.Task[None]:
+    """A flush that waits for a receiver which takes nothing."""
+    end.gate.clear()
+    for _ in range(SEND_QUEUE // 4):
+        sender.send(bytes(MIB))
+    task = asyncio.create_task(sender.flush())
+    left = 0
+    while left != len(sender._queue):  # gRPC's buffers fill up
+        left = len(sender._queue)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(task), 0.2)
+    assert left and not task.done()
+    return task
+
+
+async def test_a_receiver_that_takes_nothing_holds_the_sender_back(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        flushing = await blocked(end, sender)
+        waiting = len(sender._queue)
+        for _ in range(SEND_QUEUE - waiting):
+            sender.send(b"1")
+        assert lost.empty()
+        sender.send(b"1")
+        assert await soon(lost) == "the next stage takes no frames"
+        end.gate.set()
+        await asyncio.wait_for(flushing, DEADLINE_S)
+
+
+async def test_a_slow_receiver_loses_nothing(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        flushing = await blocked(end, sender)
+        end.gate.set()
+        await asyncio.wait_for(flushing, DEADLINE_S)
+        for _ in range(SEND_QUEUE // 4):
+            assert await soon(end.frames) == bytes(MIB)
+        assert lost.empty()
+
+
+async def test_closing_ends_a_flush_that_waits(identity: NodeIdentity) -> None:
+    """Whoever flushes is not to be cancelled: it goes on to the next epoch."""
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        flushing = await blocked(end, sender)
+        await sender.close()
+        await asyncio.wait_for(flushing, DEADLINE_S)
+        assert lost.empty()
 
 
 async def test_frames_of_an_epoch_that_is_over_are_refused(identity: NodeIdentity) -> None:
     async with receiving(identity) as end, sending(end, identity) as (sender, lost):
         sender.send(b"1")
+        await sender.flush()
         assert await soon(end.frames) == b"1"
         end.receiver.set_epoch(EPOCH + 1)
         sender.send(b"2")
+        await sender.flush()
         assert await soon(end.lost) == (EPOCH, "n1")
         assert await soon(lost) and end.frames.empty()
 
@@ -175,6 +262,7 @@ async def test_a_receiver_one_epoch_behind_catches_up(identity: NodeIdentity) ->
         async def follow() -> None:
             async with sending(end, identity, epoch=EPOCH + 1) as (sender, _):
                 sender.send(b"1")
+                await sender.flush()
                 assert await soon(end.frames) == b"1"
 
         task = asyncio.create_task(follow())
@@ -225,6 +313,18 @@ async def test_nobody_there(identity: NodeIdentity) -> None:
     with pytest.raises(PeerError, match=end.address):
         async with sending(end, identity):
             pass
+
+
+async def test_a_cancelled_flush_ends_the_hop_and_says_so(identity: NodeIdentity) -> None:
+    """gRPC ends a call whose write is cancelled; nobody may believe the hop alive."""
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        flushing = await blocked(end, sender)
+        flushing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await flushing
+        assert await soon(lost)
+        await sender.flush()  # not the one that was cancelled: nothing to send to
+        assert lost.empty()
 
 
 @pytest.mark.parametrize("first", [b"\xff\xff\xff", b""])

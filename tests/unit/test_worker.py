@@ -183,7 +183,6 @@ def test_rows_without_a_payload_are_a_fault() -> None:
     assert "input" in fault(run([stage(2, LAYERS)], step([1], payload=Payload.NONE, data=b"")))
 
 
-@pytest.mark.xfail(strict=True, reason="Worker._input leaves it to the backend, and the toy backend embeds anyway")
 def test_tokens_for_a_later_stage_are_a_fault() -> None:
     assert fault(run([stage(2, LAYERS)], step([1])))
 

@@ -69,9 +69,8 @@ class Run:
         return batch
 
     async def _read(self, choice: Choice) -> None:
-        tokens = self._engine.generate(choice.request)
         try:
-            async with aclosing(tokens):
+            async with aclosing(self._engine.generate(choice.request)) as tokens:
                 async for token in tokens:
                     delta = choice.add(token)
                     if delta is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -316,6 +317,8 @@ class Coordinator:
             lambda message: self._break(message),
         )
         self._reason = self._code = ""
+        gc.collect()
+        gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
         log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, stages, "s" * (stages > 1))
 

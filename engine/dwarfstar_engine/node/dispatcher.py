@@ -14,13 +14,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from dwarfstar_engine.batch.scheduler import Scheduler, Step
 from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, StageError
 from dwarfstar_engine.serving import Request, Token
 from dwarfstar_engine.wire import frames
-from dwarfstar_engine.wire.frames import FaultFrame, FreeSlot, Op, Payload, ResultFrame, SetSampler, StepFrame
+from dwarfstar_engine.wire.frames import FaultFrame, FreeSlot, Op, ResultFrame, SetSampler
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
 RATE_WINDOW_S = 5.0  # tok/s shown is over so long
@@ -124,20 +122,8 @@ class Dispatcher:
     def _frame(self, step: Step) -> bytes:
         ops: list[Op] = [FreeSlot(slot) for slot in step.free]
         ops += [SetSampler(slot, self._sampler(sequence)) for slot, sequence in step.samplers]
-        tokens = np.array(step.tokens, np.int32)
-        return frames.encode(
-            StepFrame(
-                epoch=self.epoch,
-                lane=0,
-                number=step.number,
-                ops=tuple(ops),
-                slots=np.array(step.slots, np.uint16),
-                positions=np.array(step.positions, np.int32),
-                wants=np.array(step.wants, np.uint8),
-                payload=Payload.TOKENS,
-                data=tokens,
-                cols=0,
-            )
+        return frames.encode_tokens(
+            self.epoch, step.number, tuple(ops), step.slots, step.positions, step.wants, step.tokens
         )
 
     def _sampler(self, sequence: int) -> bytes:
@@ -152,7 +138,8 @@ class Dispatcher:
         if isinstance(frame, FaultFrame):
             self._on_fault(frame.message)
             return
-        assert isinstance(frame, ResultFrame)
+        if not isinstance(frame, ResultFrame):
+            raise FrameError("the last stage sent a frame that is no result: run one release everywhere")
         flight = self._flights.pop(frame.number, None)
         if flight is None or len(frame.rows) != flight.wanted:
             raise FrameError(f"a result came for frame {frame.number}, which asked for no such thing")

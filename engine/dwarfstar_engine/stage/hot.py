@@ -113,7 +113,7 @@ class HotStage:
         self._handle = handle.value
         self._free = weakref.finalize(self, self._library.ds_stage_free, self._handle)
         self._tap = tap  # kept alive
-        self._last, self._n_embd, self._capacity = last, n_embd, capacity
+        self._last, self._n_embd, self._capacity, self._slots = last, n_embd, capacity, slots
         self._room = FRAME_ROOM + capacity * ROW_ROOM + (0 if last else native.encoded_size(wire, capacity, n_embd))
         self._out = ctypes.create_string_buffer(self._room)
 
@@ -124,6 +124,12 @@ class HotStage:
         n = rows.shape[0]
         if n > self._capacity:
             raise FrameError(f"a frame has {n} rows and this stage takes {self._capacity}: the setting chunk differs")
+        if n and int(slots.min()) != int(slots.max()):
+            raise FrameError("a frame has rows of several slots, and llama.cpp would reorder them")
+        if self._last and int(wants.sum()) > self._slots:  # llama.cpp has room for so many rows of logits, and aborts
+            raise FrameError(
+                f"a frame wants {int(wants.sum())} tokens and this stage draws one per slot: {self._slots}"
+            )
         assert rows.dtype == np.float32 and rows.shape == (n, self._n_embd) and rows.flags.c_contiguous
         assert positions.dtype == np.int32 and slots.dtype == np.uint16 and wants.dtype == np.uint8
         assert len(positions) == len(slots) == len(wants) == n
@@ -161,6 +167,7 @@ class HotStage:
 
     def run(self, frame: bytes, wait_us: int) -> bytes | None:
         """The frame for the next hop; None if this frame needs the general way. Raises StageError."""
+        wait_us = min(wait_us, 0xFFFFFFFF)  # over an hour: as good as for ever, and ctypes would wrap it
         size = self._library.ds_stage_run(self._handle, frame, len(frame), wait_us, self._out, self._room)
         if size > 0:
             return ctypes.string_at(self._out, size)

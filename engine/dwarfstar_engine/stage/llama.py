@@ -7,8 +7,9 @@ tensor ``l_out-{b-a-1}``, copied out by an evaluation callback which then ends t
 logits. Every operation is the one the unsplit model runs, in the same order, so results are bit-exact.
 
 Invariants. One thread owns a :class:`LlamaSlice`. Every token of a stage before the last is marked as an output,
-because llama.cpp drops unmarked rows in its last layer. ``kv_unified`` is on: it keeps the captured rows in batch
-order.
+because llama.cpp drops unmarked rows in its last layer. Each slot has a KV cache of its own (``kv_unified`` off): in
+a shared one other slots' cells change the order of summation, so a text would depend on its neighbours (measured: log
+probabilities moved by up to 0.25). llama.cpp then reorders batches of several sequences, so a frame holds rows of one.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class LlamaSlice:
         params.n_threads = params.n_threads_batch = options.threads
         params.flash_attn_type = FLASH_MODES[options.flash_attention]
         params.type_k = params.type_v = KV_TYPES[options.kv_type]
-        params.kv_unified = True
+        params.kv_unified = False
         params.no_perf = True
         params.offload_kqv = True
         if not self.file.last or self._injects:
@@ -187,7 +188,9 @@ class LlamaSlice:
         if source == target:
             return
         llama.llama_memory_seq_rm(self._memory, target, -1, -1)
-        llama.llama_memory_seq_cp(self._memory, source, target, 0, position)
+        # Between caches llama.cpp copies a sequence whole, or aborts.
+        llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        llama.llama_memory_seq_rm(self._memory, target, position, -1)
 
     def close(self) -> None:
         """Free the model. Idempotent."""

@@ -12,6 +12,7 @@ Commands: ``load`` a slice (once), ``link`` it into an epoch's ring. Events: ``l
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -63,12 +64,14 @@ class StageProcess:
         await server.start()
         self._pipe.emit("listening", port=port, pid=os.getpid())
         self._stats_task = asyncio.create_task(self._stats())
+        work: asyncio.Task[None] | None = None
         while True:
-            command = await self._pipe.command()
-            if command["command"] == "load":
-                await asyncio.to_thread(self._load, command)
-            else:
-                await self._link(command)
+            command = await self._pipe.command()  # always awaited: its end is how we learn that the parent is gone
+            linking = command["command"] == "link"
+            if linking and work is not None:
+                work.cancel()  # an older link, perhaps still trying to connect; loading is over before the first one
+            work = asyncio.create_task(self._link(command) if linking else asyncio.to_thread(self._load, command))
+            work.add_done_callback(_end_on_fault)
 
     async def _on_frame(self, data: bytes) -> None:
         if self._worker is None or self._sender is None:
@@ -93,8 +96,13 @@ class StageProcess:
         except DwarfStarError as error:
             self._pipe.emit("failed", code=error.code, message=error.message)
             return
+        except OSError as error:
+            self._pipe.emit("failed", code="model_file_invalid", message=f"{command['path']}: {error.strerror}")
+            return
         slots = int(command["options"]["slots"])
         self._worker = Worker(backend, slots, WireType(command["wire"]))
+        gc.collect()
+        gc.freeze()  # what is here now stays: collections between frames need not walk it
         self._pipe.emit("ready", rss=psutil.Process().memory_info().rss)
 
     def _progress(self) -> Callable[[float], None]:
@@ -111,10 +119,10 @@ class StageProcess:
     async def _link(self, command: dict[str, Any]) -> None:
         """Join the ring of an epoch: forget all sequences, accept its frames, connect to the next hop."""
         epoch = int(command["epoch"])
-        if self._sender is not None:
-            await self._sender.close()
         self._epoch = epoch
-        self._sender = None
+        old, self._sender = self._sender, None
+        if old is not None:
+            await old.close()
         if self._worker is not None:
             self._worker.reset()
         self._receiver.set_epoch(epoch)
@@ -140,6 +148,13 @@ class StageProcess:
                 frames=self._frames - frames,
                 rss=process.memory_info().rss,
             )
+
+
+def _end_on_fault(task: asyncio.Task[None]) -> None:
+    """A fault of our own ends the process: the daemon sees it, a stage that only hangs would be waited for."""
+    if not task.cancelled() and (fault := task.exception()) is not None:
+        log.error("%s", fault, exc_info=fault)
+        os._exit(1)
 
 
 def open_backend(command: dict[str, Any], on_progress: Callable[[float], None] | None = None) -> Backend:

@@ -184,13 +184,20 @@ class RingSender:
                 await self._call.write(self._queue.popleft())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             self._lost(str(error.details()) if isinstance(error, grpc.aio.AioRpcError) else "closed")
+        except asyncio.CancelledError:
+            # gRPC raises this also for a call that ``close`` ended. Then it is not the caller who is cancelled.
+            task = asyncio.current_task()
+            if not self._closed or task is None or task.cancelling():
+                raise
         finally:
             self._sending = False
 
     async def _watch(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            await call.read()  # nothing is sent this way: it returns when the stream ends
-        self._lost("the stream ended")
+        try:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await call.read()  # nothing is sent this way: it returns when the stream ends
+        finally:  # a cancelled write cancels the call, and this read with it
+            self._lost("the stream ended")
 
     def _lost(self, reason: str) -> None:
         if not self._closed:

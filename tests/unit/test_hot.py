@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dwarfstar_engine.stage.sampler import draw_seed
+from dwarfstar_engine.stage.hot import draw_seed
 
 CHOOSE_YOURSELF = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED
 SEEDS, POSITIONS = st.integers(0, 2**64 - 1), st.integers(0, 2**24 - 1)

@@ -1,0 +1,75 @@
+"""A frame gives the same bytes whether a stage runs it natively (``native/src/stage.cpp``) or by the general way.
+
+On slices of SmolLM2, in a child process, which compares them: see ``support.hot_path``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from dwarfstar_engine.native import WireType
+from support.exactness import Worker
+
+pytestmark = [pytest.mark.llama, pytest.mark.timeout(300)]
+
+DEADLINE_S = 120.0  # of one question; they take a few seconds on an idle core
+STEPS = 12
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """Asks the child: ``ask(check, …)``."""
+    worker = Worker(tmp_path_factory.mktemp("hot"), "support.hot_path", DEADLINE_S)
+    try:
+        yield lambda check, **more: worker.ask(check=check, **more)
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize("wire", WireType)
+def test_first_middle_and_last_stage_and_every_sampler(ask: Ask, wire: WireType) -> None:
+    answer = ask("decode", wire=int(wire), steps=STEPS)
+    # Prompts carry a sampler and so need the general way; the middle stages go native with nothing else in the frame.
+    assert answer["native"] > 5 * STEPS and answer["taken"] == [answer["native"]] * 3
+    texts = [tuple(text) for text in answer["texts"].values()]
+    assert min(map(len, texts)) >= 1 + STEPS and len(set(texts)) == len(texts)
+
+
+def test_the_draws_of_a_seed_are_repeated(ask: Ask) -> None:
+    first, again = (ask("decode", wire=int(WireType.F32), steps=STEPS)["texts"] for _ in range(2))
+    assert first == again
+
+
+def test_log_probabilities_take_the_general_way(ask: Ask) -> None:
+    answer = ask("logprobs", wire=int(WireType.F32))
+    assert answer["taken"] == [0, 0, 1]  # again native once the slot that wants them is freed
+    (_, plain, nothing, none), (slot, token, logprob, top) = answer["rows"]
+    assert (nothing, none, slot) == (0.0, [], 1)
+    assert token == plain and len(top) == 3 and top[0] == [token, logprob]
+    assert 0 > logprob == max(value for _, value in top)
+
+
+def test_a_full_cache_is_the_same_fault(ask: Ask) -> None:
+    answer = ask("full")
+    assert answer["code"] == "kv_full" and "full" in answer["message"]
+    assert answer["taken"] == 2  # before it and, after the slot was freed, behind it
+
+
+@pytest.mark.parametrize("wire", [WireType.F32])
+def test_rows_of_several_slots_are_refused(ask: Ask, wire: WireType) -> None:
+    """Each slot has a cache of its own, and llama.cpp would reorder the rows."""
+    assert "several slots" in ask("together", wire=int(wire))["fault"]
+
+
+def test_wrong_frames_are_the_same_fault(ask: Ask) -> None:
+    answer = ask("refused")
+    assert answer["taken"] == 0
+    words = {"sampler": "no sampler", "slot": "slot 5", "width": "wide", "tokens": "not the first"}
+    words |= {"wants": "one per slot", "rows": "65 rows"}
+    assert answer["faults"].keys() == words.keys()
+    assert all(word in answer["faults"][name] for name, word in words.items()), answer["faults"]
