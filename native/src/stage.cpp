@@ -172,7 +172,8 @@ bool usable(const ds_stage &stage, const Step &step) {
         uint16_t slot;
         std::memcpy(&position, step.positions + i, sizeof position);
         std::memcpy(&slot, step.slots + i, sizeof slot);
-        if (i > 0 && std::memcmp(step.slots + i, step.slots, sizeof slot) != 0) return false;  // llama.cpp would reorder them
+        // llama.cpp would reorder the rows of several slots.
+        if (i > 0 && std::memcmp(step.slots + i, step.slots, sizeof slot) != 0) return false;
         if (position < 0 || uint32_t(position) > MAX_POSITION || slot >= c.slots || step.wants[i] > 1) return false;
         if (c.last && step.wants[i] && stage.samplers[slot].mode == Mode::None) return false;
         wanted += step.wants[i];

@@ -89,7 +89,9 @@ inline void *chain_remove(void *chain, int32_t index) {
     all.erase(all.begin() + index);
     return out;
 }
-inline void chain_add(void *chain, void *sampler) { static_cast<Chain *>(chain)->push_back(static_cast<Dist *>(sampler)); }
+inline void chain_add(void *chain, void *sampler) {
+    static_cast<Chain *>(chain)->push_back(static_cast<Dist *>(sampler));
+}
 inline void *init_dist(uint32_t seed) { return new Dist{seed}; }
 inline void sampler_free(void *sampler) { delete static_cast<Dist *>(sampler); }
 
@@ -164,7 +166,7 @@ struct Row {
     uint16_t slot;
     uint8_t wants;
 };
-inline const std::vector<Row> ROWS = {{7, 2, 0}, {8, 2, 1}, {9, 2, 1}};  // of one slot: see rows_of_several_slots
+inline const std::vector<Row> ROWS = {{7, 2, 0}, {8, 2, 1}, {9, 2, 1}};
 
 template <typename T>
 inline void put(Bytes &to, T value) {

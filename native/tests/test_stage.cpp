@@ -132,6 +132,12 @@ void frames_that_lie_do_no_harm() {
                 if (at < 4 || counts) CHECK(size == DS_E_UNSUPPORTED);
             }
         }
+        for (const size_t more : {1, 4, 16}) {
+            Bytes bad = good;
+            bad.resize(good.size() + more);
+            seal(bad);
+            refused(*stage, bad);
+        }
         for (size_t size = 4; size < good.size(); ++size) {
             Bytes bad(good.begin(), good.begin() + static_cast<std::ptrdiff_t>(size));
             seal(bad);

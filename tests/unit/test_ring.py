@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -292,7 +295,13 @@ async def test_another_version_is_refused_and_both_are_named(
 
 
 async def test_another_release_of_the_same_protocol_is_fine(identity: NodeIdentity) -> None:
-    async with receiving(identity) as end, sending(end, identity, build=replace(local_build(), version="9")):
+    async with (
+        receiving(identity) as end,
+        sending(end, identity, build=replace(local_build(), version="9")) as (sender, _),
+    ):
+        sender.send(b"1")
+        await sender.flush()
+        assert await soon(end.frames) == b"1"  # the welcome may arrive before the receiver has gone on
         assert end.opened == [EPOCH]
 
 
@@ -342,3 +351,13 @@ async def test_a_caller_that_does_not_say_hello(identity: NodeIdentity, first: b
         welcome.ParseFromString(answer)
         assert welcome.code and welcome.message
         assert not end.opened and end.lost.empty()
+
+
+@pytest.mark.parametrize("chosen", [None, "event_engine_client"])
+def test_grpc_reads_sockets_itself_unless_the_owner_chose(chosen: str | None) -> None:
+    """Read by gRPC when it is first imported, which is after our package: asked of a fresh process."""
+    environment = {key: value for key, value in os.environ.items() if key != "GRPC_EXPERIMENTS"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({"GRPC_EXPERIMENTS": chosen} if chosen else {})
+    program = "import sys, os, dwarfstar_engine.wire; print(os.environ['GRPC_EXPERIMENTS'], 'grpc' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [chosen or "-event_engine_client,-event_engine_listener", "False"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dwarfstar_engine import native
-from dwarfstar_engine.errors import FrameError
+from dwarfstar_engine.errors import FrameError, StageError
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.worker import ToyBackend, Worker
@@ -214,6 +214,34 @@ def test_a_fault_reaches_the_end_of_the_ring() -> None:
 def test_what_is_no_frame_is_an_error(damage: bytes) -> None:
     with pytest.raises(FrameError):
         stage(0, 2).run(damage)
+
+
+def test_a_backend_may_run_the_whole_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it answers goes on as it is; it is given the time waited for the frame, and asked before all else."""
+    worker, seen = stage(0, LAYERS), []
+
+    def whole(frame: bytes, wait_us: int) -> bytes | None:
+        seen.append((frame, wait_us))
+        return b"done" if len(seen) > 1 else None
+
+    monkeypatch.setattr(worker.backend, "run_frame", whole)
+    data = frames.encode(step(PROMPT))
+    assert tokens_of(frames.decode(worker.run(data))) == WANT[:1]  # None: the general way
+    assert worker.run(data) == worker.run(b"not looked at") == b"done"
+    assert [frame for frame, _ in seen] == [data, data, b"not looked at"] and all(wait >= 0 for _, wait in seen)
+
+
+def test_what_a_backend_refuses_as_a_whole_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not run a second time: the backend may have done half of it."""
+    worker = stage(0, LAYERS)
+
+    def full(frame: bytes, wait_us: int) -> bytes | None:
+        raise StageError("the KV cache of this stage is full", code="kv_full")
+
+    monkeypatch.setattr(worker.backend, "run_frame", full)
+    monkeypatch.setattr(worker.backend, "step", None)
+    out = run([worker], step(PROMPT))
+    assert fault(out) == "the KV cache of this stage is full" and isinstance(out, FaultFrame) and out.code == "kv_full"
 
 
 def test_a_reset_empties_every_slot() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import statistics
@@ -19,6 +20,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -29,6 +31,8 @@ from dwarfstar_engine.node.source import find_model
 
 WHOLE = "dwarfstar_engine.stage.whole"
 START_DEADLINE_S = 120.0
+READ_S = 120.0  # for the first token of a long prompt
+MAX_LINE_BYTES = 1 << 16  # an event of one token has a few hundred
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
     "Write a short story about a lighthouse keeper and a storm.",
@@ -144,8 +148,8 @@ async def _until_serving(home: Path, process: asyncio.subprocess.Process) -> str
     )
 
 
-async def split_run(client: httpx.AsyncClient, url: str, prompt: list[int], count: int) -> tuple[str, Run]:
-    """One greedy answer over HTTP."""
+def split_run(url: str, prompt: list[int], count: int) -> tuple[str, Run]:
+    """One greedy answer over HTTP. Lines are only noted while they come: the client shares the stages' cores."""
     body = {
         "model": "bench",
         "prompt": prompt,
@@ -153,21 +157,26 @@ async def split_run(client: httpx.AsyncClient, url: str, prompt: list[int], coun
         "temperature": 0,
         "stream": True,
         "ignore_eos": True,
-        "logprobs": None,
     }
-    started, times, text = time.perf_counter(), [], []
-    async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            raise DwarfStarError((await answer.aread()).decode("utf-8", "replace"))
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise DwarfStarError(event["error"]["message"])
+    lines, times = [], []
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=READ_S)
+    with contextlib.closing(connection):
+        started = time.perf_counter()
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        while line := answer.readline(MAX_LINE_BYTES):
+            if line.startswith(b"data: {"):
                 times.append(time.perf_counter() - started)
-                text.append(event["choices"][0]["text"] if event["choices"] else "")
+                lines.append(line)
+            elif answer.status != 200:
+                raise DwarfStarError(line.decode("utf-8", "replace"))
+    events = [json.loads(line[6:]) for line in lines]
+    for event in events:
+        if "error" in event:
+            raise DwarfStarError(event["error"]["message"])
+    text = "".join(choice["text"] for event in events for choice in event["choices"])
     # Chunks and tokens differ where a character spans tokens; the span of time is the same.
-    return "".join(text), Run((count - 1) / (times[-1] - times[0]), times[0], count)
+    return text, Run((count - 1) / (times[-1] - times[0]), times[0], count)
 
 
 async def bench(model: str, models: Path, *, nodes: int, cuts: Sequence[int], runs: int, tokens: int) -> Report:
@@ -184,7 +193,7 @@ async def bench(model: str, models: Path, *, nodes: int, cuts: Sequence[int], ru
                     text = PROMPTS[index % len(PROMPTS)]
                     prompt = list((await client.post(f"{url}/tokenize", json={"content": text})).json()["tokens"])
                     ids, whole = await unsplit.generate(prompt, tokens)
-                    answer, split = await split_run(client, url, prompt, tokens)
+                    answer, split = await asyncio.to_thread(split_run, url, prompt, tokens)
                     pieces = await client.post(f"{url}/detokenize", json={"tokens": ids})
                     same = same and pieces.json()["content"] == answer
                     if index:  # the first pair warms caches

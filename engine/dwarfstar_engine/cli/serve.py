@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -82,6 +83,7 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         stack.callback(listener.close)
         stopping = asyncio.Event()
         _on_signals(stopping.set)
+        pinned = _pin(start.pin, local)
         authority = load_or_create_authority(settings.home / "trust", utc_now())
         trust = NodeFiles(settings.home / "trust")
         issue_local(authority, trust, "coordinator", utc_now())
@@ -96,7 +98,7 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         host, port = listener.getsockname()[:2]
         coordinator.api_url = f"http://{_shown_host(host)}:{port}"
         running.announce(settings.home, coordinator.address, coordinator.api_url, join)
-        nodes = _local_nodes(local, start, settings, lent_gib, coordinator.address, authority)
+        nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, authority)
         for node in nodes:
             stack.push_async_callback(node.stop)
             await node.start()
@@ -210,12 +212,22 @@ async def _joining(
     return server, f"{host}:{port}"
 
 
+def _pin(wanted: bool, nodes: int) -> tuple[int, ...]:
+    """A core for each local node's stage, if there are enough; this process keeps to the others.
+
+    Without others it shares the last stage's, which is idle when the engine has the most to do: a token just came.
+    """
+    free = cores()
+    if not wanted or not nodes or len(free) < nodes or not hasattr(os, "sched_setaffinity"):
+        return ()
+    os.sched_setaffinity(0, set(free[nodes:] or free[nodes - 1 :]))
+    return tuple(free[:nodes])
+
+
 def _local_nodes(
-    count: int, start: Start, settings: Settings, lent_gib: float | None, address: str, authority: Authority
+    count: int, pinned: tuple[int, ...], settings: Settings, lent_gib: float | None, address: str, authority: Authority
 ) -> list[LocalNode]:
     """Node processes on this machine, each with a home, a certificate and a share of the cores of its own."""
-    free = cores()
-    pinned = start.pin and len(free) >= count
     nodes = []
     for index in range(count):
         home = settings.home / "local" / f"node{index + 1}"
@@ -227,7 +239,7 @@ def _local_nodes(
                 coordinator=address,
                 threads=settings.threads or default_threads(count),
                 effective_vram=lent_gib,
-                cpus=(free[index],) if pinned else (),
+                cpus=pinned[index : index + 1],
                 models=settings.models_dir,
             )
         )
