@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := engine dwarfstar_tui tests scripts benchmarks
+SOURCES := engine dwarfstar_tui tests scripts
 NATIVE := $(shell find native -type f -not -path '*/tests/*')
 
 .PHONY: run serve test test-unit check format bench proto lock clean
@@ -25,7 +25,7 @@ check: $(STAMP)          ## format, lint, types, import contracts
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/mypy tests scripts benchmarks
+	$(BIN)/mypy tests scripts
 	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP)

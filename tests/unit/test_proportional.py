@@ -180,3 +180,12 @@ def test_cuts_that_give_a_node_too_much() -> None:
     with pytest.raises(PlanError, match=r"layers 2–6 need 4\.00 GiB on n1, which has 3\.00 GiB") as no:
         with_cuts(costs(*[GIB] * 6), [2, 4], NO_NEED, nodes(9 * GIB, 3 * GIB), [2])
     assert no.value.code == TOO_LARGE
+
+
+def test_a_length_llama_cpp_would_mistake_is_planned_around() -> None:
+    costs = ModelCosts((1,) * 8, 0, 0, (0,) * 8, n_embd=1)
+    nodes = [Capacity("a", 100), Capacity("b", 100)]
+    plan = proportional(costs, range(1, 8), Need(0, 0, forbidden_lengths=(4, 8)), nodes)
+    assert [b - a for a, b in (stage.layers for stage in plan.stages)] in ([3, 5], [5, 3])
+    alone = proportional(costs, range(1, 8), Need(0, 0, forbidden_lengths=(4, 8)), nodes[:1])
+    assert [stage.layers for stage in alone.stages] == [(0, 8)]

@@ -252,7 +252,11 @@ class Coordinator:
 
     def _plan(self) -> Plan:
         costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
-        need = Need(self.context * self.settings.slots, reserve_bytes(self.source, self.settings))
+        need = Need(
+            self.context * self.settings.slots,
+            reserve_bytes(self.source, self.settings),
+            self.source.forbidden_lengths,
+        )
         capacities = [member.capacity for member in nodes]
         if self.settings.cuts:
             return with_cuts(costs, self.source.cuts, need, capacities, self.settings.cuts)

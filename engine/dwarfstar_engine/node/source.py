@@ -24,6 +24,7 @@ LISTED = 20  # names shown when a model is not found
 class Source:
     """A model as the coordinator knows it. ``path`` is empty for the toy model.
 
+    forbidden_lengths: a stage may not have so many layers, unless it has all.
     fingerprint: equal on two machines that hold the same file (its directory and its size; not every weight).
     """
 
@@ -34,6 +35,7 @@ class Source:
     cuts: tuple[int, ...]
     fingerprint: str
     train_context: int
+    forbidden_lengths: tuple[int, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -76,7 +78,7 @@ def open_source(name: str, folder: Path) -> Source:
         return _toy(name)
     path = find_model(name, folder)
     model = read_model(path)
-    rules(model)  # refuses what cannot be sliced exactly
+    arch = rules(model)  # refuses what cannot be sliced exactly
     return Source(
         name=path.stem,
         path=str(path),
@@ -85,6 +87,7 @@ def open_source(name: str, folder: Path) -> Source:
         cuts=legal_cuts(model),
         fingerprint=fingerprint(model),
         train_context=model.get_int(f"{model.architecture}.context_length", DEFAULT_CONTEXT),
+        forbidden_lengths=arch.forbidden_lengths,
     )
 
 

@@ -28,10 +28,14 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a run of the model asks beyond weights. cells: KV cells. reserve_bytes: compute buffers of a stage."""
+    """What a run of the model asks beyond weights. cells: KV cells. reserve_bytes: compute buffers of a stage.
+
+    forbidden_lengths: slices of so many layers cannot be loaded, unless they are the whole model.
+    """
 
     cells: int
     reserve_bytes: int
+    forbidden_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +162,9 @@ def _fit(
         for start, (distance, counts) in best.items():
             for end in range(start, blocks + 1):
                 if end > start:
+                    length = bounds[end] - bounds[start]
+                    if length in need.forbidden_lengths and length < bounds[-1]:
+                        continue
                     stage = stage_plan(costs, need, node.node, bounds[start], bounds[end])
                     if _bytes(stage, need) > node.usable_bytes:
                         break
