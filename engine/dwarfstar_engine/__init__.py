@@ -3,4 +3,11 @@
 Data flows one way: model file -> plan -> stage -> wire -> coordinator (``node``) -> API and front ends.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# Read by gRPC when it is first imported, so set before any module of ours can do that.
+# We start programs, we do not go on in a forked copy: gRPC need not prepare for that, nor write about it.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -16,16 +16,18 @@ MAX_LOGIT_BIAS = 300  # OpenAI's bound on logit_bias entries
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the last stage draws tokens. Defaults are OpenAI's; ``temperature`` 0 is greedy.
+    """How the last stage draws tokens. ``temperature`` 0 is greedy.
+
+    Defaults are llama-server's: small models, the usual ones at home, talk nonsense with OpenAI's.
 
     ``seed`` is None for a fresh draw. Randomness at a position depends on (seed, position) only, so a
     replay of the same tokens draws the same continuation.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: all
-    min_p: float = 0.0
+    temperature: float = 0.8
+    top_p: float = 0.95  # 1.0: all
+    top_k: int = 40  # 0: all
+    min_p: float = 0.05  # 0.0: all
     seed: int | None = None
     frequency_penalty: float = 0.0  # over generated tokens
     presence_penalty: float = 0.0  # over generated tokens

@@ -108,7 +108,7 @@ def _sampling(model: ModelInfo, body: GenerationBody, logprobs: int | None, choi
     return Sampling(
         temperature=_or(body.temperature, default.temperature),
         top_p=_or(body.top_p, default.top_p),
-        top_k=max(0, body.top_k or 0),
+        top_k=default.top_k if body.top_k is None else max(0, body.top_k),
         min_p=_or(body.min_p, default.min_p),
         seed=None if body.seed is None else (body.seed + choice) % SEED_RANGE,
         frequency_penalty=_or(body.frequency_penalty, default.frequency_penalty),
