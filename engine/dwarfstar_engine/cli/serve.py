@@ -126,9 +126,11 @@ def _check_cuts(source: Source, cuts: Sequence[int]) -> None:
 
 
 def _lent_gib(start: Start, settings: Settings, source: Source) -> float | None:
-    """What each local node lends: what was asked for; in the demo, too little for the whole model."""
-    if settings.effective_vram is not None or not start.demo:
+    """What each local node lends: what was asked for; in the demo, too little for the whole model; else its share."""
+    if settings.effective_vram is not None:
         return settings.effective_vram
+    if not start.demo:
+        return measure(None).usable_bytes / start.local_nodes / GIB if start.local_nodes else None
     context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
     kv = context * settings.slots * sum(source.costs.kv_bytes_per_token)
     whole = sum(source.costs.layer_bytes) + source.costs.head_bytes + kv

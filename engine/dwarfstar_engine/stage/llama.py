@@ -126,6 +126,8 @@ class LlamaSlice:
         callback = llama.llama_progress_callback(progress)
         params.progress_callback = callback
         with native.VirtualFile(self.file.extents) as virtual:
+            if not virtual.pointer:
+                raise StageError("slices cannot be loaded on this platform: run the node on Linux or macOS")
             model = llama.llama_model_load_from_file_ptr(ctypes.c_void_p(virtual.pointer), params)
         if not model:
             a, b = self.file.layers
