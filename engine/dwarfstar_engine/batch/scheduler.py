@@ -31,7 +31,7 @@ class Limits:
     context: int
     rows: int
     in_flight: int
-    decode_rows: int = 1  # sequences stepped together; on a CPU a batch of 2 costs more than two of 1
+    decode_rows: int = 1  # sequences stepped together; llama.cpp stages take one slot a frame, so only toys take more
     queued: int = MAX_QUEUED
 
 

@@ -43,7 +43,7 @@ KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
 class LlamaOptions:
     """How a slice runs. The same on every stage of a plan, but for threads and GPU settings.
 
-    cells: KV cells shared by all slots. batch: most rows of one frame. gpu_layers: -1 means all.
+    cells: KV cells, divided evenly among the slots. batch: most rows of one frame. gpu_layers: -1 means all.
     """
 
     cells: int
