@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := engine dwarfstar_tui tests scripts
+SOURCES := engine dwarfstar_tui tests scripts benchmarks
 NATIVE := $(shell find native -type f -not -path '*/tests/*')
 
 .PHONY: run serve test test-unit check format bench proto lock clean
@@ -25,15 +25,18 @@ check: $(STAMP)          ## format, lint, types, import contracts
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(BIN)/mypy tests scripts
+	$(BIN)/mypy tests scripts benchmarks
 	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-bench: $(STAMP)          ## one stream, unsplit against split, in one run
-	$(BIN)/dwarfstar bench
+bench: $(STAMP)          ## beside llama.cpp's own servers: about 3 minutes to build them once, then about 20
+	$(BIN)/python benchmarks/build_peers.py
+	$(BIN)/dwarfstar bench --peers .cache/peers/bin $(BENCH) \
+		--json benchmarks/results/latest.json --svg benchmarks/results/latest.svg
+	$(BIN)/python benchmarks/update_readme.py
 
 proto: $(STAMP)          ## generated code of the wire protocol
 	$(BIN)/python scripts/gen_proto.py

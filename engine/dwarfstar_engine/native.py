@@ -37,7 +37,7 @@ from dwarfstar_engine.model.slice import Extent, FileExtent, MemoryExtent, ZeroE
 FloatRows = NDArray[np.float32]  # rows × cols, C order
 Buffer = bytes | bytearray | memoryview | NDArray[Any]  # anything contiguous with the buffer protocol
 
-ABI_VERSION = 2  # DS_ABI_VERSION of native/include/dwarfstar_native.h
+ABI_VERSION = 3  # DS_ABI_VERSION of native/include/dwarfstar_native.h
 MAX_TOP = 20  # DS_MAX_TOP: OpenAI's bound on top_logprobs
 FILL_CHUNK_BYTES = 4 << 20  # staging buffer of TensorFiller: large reads, small memory
 PROBE_BYTES = 256 << 20  # larger than the caches of the machines people lend
@@ -48,7 +48,8 @@ _ARG, _RANGE, _SIZE, _IO, _NAME, _OVERFLOW, _DATA = -1, -2, -3, -4, -5, -6, -7  
 
 
 class WireType(IntEnum):
-    """How hidden states travel: exact, halves with a power-of-two scale a row, int8 with a scale for each 32."""
+    """How hidden states travel: exact; halves with a power-of-two scale a row; int8 with a scale for each 16, the
+    largest of each row apart. Layouts: native/src/codec.cpp; what they cost: docs/wire.md."""
 
     F32 = 1
     F16 = 2
@@ -102,11 +103,15 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ds_top_logprobs": (_i32, (_pointer, _i32, _i32, _i32, _pointer, _pointer, _pointer)),
     "ds_stage_new": (_i32, (_pointer, ctypes.c_size_t, _out_pointer)),
     "ds_stage_free": (None, (_pointer,)),
-    "ds_stage_step": (_i32, (_pointer, _i32, _pointer, _pointer, _pointer, _pointer, _pointer)),
+    "ds_stage_tune": (_i32, (_pointer, _i32, ctypes.c_bool)),
+    "ds_stage_step": (_i32, (_pointer, ctypes.c_bool, _i32, _pointer, _i32, _i32, _pointer, _pointer)),
     "ds_stage_error": (_i32, (_pointer,)),
-    "ds_stage_sampler": (_i32, (_pointer, _i32, _i32, _pointer, _i32, _u64)),
-    "ds_stage_draw": (_i32, (_pointer, _i32, _i32, _i32)),
+    "ds_stage_copy": (_i32, (_pointer, _i32, _i32, _i32)),
+    "ds_stage_clear": (_i32, (_pointer,)),
+    "ds_stage_sampler": (_i32, (_pointer, _i32, _i32, _pointer, _i32, _u64, ctypes.c_bool)),
+    "ds_stage_draw": (_i32, (_pointer, ctypes.c_bool, _i32, _i32, _i32, _i32)),
     "ds_stage_run": (_i64, (_pointer, _pointer, ctypes.c_size_t, _u32, _pointer, ctypes.c_size_t)),
+    "ds_stage_busy_us": (_u64, (_pointer,)),
     "ds_draw_seed": (_u32, (_u64, _i32)),
     "ds_memory_bandwidth": (_double, (_i32, _u64, _double)),
 }
@@ -421,7 +426,7 @@ def decode(dtype: WireType, data: Buffer, rows: int, cols: int) -> FloatRows:
             return view.reshape(rows, cols)
     out = np.empty((rows, cols), np.float32)
     if library().ds_decode(dtype, source, given, rows, cols, _data(out), out.size) != 0:
-        raise FrameError("hidden states came with a scale that no encoder writes")
+        raise FrameError("hidden states came in bytes that no encoder writes: run the same version on all nodes")
     return out
 
 

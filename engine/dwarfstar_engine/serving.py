@@ -6,9 +6,11 @@ API's work, with the help of :meth:`Engine.chat_tokens`, :meth:`Engine.text_toke
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from dwarfstar_engine.errors import DwarfStarError
 
 MAX_LOGPROBS = 20  # OpenAI's bound on top_logprobs
 MAX_LOGIT_BIAS = 300  # OpenAI's bound on logit_bias entries
@@ -39,12 +41,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sequence to generate. ``prompt`` holds token ids; ``max_tokens`` None means up to the context."""
+    """One sequence to generate. ``prompt`` holds token ids; ``max_tokens`` None means up to the context.
+
+    cache: whether KV cells of earlier requests may stand in for a beginning of the prompt.
+    """
 
     prompt: tuple[int, ...]
     sampling: Sampling
     max_tokens: int | None = None
     ignore_eos: bool = False
+    priority: int = 0  # requests of a higher one leave the queue first
+    cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +61,33 @@ class Token:
     logprob: natural log of its probability before temperature and penalties; 0.0 when not asked for.
     top: the k best (token, logprob), best first; empty when not asked for.
     finish: None, or why the sequence ended with this token: "stop" (end-of-generation) or "length".
+    cached: on the first token of an answer: tokens of the prompt that were not computed again.
     """
 
     id: int
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
     finish: str | None = None
+    cached: int = 0
+
+
+class Sink(Protocol):
+    """Where the tokens of one generation go. Called from the event loop; it must neither block nor raise.
+
+    After a token with ``finish``, or after ``fail``, nothing more is put. At most as many tokens come as the request
+    may generate, so a sink may hold them all.
+    """
+
+    def put(self, token: Token) -> None: ...
+    def fail(self, error: DwarfStarError) -> None: ...
+
+
+class Generation(Protocol):
+    """A generation that was begun."""
+
+    def cancel(self) -> None:
+        """Forget it: its slot is free within one step, and nothing is put any more. Idempotent."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +128,10 @@ class Engine(Protocol):
         """The bytes a token stands for; empty for control tokens. May be a part of a UTF-8 character."""
         ...
 
-    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """Generate. Closing the iterator (``aclose``) frees the slot at once.
+    def generate(self, request: Request, sink: Sink) -> Generation:
+        """Begin to generate. What follows goes to ``sink``: tokens, or the error that ends them.
 
-        Raises ContextLengthError before the first token if the prompt does not fit, Overloaded if the queue is
-        full, Unavailable or StageError (with retry_after_s) if the pipeline breaks, even between tokens.
+        Raises ContextLengthError if the prompt does not fit, Overloaded if the queue is full, Unavailable if there is
+        no pipeline. ``sink.fail`` gets StageError (with retry_after_s) if the pipeline breaks.
         """
         ...

@@ -8,10 +8,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dwarfstar_engine.errors import SettingsError
 
@@ -46,8 +46,21 @@ class Settings(BaseModel):
     """Tokens of one request, prompt and answer; default: the model's own limit, at most 4096."""
     slots: int = Field(default=4, ge=1, le=64)
     """Requests generated at the same time; each has a full context of KV cache."""
-    chunk: int = Field(default=256, ge=1, le=2048)
-    """Rows of one frame: a prompt travels in chunks of so many tokens."""
+    kv: Literal["f16", "q8_0", "q4_0"] = "f16"
+    """Type of the KV cache's cells. The quantised ones take half and a quarter of the memory, and are not exact."""
+    chunk: int | None = Field(default=None, ge=1, le=2048)
+    """Tokens of a prompt that travel together; default: chosen from what the stages were measured to take."""
+    prefix_cache: Literal["exact", "full", "off"] = "exact"
+    """Keep the KV cells of requests that are over, for requests that begin alike: as far as that changes no bit of a
+    text, or all that is alike."""
+    speculation: Literal["auto", "on", "off"] = "auto"
+    """Guess tokens ahead and verify them: never changes a text. ``auto``: where it measures faster."""
+    draft_model: str | None = None
+    """A small model with the same vocabulary that guesses; default: guesses come from the text itself."""
+    queue: int = Field(default=256, ge=0, le=65536)
+    """Requests that may wait for a slot; beyond it they are refused with 429."""
+    request_timeout_s: float = Field(default=3600.0, gt=0, le=86400)
+    """Longest time a request may take, waiting included."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of a stage; default: the physical cores, shared among local nodes."""
     gpu_layers: int = Field(default=-1, ge=-1)
@@ -56,8 +69,10 @@ class Settings(BaseModel):
     """How llama.cpp uses several GPUs of one node."""
     flash_attention: Literal["auto", "on", "off"] = "auto"
     """llama.cpp's flash attention."""
-    wire: Literal["f32", "f16", "q8"] = "f32"
-    """Precision of activations between stages; f32 is exact."""
+    batching: Literal["auto", "exact"] = "auto"
+    """Run tokens of several requests together where it is much faster, or only where that changes no bit of a text."""
+    wire: Literal["auto", "f32", "f16", "q8"] = "auto"
+    """Precision of activations between stages; f32 is exact. ``auto``: f32 unless the link would be the bottleneck."""
 
     effective_vram: float | None = Field(default=None, gt=0, le=1 << 20)
     """GiB this node lends; default: what is free on its device, less a reserve."""
@@ -69,6 +84,12 @@ class Settings(BaseModel):
     """Seconds a lost node is waited for before the model is planned on those that are left."""
     frame_deadline_s: float = Field(default=60.0, ge=1, le=3600)
     """A frame that is longer on its way is stuck: its pipeline is given up and brought up again."""
+
+    @model_validator(mode="after")
+    def _kv_and_attention(self) -> Self:
+        if self.kv != "f16" and self.flash_attention == "off":
+            raise ValueError(f"with flash_attention off llama.cpp has no {self.kv} cache: leave one of them out")
+        return self
 
     @property
     def models_dir(self) -> Path:
@@ -107,7 +128,9 @@ def load_settings(
         return Settings(**merged)
     except ValidationError as error:
         first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else "?"
+        if not first["loc"]:  # two that do not go together
+            raise SettingsError(str(first["ctx"]["error"])) from None
+        key = str(first["loc"][0])
         where = next((name for name, values in reversed(sources) if key in values), "{key}")
         shown = where.format(key=key, config=config, variable=ENV_PREFIX + key.upper(), option=key.replace("_", "-"))
         raise SettingsError(f"{shown} {_problem(first['type'], first['msg'])} (given: {first['input']!r})") from None

@@ -48,6 +48,9 @@ class StageView(View):
     tok_s: float
     busy: float  # share of the last seconds spent computing, 0 … 1
     wait: float  # share spent waiting for a frame
+    wire: str  # what hidden states leave as: f32 | f16 | q8; ids: it is the last
+    link_ms: float  # round trip to the next stage
+    link_mb_s: float  # 1e6 bytes
     pid: int
     state: str  # loading | ready | failed
 

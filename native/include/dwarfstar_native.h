@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a signature, a struct or a byte layout; native.py refuses another number. */
-#define DS_ABI_VERSION 2
+#define DS_ABI_VERSION 3
 DS_API int32_t ds_abi_version(void);
 
 enum ds_status {
@@ -45,6 +45,8 @@ enum ds_status {
     DS_E_MEMORY = -8,      /* out of memory, or no thread could be started */
     DS_E_UNSUPPORTED = -9, /* this platform has no such call, or this frame needs the general way */
     DS_E_DECODE = -10,     /* llama_decode refused: ds_stage_error has its answer */
+    DS_E_GAP = -11,        /* rows that do not follow what their slot holds, or holds still */
+    DS_E_GUESS = -12,      /* no token was drawn: the row's own token was guessed wrongly */
 };
 
 /* ---- virtual file ------------------------------------------------------------------------------------------ */
@@ -111,6 +113,9 @@ DS_API int32_t ds_tap_set_names(ds_tap *tap, const char *capture, const char *in
 DS_API int32_t ds_tap_begin(ds_tap *tap, void *target, uint64_t capacity, const void *source, uint64_t size);
 /* ggml_backend_sched_eval_callback; ud is the tap. */
 DS_API bool ds_tap_callback(struct ggml_tensor *tensor, bool ask, void *ud);
+/* Call pause(data) at every layer of a decode, on the thread that decodes; NULL for none. Independent of begin. */
+typedef void (*ds_pause_fn)(void *data);
+DS_API int32_t ds_tap_set_pause(ds_tap *tap, ds_pause_fn pause, void *data);
 DS_API uint64_t ds_tap_captured(const ds_tap *tap); /* bytes since begin */
 DS_API uint64_t ds_tap_injected(const ds_tap *tap); /* bytes since begin */
 DS_API int32_t ds_tap_error(const ds_tap *tap);     /* DS_OK or DS_E_OVERFLOW */
@@ -158,25 +163,42 @@ typedef struct ds_llama_batch {
     int8_t *logits;
 } ds_llama_batch;
 
+/* A llama_context with its memory and tap (NULL on a last stage that injects nothing and never pauses). */
+typedef struct ds_stage_context {
+    void *context;
+    void *memory;
+    ds_tap *tap;
+    int32_t capacity; /* rows of a decode */
+    int32_t outputs;  /* rows of a decode whose logits are computed, on the last stage */
+} ds_stage_context;
+
 typedef struct ds_stage_config {
-    void *context;                                            /* llama_context, the caller's */
-    int32_t (*decode)(void *context, ds_llama_batch batch);   /* llama_decode */
-    float *(*logits)(void *context, int32_t row);             /* llama_get_logits_ith */
+    ds_stage_context steps;  /* a sequence for each slot */
+    ds_stage_context prompt; /* one sequence: the prompt that is being read; or the same as steps, where llama.cpp cannot
+                              * move cells from one to the other: then nothing goes before a prompt */
+    const ds_stage_context *own; /* NULL, or a context for each slot, with one sequence, instead of `steps`, whose
+                                  * capacity and outputs then bound a frame */
+    int32_t (*decode)(void *context, ds_llama_batch batch);     /* llama_decode */
+    float *(*logits)(void *context, int32_t row);               /* llama_get_logits_ith */
+    bool (*seq_rm)(void *memory, int32_t seq, int32_t from, int32_t to); /* llama_memory_seq_rm */
+    size_t (*state_size)(void *context, int32_t seq, uint32_t flags); /* llama_state_seq_get_size_ext */
+    size_t (*state_get)(void *context, uint8_t *to, size_t size, int32_t seq, uint32_t flags); /* …_get_data_ext */
+    size_t (*state_set)(void *context, const uint8_t *from, size_t size, int32_t seq, uint32_t flags); /* …_set_data_ext */
+    size_t (*whole_size)(void *context);                           /* llama_state_get_size */
+    size_t (*whole_get)(void *context, uint8_t *to, size_t size);  /* llama_state_get_data */
     int32_t (*sample)(void *chain, void *context, int32_t row); /* llama_sampler_sample */
-    void *(*chain_remove)(void *chain, int32_t index);        /* llama_sampler_chain_remove */
-    void (*chain_add)(void *chain, void *sampler);            /* llama_sampler_chain_add */
-    void *(*init_dist)(uint32_t seed);                        /* llama_sampler_init_dist */
-    void (*sampler_free)(void *sampler);                      /* llama_sampler_free */
-    ds_tap *tap;             /* NULL on a last stage that injects nothing */
-    ds_to_float_fn to_float; /* first stage: as ds_embed_rows */
+    void *(*chain_remove)(void *chain, int32_t index);          /* llama_sampler_chain_remove */
+    void (*chain_add)(void *chain, void *sampler);              /* llama_sampler_chain_add */
+    void *(*init_dist)(uint32_t seed);                          /* llama_sampler_init_dist */
+    void (*sampler_free)(void *sampler);                        /* llama_sampler_free */
+    ds_to_float_fn to_float;                                    /* first stage: as ds_embed_rows */
     const void *rows;
     int64_t n_rows, row_bytes;
     float scale;
     int32_t n_embd, n_vocab;
-    int32_t capacity; /* rows of a frame */
     int32_t slots;
     int32_t planes; /* positions per row */
-    int32_t wire;   /* ds_dtype of what is sent on */
+    int32_t window; /* positions that layers with a window look back on (llama_model_n_swa); 0: there are none */
     bool first, last, injects, token_input;
 } ds_stage_config;
 
@@ -185,16 +207,28 @@ typedef struct ds_stage ds_stage;
 /* batch_bytes: sizeof(struct llama_batch) as the installed binding has it; DS_E_ARG if it is not ours. */
 DS_API int32_t ds_stage_new(const ds_stage_config *config, size_t batch_bytes, ds_stage **out);
 DS_API void ds_stage_free(ds_stage *stage);
-/* n rows through the slice; out n × n_embd, not used on the last stage. DS_E_NAME: no tensor had the tap's name. */
-DS_API int32_t ds_stage_step(ds_stage *stage, int32_t n, const float *rows, const int32_t *positions,
-                             const uint16_t *slots, const uint8_t *wants, float *out);
-DS_API int32_t ds_stage_error(const ds_stage *stage); /* llama_decode's last answer */
-/* mode 0: none, 1: greedy, 2: a chain. dist: index of the drawing sampler in the chain, or -1. */
-DS_API int32_t ds_stage_sampler(ds_stage *stage, int32_t slot, int32_t mode, void *chain, int32_t dist, uint64_t seed);
-/* The token drawn behind a batch row; or a negative status, DS_E_RANGE if the slot has no sampler. */
-DS_API int32_t ds_stage_draw(ds_stage *stage, int32_t row, int32_t slot, int32_t position);
-/* A whole frame; bytes written to out. DS_E_UNSUPPORTED: nothing was done, take the general way. */
+/* How it goes on: wire, the ds_dtype of what is sent; batched: rows of several slots in one llama_decode. */
+DS_API int32_t ds_stage_tune(ds_stage *stage, int32_t wire, bool batched);
+/* n rows of one slot from `position` on, as one decode; what the slot held from there on is forgotten. out n × n_embd,
+ * not used on the last stage. prompt: on the prompt's context; it ends with a row that is wanted. DS_E_NAME: no tensor
+ * had the tap's name. */
+DS_API int32_t ds_stage_step(ds_stage *stage, bool prompt, int32_t n, const float *rows, int32_t position, int32_t slot,
+                             const uint8_t *wants, float *out);
+DS_API int32_t ds_stage_error(const ds_stage *stage); /* what llama_decode answered when it failed last */
+/* Let target hold what source holds before position, and nothing else. */
+DS_API int32_t ds_stage_copy(ds_stage *stage, int32_t source, int32_t target, int32_t position);
+DS_API int32_t ds_stage_clear(ds_stage *stage); /* every slot is empty */
+/* mode 0: none, 1: greedy, 2: a chain. dist: index of the drawing sampler in the chain, or -1. general: frames with
+ * rows of this slot are not for ds_stage_run. */
+DS_API int32_t ds_stage_sampler(ds_stage *stage, int32_t slot, int32_t mode, void *chain, int32_t dist, uint64_t seed,
+                                bool general);
+/* The token drawn behind row `row` of the last step; or a negative status, DS_E_RANGE if the slot has no sampler.
+ * guess: the row's own token if it was guessed, else -1: DS_E_GUESS unless it is what was drawn for its position. */
+DS_API int32_t ds_stage_draw(ds_stage *stage, bool prompt, int32_t row, int32_t slot, int32_t position, int32_t guess);
+/* A whole frame of steps; bytes written to out. DS_E_UNSUPPORTED: nothing was done, take the general way. */
 DS_API int64_t ds_stage_run(ds_stage *stage, const void *frame, size_t size, uint32_t wait_us, void *out, size_t room);
+/* Microseconds spent computing since it was made. */
+DS_API uint64_t ds_stage_busy_us(const ds_stage *stage);
 /* Seed of llama.cpp's generator for a position; never 0xFFFFFFFF. */
 DS_API uint32_t ds_draw_seed(uint64_t seed, int32_t position);
 

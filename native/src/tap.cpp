@@ -5,6 +5,9 @@
 // slice that ends there: what follows (final norm, head, further layers) is not computed. Wanting the scaled input
 // and overwriting it gives a later slice exactly the hidden state the unsplit model has there.
 //
+// Pauses. Wanting a layer's output without touching it makes the scheduler stop there for a moment: the place where a
+// long decode lets a short one go first. The two names of a layer end in its number, so they are looked for by prefix.
+//
 // A decode may be cut into several micro-batches, each a graph of its own: offsets run on over them. When a
 // buffer is too small nothing of that micro-batch is copied, the error is kept, and the graph is stopped.
 #include <cstring>
@@ -38,6 +41,16 @@ struct Target {
     }
 };
 
+// Tensors that every layer has: a name, '-', the layer's number.
+constexpr const char *PAUSES[] = {"l_out-", "ffn_inp-"};
+
+bool pauses_at(const char *name) {
+    for (const char *prefix : PAUSES) {
+        if (name[0] == prefix[0] && std::strncmp(name, prefix, std::strlen(prefix)) == 0) return true;
+    }
+    return false;
+}
+
 }  // namespace
 
 struct ds_tap {
@@ -50,6 +63,8 @@ struct ds_tap {
     const uint8_t *source = nullptr;
     uint64_t capacity = 0, size = 0, captured = 0, injected = 0;
     int32_t error = DS_OK;
+    ds_pause_fn pause = nullptr;
+    void *pause_data = nullptr;
 
     bool take(ggml_tensor *tensor) {
         const uint64_t n = nbytes(tensor);
@@ -113,8 +128,19 @@ bool ds_tap_callback(ggml_tensor *tensor, bool ask, void *ud) {
     const char *name = tap->get_name(tensor);
     if (tap->target != nullptr && tap->capture.matches(name)) return ask || tap->take(tensor);
     if (tap->source != nullptr && tap->inject.matches(name)) return ask || tap->put(tensor);
+    if (tap->pause != nullptr && pauses_at(name)) {
+        if (!ask) tap->pause(tap->pause_data);
+        return true;
+    }
     // Not ours. On ask: no. Otherwise (the scheduler shows only what was asked for) let the graph run on.
     return !ask;
+}
+
+int32_t ds_tap_set_pause(ds_tap *tap, ds_pause_fn pause, void *data) {
+    if (tap == nullptr) return DS_E_ARG;
+    tap->pause = pause;
+    tap->pause_data = data;
+    return DS_OK;
 }
 
 uint64_t ds_tap_captured(const ds_tap *tap) { return tap == nullptr ? 0 : tap->captured; }

@@ -16,6 +16,7 @@ void test_codec();
 void test_file();
 void test_rows();
 void test_stage();
+void test_stage_slots();
 void test_tap();
 
 // A stand-in for ggml's tensor: the library never looks inside, it calls the functions below.

@@ -8,6 +8,7 @@ int main() {
     test_codec();
     test_rows();
     test_stage();
+    test_stage_slots();
     std::puts("all native tests passed");
     return 0;
 }

@@ -58,14 +58,32 @@ void keeps_what_it_promises() {
                 const size_t i = static_cast<size_t>(r * cols + c);
                 CHECK(std::fabs(h[i] - x[i]) <= std::max(std::fabs(x[i]) * 0x1p-11f, top * 0x1p-38f));
                 float block = 0;
-                for (int64_t b = c / 32 * 32; b < std::min(cols, c / 32 * 32 + 32); ++b) {
+                for (int64_t b = c / 16 * 16; b < std::min(cols, c / 16 * 16 + 16); ++b) {
                     block = std::max(block, std::fabs(x[r * cols + b]));
                 }
-                CHECK(std::fabs(q[i] - x[i]) <= block / 127 * 0.5001f);
+                // A scale is rounded up by at most 2^-4, and reaches 2^-16 of the row's largest.
+                CHECK(std::fabs(q[i] - x[i]) <= std::max(block / 254 * 1.0626f, top * 0x1p-23f));
             }
         }
         CHECK(encode(DS_F16, h, rows, cols) == halves);  // a relay re-encodes what it decoded: nothing more is lost
     }
+}
+
+// The promise of Q8: the K largest of a row arrive as they are, wherever they lie, and ties go to the lower column.
+void keeps_outliers_apart() {
+    for (const int64_t cols : {1, 8, 9, 33, 576, 4096, 65536}) {
+        const int64_t k = std::min(cols, std::max(int64_t{8}, cols / 128));
+        const int64_t blocks = (cols + 15) / 16;
+        CHECK(ds_encoded_size(DS_Q8, 1, cols) == 6 * k + 2 + blocks + cols);
+        Floats x(static_cast<size_t>(cols), 1.0f);
+        for (int64_t i = 0; i < k; ++i) x[static_cast<size_t>(cols - 1 - i * (cols / k))] = -12345.678f;
+        const Floats q = decode(DS_Q8, encode(DS_Q8, x, 1, cols), 1, cols);
+        for (size_t i = 0; i < x.size(); ++i) {
+            CHECK(x[i] < 0 ? q[i] == x[i] : std::fabs(q[i] - 1.0f) <= 1.0626f / 254);
+        }
+    }
+    const Bytes same = encode(DS_Q8, Floats(40, 2.0f), 1, 40), zeros = encode(DS_Q8, Floats(40), 1, 40);
+    for (unsigned char i = 0; i < 8; ++i) CHECK(same[2 * i] == i && zeros[2 * i] == i);
 }
 
 void is_deterministic_off_the_numbers() {
@@ -75,8 +93,8 @@ void is_deterministic_off_the_numbers() {
     CHECK(h[0] == INF && h[1] == -INF && std::isnan(h[2]) && std::isnan(h[3]) && h[4] == 0 && std::signbit(h[5]));
     CHECK(std::fabs(h[9] + 3e38f) <= 3e38f * 0x1p-11f);
     const Floats q = decode(DS_Q8, encode(DS_Q8, odd, 1, n), 1, n);
-    CHECK(std::isnan(q[0]) && std::isnan(q[1]) && std::isnan(q[2]) && q[4] == 0 && q[6] == 0);
-    CHECK(std::fabs(q[9] + 3e38f) <= 3e38f / 254 * 1.001f);
+    CHECK(std::isnan(q[0]) && std::isnan(q[1]) && std::isnan(q[2]) && q[4] == 0 && q[6] == 1);
+    CHECK(q[9] == -3e38f);
     for (const float value : {0.0f, FLT_TRUE_MIN, FLT_MIN, 1e-30f, 1.0f, 65504.0f, 1e30f}) {
         const Floats row(40, -value);
         const Floats halves = decode(DS_F16, encode(DS_F16, row, 1, 40), 1, 40);
@@ -113,6 +131,26 @@ void cpu_and_portable_halves_agree() {
     CHECK(wide[0x3C00] == 1.0f && wide[0xC000] == -2.0f && wide[0x0001] == 0x1p-24f && wide[0x7BFF] == 65504.0f);
 }
 
+// Every 16 bits of the columns and the scale of a row, one at a time: read inside the buffers, or refused.
+void refuses_broken_q8() {
+    const int64_t cols = 40, k = 8, scale = 6 * k;
+    const Bytes sound = encode(DS_Q8, numbers(static_cast<size_t>(cols)), 1, cols);
+    Floats out(static_cast<size_t>(cols));
+    for (const int64_t at : {int64_t{0}, 2 * k - 2, scale}) {
+        int64_t taken = 0;
+        for (uint32_t bits = 0; bits < 65536; ++bits) {
+            Bytes data = sound;
+            data[static_cast<size_t>(at)] = static_cast<unsigned char>(bits);
+            data[static_cast<size_t>(at) + 1] = static_cast<unsigned char>(bits >> 8);
+            const int32_t status = ds_decode(DS_Q8, data.data(), data.size(), 1, cols, out.data(), out.size());
+            CHECK(status == DS_OK || status == DS_E_DATA);
+            taken += status == DS_OK;
+        }
+        // All scales there are but 0, which a block below it rules out.
+        CHECK(at < scale ? taken > 0 && taken <= cols : taken == (127 + 121 - 19) * 16 + 1);
+    }
+}
+
 void checks_bounds() {
     const Floats x(64, 1.0f);
     for (const int32_t dtype : {DS_F32, DS_F16, DS_Q8}) {
@@ -123,16 +161,18 @@ void checks_bounds() {
         CHECK(ds_decode(dtype, data.data(), data.size() + 1, 2, 32, out.data(), 64) == DS_E_SIZE);
         CHECK(ds_decode(dtype, data.data(), data.size(), 2, 32, out.data(), 63) == DS_E_SIZE);
         CHECK(ds_encoded_size(dtype, -1, 32) == DS_E_ARG && ds_encoded_size(dtype, 1, 0) == DS_E_ARG);
-        CHECK(ds_encoded_size(dtype, INT64_MAX, INT64_MAX) == DS_E_ARG);
+        CHECK(ds_encoded_size(dtype, INT64_MAX, INT64_MAX) == DS_E_ARG && ds_encoded_size(dtype, 1, 65537) == DS_E_ARG);
         CHECK(ds_encoded_size(dtype, 0, 32) == 0 && ds_encode(dtype, nullptr, 0, 32, nullptr, 0) == 0);
+        if (dtype == DS_Q8) continue;
         for (const float scale : {NOT_A_NUMBER, INF, -1.0f}) {
             std::memcpy(data.data(), &scale, 4);
             const int32_t want = dtype == DS_F32 ? DS_OK : DS_E_DATA;
             CHECK(ds_decode(dtype, data.data(), data.size(), 2, 32, out.data(), 64) == want);
         }
     }
+    refuses_broken_q8();
     CHECK(ds_encoded_size(0, 1, 1) == DS_E_ARG && ds_encoded_size(4, 1, 1) == DS_E_ARG);
-    CHECK(ds_encoded_size(DS_Q8, 2, 33) == 2 * (33 + 8) && ds_encoded_size(DS_F16, 2, 33) == 2 * (4 + 66));
+    CHECK(ds_encoded_size(DS_Q8, 2, 33) == 2 * (48 + 2 + 3 + 33) && ds_encoded_size(DS_F16, 2, 33) == 2 * (4 + 66));
 }
 
 void checksums() {
@@ -155,6 +195,7 @@ void checksums() {
 
 void test_codec() {
     keeps_what_it_promises();
+    keeps_outliers_apart();
     is_deterministic_off_the_numbers();
     cpu_and_portable_halves_agree();
     checks_bounds();

@@ -1,5 +1,5 @@
-// Frames through a stage whose llama.cpp is made up: what comes out is what stage_fake.h computes from the layout.
-#include "stage_fake.h"
+// Frames through a stage whose llama.cpp is made up: what comes out is what stage_frames.h computes from the layout.
+#include "stage_frames.h"
 
 namespace {
 
@@ -11,10 +11,10 @@ void hidden_states_go_in_and_out() {
         Stage first(Place::First, wire), middle(Place::Middle, wire);
         for (size_t n = 1; n <= CAPACITY; ++n) {
             std::vector<Row> rows;
-            for (size_t i = 0; i < n; ++i) rows.push_back({int32_t(i) + 5, uint16_t(n % SLOTS), uint8_t(i % 2)});
+            for (size_t i = 0; i < n; ++i) rows.push_back({int32_t(i), uint16_t(n % SLOTS), uint8_t(i % 3)});
             CHECK(first.run(tokens_frame(rows), &out) > 0);
-            check_step(out, rows, wire, through(embedded(n), rows), {});
-            const auto seen = decoded(wire, encoded(wire, embedded(n)), n);
+            check_step(out, rows, wire, through(embedded(rows), rows), {});
+            const auto seen = decoded(wire, encoded(wire, embedded(rows)), n);
             CHECK(middle.run(rows_frame(wire, rows, {11, 12, 13, 14}), &out) > 0);
             check_step(out, rows, wire, through(seen, rows), {11, 12, 13, 14});
             CHECK(middle.fake.outputs == std::vector<int8_t>(n, 1));  // llama.cpp drops the rows that are not outputs
@@ -25,10 +25,15 @@ void hidden_states_go_in_and_out() {
 void exact_input_is_injected() {
     Stage middle(Place::Middle, DS_F32, true), last(Place::Last, DS_F32, true);
     Bytes out;
+    // The fake's cells hold nothing of rows that it was not given in its batch.
+    const auto past = [](size_t i) { return i == 2 ? 1.0f : 0.0f; };
+    auto want = embedded(ROWS);
+    for (size_t i = 0; i < want.size(); ++i) want[i] = Fake::hidden(want[i], int32_t(i / EMBD), past(i / EMBD));
     CHECK(middle.run(rows_frame(), &out) > 0);
-    check_step(out, ROWS, DS_F32, through(embedded(3), ROWS), {});
+    check_step(out, ROWS, DS_F32, want, {});
     CHECK(last.run(rows_frame(), &out) > 0);
-    check_result(out, ROWS, {Fake::token(embedded(3)[EMBD], 8), Fake::token(embedded(3)[2 * EMBD], 9)});
+    const auto in = embedded(ROWS);
+    check_result(out, {{2, Fake::token(in[EMBD], past(1))}, {2, Fake::token(in[2 * EMBD], past(2))}});
     middle.fake.input_name = last.fake.input_name = "elsewhere";  // a llama.cpp that names its tensors otherwise
     CHECK(middle.run(rows_frame()) == DS_E_NAME && last.run(rows_frame()) == DS_E_NAME);
 }
@@ -37,40 +42,40 @@ void tokens_come_out_at_the_end() {
     Bytes out;
     for (const int32_t wire : {DS_F32, DS_F16, DS_Q8}) {
         Stage last(Place::Last);
-        const auto seen = decoded(wire, encoded(wire, embedded(3)), 3);
+        const auto want = draws(decoded(wire, encoded(wire, embedded(ROWS)), 3), ROWS);
         CHECK(last.run(rows_frame(wire, ROWS, {1, 2}), &out) > 0);
-        check_result(out, ROWS, {Fake::token(seen[EMBD], 8), Fake::token(seen[2 * EMBD], 9)}, {1, 2});
+        check_result(out, {{2, want[1]}, {2, want[2]}}, {1, 2});
         CHECK(last.fake.outputs == (std::vector<int8_t>{0, 1, 1}));
         CHECK(last.fake.slots == (std::vector<int32_t>{2, 2, 2}));
     }
     Stage only(Place::Only);
+    const auto want = draws(embedded(ROWS), ROWS);
     CHECK(only.run(tokens_frame(), &out) > 0);
-    check_result(out, ROWS, {Fake::token(embedded(3)[EMBD], 8), Fake::token(embedded(3)[2 * EMBD], 9)});
-    const std::vector<Row> quiet = {{3, 1, 0}};
-    CHECK(only.run(tokens_frame(quiet), &out) > 0);
-    check_result(out, quiet, {});
+    check_result(out, {{2, want[1]}, {2, want[2]}});
+    CHECK(only.run(tokens_frame({{0, 1, NONE}}), &out) > 0);
+    check_result(out, {});
 }
 
 void chains_draw_by_seed_and_position() {
     Stage last(Place::Last);
     Chain seeded{new Dist{1}, new Dist{2}}, fixed{new Dist{3}};
-    CHECK(ds_stage_sampler(last.stage, 2, 2, &seeded, 1, 99) == DS_OK);
-    CHECK(ds_stage_sampler(last.stage, 0, 2, &fixed, -1, 99) == DS_OK);
+    last.sampler(2, 2, &seeded, 1);
+    last.sampler(0, 2, &fixed);
     const auto want = [](int32_t row, int32_t position) {
         return static_cast<int32_t>(ds_draw_seed(99, position) % 1000) * 10 + row;
     };
     Bytes out;
     for (int i = 0; i < 3; ++i) {  // again the same, however often it was drawn
         CHECK(last.run(rows_frame(), &out) > 0);
-        check_result(out, ROWS, {want(1, 8), want(2, 9)});
-        const std::vector<Row> other = {{5, 0, 1}, {6, 0, 1}};
-        CHECK(last.run(rows_frame(DS_F32, other), &out) > 0);
-        check_result(out, other, {30, 31});
+        check_result(out, {{2, want(1, 1)}, {2, want(2, 2)}});
+        CHECK(last.run(rows_frame(DS_F32, {{0, 0, DRAWN}, {1, 0, DRAWN}}), &out) > 0);
+        check_result(out, {{0, 30}, {0, 31}});
     }
-    CHECK(ds_stage_draw(last.stage, 1, 2, 8) == want(1, 8) && ds_stage_draw(last.stage, 2, 0, 5) == 32);
+    CHECK(ds_stage_draw(last.stage, false, 1, 2, 8, -1) == want(1, 8));
+    CHECK(ds_stage_draw(last.stage, false, 2, 0, 5, -1) == 32);
     CHECK(seeded.size() == 2 && seeded[0]->seed == 1 && fixed.size() == 1);
-    CHECK(ds_stage_sampler(last.stage, 2, 0, nullptr, -1, 0) == DS_OK);
-    CHECK(ds_stage_draw(last.stage, 1, 2, 8) == DS_E_RANGE);
+    last.sampler(2, 0);
+    CHECK(ds_stage_draw(last.stage, false, 1, 2, 8, -1) == DS_E_RANGE);
     CHECK(last.run(rows_frame()) == DS_E_UNSUPPORTED);
     for (Chain *chain : {&seeded, &fixed}) {
         for (Dist *dist : *chain) delete dist;
@@ -81,7 +86,7 @@ void chains_draw_by_seed_and_position() {
 void rope_positions_in_four_planes() {
     Stage middle(Place::Middle, DS_F32, false, 4);
     CHECK(middle.run(rows_frame()) > 0);
-    CHECK(middle.fake.positions == (std::vector<int32_t>{7, 8, 9, 7, 8, 9, 7, 8, 9, 0, 0, 0}));
+    CHECK(middle.fake.positions == (std::vector<int32_t>{0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0, 0}));
 }
 
 // Nothing may be done with a frame that is not taken: the general way runs it once more.
@@ -124,11 +129,11 @@ void frames_that_lie_do_no_harm() {
                 bad[at] ^= static_cast<uint8_t>(flip);
                 seal(bad);
                 const int64_t size = stage->run(bad);
-                CHECK(size > 0 || size == DS_E_UNSUPPORTED);
-                // Version, kind, payload; rows; operations; bytes of them and of the payload. (A timing less may hide
-                // in the padding, and epoch, lane and number may be anything.)
-                const bool counts = (at >= 4 && at < 7) || (at >= 24 && at < 28) || at == 32 || at == 33 ||
-                                    (at >= 36 && at < 44);
+                CHECK(size > 0 || size == DS_E_UNSUPPORTED || size == DS_E_GAP);
+                // Version, kind, payload; flags; rows; operations; bytes of them and of the payload. (A timing less may
+                // hide in the padding, and epoch and number may be anything.)
+                const bool counts = (at >= 4 && at < 7) || at == 12 || at == 13 || (at >= 24 && at < 28) || at == 32 ||
+                                    at == 33 || (at >= 36 && at < 44);
                 if (at < 4 || counts) CHECK(size == DS_E_UNSUPPORTED);
             }
         }
@@ -155,40 +160,41 @@ void what_needs_the_general_way() {
     refused(middle, step_frame(ROWS, 0, EMBD, {}));
     refused(middle, step_frame(ROWS, DS_F32, EMBD - 1, Bytes(3 * 4 * (EMBD - 1))));
     refused(middle, step_frame(ROWS, DS_F32, EMBD, Bytes(3 * 4 * EMBD - 1)));
-    Bytes ids(12, 0xFF);  // −1, thrice
-    refused(first, step_frame(ROWS, TOKENS, 0, ids));
-    ids.assign(12, 0);
-    ids[8] = VOCAB;
-    refused(first, step_frame(ROWS, TOKENS, 0, ids));
-    for (const Row &bad : {Row{-1, 2, 0}, Row{1 << 24, 2, 0}, Row{0, 2, 2}}) {
+    for (const int32_t token : {VOCAB, INT32_MAX}) refused(first, tokens_frame({ROWS[0], {1, 2, 0, token}}));
+    Bytes negative = tokens_frame();
+    negative[HEADER + 4 * 3 + 3] |= 0x80;
+    seal(negative);
+    refused(first, negative);
+    for (const Row &bad : {Row{-1, 2, 0}, Row{1 << 24, 2, 0}, Row{2, 2, 0}, Row{1, 2, 3}}) {
         refused(first, tokens_frame({ROWS[0], bad}));
     }
     for (const uint16_t slot : {uint16_t(SLOTS), uint16_t(0xFFFF)}) refused(first, tokens_frame({{0, slot, 1}}));
-    CHECK(first.run(tokens_frame({{(1 << 24) - 1, SLOTS - 1, 1}})) > 0);
-    Bytes broken = encoded(DS_F16, embedded(3));
+    CHECK(first.run(tokens_frame({{0, SLOTS - 1, 1}})) > 0);
+    Bytes prompt = tokens_frame();
+    prompt[12] = 1;
+    seal(prompt);
+    refused(first, prompt);
+    Bytes broken = encoded(DS_F16, embedded(ROWS));
     std::fill_n(broken.begin(), 4, 0xFF);  // a scale that is no number
     refused(middle, step_frame(ROWS, DS_F16, EMBD, broken));
-    refused(middle, rows_frame(DS_F32, std::vector<Row>(CAPACITY + 1)));
-    CHECK(middle.run(rows_frame(DS_F32, std::vector<Row>(CAPACITY))) > 0);
+    const auto rows = [](int32_t n, uint8_t wants) {
+        std::vector<Row> out;
+        for (int32_t i = 0; i < n; ++i) out.push_back({i, 1, wants});
+        return rows_frame(DS_F32, out);
+    };
+    refused(middle, rows(CAPACITY + 1, NONE));
+    CHECK(middle.run(rows(CAPACITY, NONE)) > 0);
     CHECK(middle.run(rows_frame(DS_F32, ROWS, std::vector<uint32_t>(2 * 255))) > 0);
     refused(middle, rows_frame(DS_F32, ROWS, std::vector<uint32_t>(2 * 256)));
-    // llama.cpp has room for the logits of one row per slot and aborts beyond.
-    CHECK(last.run(rows_frame(DS_F32, std::vector<Row>(SLOTS, {1, 1, 1}))) > 0);
-    refused(last, rows_frame(DS_F32, std::vector<Row>(SLOTS + 1, {1, 1, 1})));
-    CHECK(middle.run(rows_frame(DS_F32, std::vector<Row>(SLOTS + 1, {1, 1, 1}))) > 0);
-    // A row of a slot that has no sampler matters only if a token is wanted behind it, and only at the end.
-    CHECK(ds_stage_sampler(last.stage, 2, 0, nullptr, -1, 0) == DS_OK);
-    refused(last, rows_frame());
-    CHECK(last.run(rows_frame(DS_F32, {ROWS[0]})) > 0 && last.run(rows_frame(DS_F32, {{3, 0, 1}})) > 0);
-}
-
-// Each slot has a cache of its own, and llama.cpp would reorder the rows of several.
-void rows_of_several_slots() {
-    Stage first(Place::First), middle(Place::Middle), last(Place::Last);
-    for (const std::vector<Row> &rows : {std::vector<Row>{{7, 2, 0}, {8, 2, 1}, {0, 0, 1}}, {{1, 0, 1}, {1, 1, 1}}}) {
-        refused(first, tokens_frame(rows));
-        refused(middle, rows_frame(DS_F32, rows));
-        refused(last, rows_frame(DS_F32, rows));
+    // llama.cpp has room for the logits of so many rows and aborts beyond.
+    CHECK(last.run(rows(OUTPUTS, DRAWN)) > 0);
+    refused(last, rows(OUTPUTS + 1, DRAWN));
+    CHECK(last.run(rows(OUTPUTS + 1, NONE)) > 0 && middle.run(rows(OUTPUTS + 1, DRAWN)) > 0);
+    // A row of a slot that has no sampler, or wants more than tokens, matters only if a token is wanted, at the end.
+    for (const int32_t mode : {0, 1}) {
+        last.sampler(2, mode, nullptr, -1, true);
+        refused(last, rows_frame());
+        CHECK(last.run(rows_frame(DS_F32, {ROWS[0]})) > 0 && last.run(rows_frame(DS_F32, {{0, 0, DRAWN}})) > 0);
     }
 }
 
@@ -210,37 +216,46 @@ void llama_cpp_may_refuse() {
         stage->fake.answer = 1;
         CHECK(stage->run(rows_frame()) == DS_E_DECODE && ds_stage_error(stage->stage) == 1);
         stage->fake.answer = 0;
-        CHECK(stage->run(rows_frame()) > 0 && ds_stage_error(stage->stage) == 0);
+        CHECK(stage->run(rows_frame()) > 0);
     }
     middle.fake.output_name = "l_out-2";
     CHECK(middle.run(rows_frame()) == DS_E_NAME);
     middle.fake.output_name = "l_out-1";
     CHECK(middle.run(rows_frame()) > 0);
+    CHECK(middle.run(rows_frame(DS_F32, {{4, 2, 1}})) == DS_E_GAP);
 }
 
 void rows_without_frames() {
     Stage middle(Place::Middle), last(Place::Last);
-    const auto in = embedded(2);
-    const int32_t positions[] = {4, 5};
-    const uint16_t slots[] = {1, 1};
-    const uint8_t wants[] = {0, 1};
-    const std::vector<Row> rows = {{4, 1, 0}, {5, 1, 1}};
+    const std::vector<Row> rows = {{0, 1, NONE}, {1, 1, DRAWN}};
+    const auto in = embedded(rows);
+    const uint8_t wants[] = {NONE, DRAWN};
     std::vector<float> out(2 * EMBD);
-    CHECK(ds_stage_step(middle.stage, 2, in.data(), positions, slots, wants, out.data()) == DS_OK);
-    CHECK(out == through(in, rows));
-    CHECK(ds_stage_step(last.stage, 2, in.data(), positions, slots, wants, nullptr) == DS_OK);
-    CHECK(ds_stage_draw(last.stage, 1, 1, 5) == Fake::token(in[EMBD], 5));
-    for (const int32_t n : {0, -1, CAPACITY + 1}) {
-        CHECK(ds_stage_step(middle.stage, n, in.data(), positions, slots, wants, out.data()) == DS_E_ARG);
+    for (const bool prompt : {false, true}) {
+        CHECK(ds_stage_step(middle.stage, prompt, 2, in.data(), 0, 1, wants, out.data()) == DS_OK);
+        CHECK(out == through(in, rows));
+        CHECK(ds_stage_step(last.stage, prompt, 2, in.data(), 0, 1, wants, nullptr) == DS_OK);
+        CHECK(ds_stage_draw(last.stage, prompt, 1, 1, 1, -1) == draws(in, rows)[1]);
     }
-    CHECK(ds_stage_step(middle.stage, 2, in.data(), positions, slots, wants, nullptr) == DS_E_ARG);
-    CHECK(ds_stage_step(nullptr, 2, in.data(), positions, slots, wants, out.data()) == DS_E_ARG);
+    const auto step = [&](ds_stage *stage, int32_t n, int32_t position, int32_t slot, bool to = true) {
+        return ds_stage_step(stage, false, n, in.data(), position, slot, wants, to ? out.data() : nullptr);
+    };
+    for (const int32_t n : {0, -1, CAPACITY + 1}) CHECK(step(middle.stage, n, 0, 1) == DS_E_ARG);
+    for (const int32_t slot : {-1, SLOTS}) CHECK(step(middle.stage, 2, 0, slot) == DS_E_ARG);
+    for (const int32_t position : {-1, (1 << 24) - 1}) CHECK(step(middle.stage, 2, position, 1) == DS_E_ARG);
+    CHECK(step(middle.stage, 2, 0, 1, false) == DS_E_ARG && step(nullptr, 2, 0, 1) == DS_E_ARG);
+    const uint8_t both[] = {DRAWN, CHECKED};
+    CHECK(ds_stage_step(last.stage, true, 2, in.data(), 0, 1, both, nullptr) == DS_E_ARG);  // one a prompt
     for (const int32_t slot : {-1, SLOTS}) {
-        CHECK(ds_stage_draw(last.stage, 1, slot, 5) == DS_E_ARG);
-        CHECK(ds_stage_sampler(last.stage, slot, 1, nullptr, -1, 0) == DS_E_ARG);
+        CHECK(ds_stage_draw(last.stage, false, 1, slot, 5, -1) == DS_E_ARG);
+        CHECK(ds_stage_sampler(last.stage, slot, 1, nullptr, -1, 0, false) == DS_E_ARG);
+        CHECK(ds_stage_copy(last.stage, slot, 0, 0) == DS_E_ARG && ds_stage_copy(last.stage, 0, slot, 0) == DS_E_ARG);
     }
-    CHECK(ds_stage_sampler(last.stage, 0, 3, nullptr, -1, 0) == DS_E_ARG);
-    CHECK(ds_stage_sampler(last.stage, 0, 2, nullptr, -1, 0) == DS_E_ARG);
+    CHECK(ds_stage_draw(middle.stage, false, 1, 1, 1, -1) == DS_E_ARG);
+    CHECK(ds_stage_sampler(last.stage, 0, 3, nullptr, -1, 0, false) == DS_E_ARG);
+    CHECK(ds_stage_sampler(last.stage, 0, 2, nullptr, -1, 0, false) == DS_E_ARG);
+    CHECK(ds_stage_copy(last.stage, 0, 1, -1) == DS_E_ARG && ds_stage_clear(nullptr) == DS_E_ARG);
+    for (const int32_t wire : {0, 4}) CHECK(ds_stage_tune(last.stage, wire, false) == DS_E_ARG);
     CHECK(ds_stage_run(nullptr, in.data(), 8, 0, out.data(), 8) == DS_E_ARG);
 }
 
@@ -254,13 +269,24 @@ void configurations_that_cannot_be() {
         CHECK(ds_stage_new(&config, sizeof(ds_llama_batch), &out) == DS_E_ARG && out == nullptr);
     };
     bad([](ds_stage_config &c) { c.decode = nullptr; });
-    bad([](ds_stage_config &c) { c.context = nullptr; });
+    bad([](ds_stage_config &c) { c.steps.context = nullptr; });
+    bad([](ds_stage_config &c) { c.prompt.memory = nullptr; });
+    bad([](ds_stage_config &c) { c.state_set = nullptr; });
+    bad([](ds_stage_config &c) { c.whole_get = nullptr; });
+    bad([](ds_stage_config &c) { c.window = -1; });
     bad([](ds_stage_config &c) { c.logits = nullptr; });
-    bad([](ds_stage_config &c) { c.capacity = 0; });
+    bad([](ds_stage_config &c) { c.steps.capacity = 0; });
+    bad([](ds_stage_config &c) { c.prompt.outputs = 0; });
     bad([](ds_stage_config &c) { c.n_embd = -1; });
     bad([](ds_stage_config &c) { c.slots = 0; });
-    bad([](ds_stage_config &c) { c.injects = true; });  // without a tap
-    bad([](ds_stage_config &c) { c.last = false; });    // likewise
+    bad([](ds_stage_config &c) {
+        c.injects = true;
+        c.steps.tap = nullptr;
+    });
+    bad([](ds_stage_config &c) {
+        c.last = false;
+        c.prompt.tap = nullptr;
+    });
 }
 
 }  // namespace
@@ -274,7 +300,6 @@ void test_stage() {
     damaged_frames_are_left_alone();
     frames_that_lie_do_no_harm();
     what_needs_the_general_way();
-    rows_of_several_slots();
     the_room_given_is_kept_to();
     llama_cpp_may_refuse();
     rows_without_frames();

@@ -69,6 +69,31 @@ void without_buffers_lets_the_graph_be() {
     CHECK(graph.run(none.tap) == 4);
 }
 
+void pauses_at_layers_that_are_not_its_own() {
+    Graph graph;
+    Tap t("l_out-12", "inp_scaled");
+    std::vector<unsigned char> out(24), in(24);
+    int pauses = 0;
+    const ds_pause_fn count = [](void *data) { ++*static_cast<int *>(data); };
+    CHECK(ds_tap_set_pause(t.tap, count, &pauses) == DS_OK && ds_tap_set_pause(nullptr, count, nullptr) == DS_E_ARG);
+    CHECK(ds_tap_begin(t.tap, out.data(), 24, in.data(), 24) == DS_OK);
+    CHECK(graph.run(t.tap) == 3 && pauses == 1);  // at l_out-1; l_out-12 is captured and ends the graph
+    CHECK(ds_tap_captured(t.tap) == 24 && ds_tap_injected(t.tap) == 24);
+    CHECK(ds_tap_begin(t.tap, nullptr, 0, nullptr, 0) == DS_OK);
+    CHECK(graph.run(t.tap) == 4 && pauses == 3);  // nothing is captured: it runs to the end
+    for (const char *name : {"ffn_inp-3", "l_out-0"}) {
+        ggml_tensor node{name, out.data(), 24};
+        CHECK(ds_tap_callback(&node, true, t.tap) && ds_tap_callback(&node, false, t.tap));
+    }
+    CHECK(pauses == 5);
+    for (const char *name : {"ffn_inp", "l_out", "attn_out-1", "ffn_out-1"}) {
+        ggml_tensor node{name, out.data(), 24};
+        CHECK(!ds_tap_callback(&node, true, t.tap));
+    }
+    CHECK(ds_tap_set_pause(t.tap, nullptr, nullptr) == DS_OK);
+    CHECK(graph.run(t.tap) == 4 && pauses == 5);
+}
+
 void retargets() {
     Graph graph;
     Tap t("l_out-12", nullptr);
@@ -94,6 +119,7 @@ void test_tap() {
     captures_over_micro_batches_and_stops();
     injects_and_runs_on();
     without_buffers_lets_the_graph_be();
+    pauses_at_layers_that_are_not_its_own();
     retargets();
     refuses_bad_names();
 }

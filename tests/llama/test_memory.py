@@ -1,7 +1,8 @@
 """What stage processes take, after work: no more than their slice, its KV cache and its buffers, and no file.
 
 Weights and KV cache are what ``model.costs`` counts; compute and output buffers are what llama.cpp reports for the
-same slice and options in another process. The table of figures is printed (``pytest -s``).
+same slice and options in another process. A slice has two contexts, so KV cells for one sequence more than it has
+slots, and two compute buffers. The table of figures is printed (``pytest -s``).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ STAGE = "dwarfstar_engine.stage.main"
 SHARE, BASE_BYTES = 1.15, 150 * MIB  # the bar: 1.15 × (weights + KV + compute) + 150 MiB
 DEADLINE_S = 60.0
 CHUNK, PROMPT_TOKENS, STEPS = 256, 1536, 100
-LARGE = {"cells": 4 * 4096, "slots": 4}
-SMALL = {"cells": 512, "slots": 1}
+LARGE = {"context": 4096, "slots": 4}
+SMALL = {"context": 512, "slots": 1}
 COMMON = {"batch": CHUNK, "threads": 1}
 STAGES = [
     (SMOLLM2, (0, 10), LARGE),
@@ -73,20 +74,19 @@ class Stage:
         wants = np.zeros(count, np.uint8)
         wants[-1] = 1
         rng = np.random.default_rng(position)
-        data: Any = rng.integers(1000, 9000, count, np.int32)
-        if not first:
-            data = rng.standard_normal((count, self.width), np.float32)
+        data: Any = b"" if first else rng.standard_normal((count, self.width), np.float32)
         frame = StepFrame(
             epoch=1,
-            lane=0,
             number=self._number,
             ops=(SetSampler(slot, GREEDY),) if position == 0 else (),
             slots=np.full(count, slot, np.uint16),
             positions=np.arange(position, position + count, dtype=np.int32),
+            tokens=rng.integers(1000, 9000, count, np.int32),
             wants=wants,
-            payload=Payload.TOKENS if first else Payload.F32,
+            payload=Payload.NONE if first else Payload.F32,
             data=data,
             cols=0 if first else self.width,
+            prompt=count > 1,
         )
         self.sender.send(frames.encode(frame))
         await self.sender.flush()
@@ -156,7 +156,7 @@ def table() -> Iterator[list[tuple[Any, ...]]]:
     """Rows of figures, printed at the end."""
     rows: list[tuple[Any, ...]] = []
     yield rows
-    head = ("model", "layers", "cells", "weights", "KV", "compute", "RSS", "private", "allowed")
+    head = ("model", "layers", "cells", "weights", "KV", "steps", "prompt", "RSS", "private", "allowed")
     print("\n" + "  ".join(f"{name:>9}" for name in head) + "   (MiB)")
     for row in rows:
         print("  ".join(f"{cell / MIB:9.1f}" if isinstance(cell, float) else f"{cell:>9}" for cell in row))
@@ -175,21 +175,23 @@ async def test_a_stage_process_stays_within_the_bar(
     model = read_model(path)
     costs, last = model_costs(model), layers[1] == model.n_layers
     weights = stage_bytes(costs, *layers, last=last)
-    kv = options["cells"] * sum(costs.kv_bytes_per_token[slice(*layers)])
+    cells = options["context"] * (options["slots"] + (options["slots"] > 1))
+    kv = cells * sum(costs.kv_bytes_per_token[slice(*layers)])
     reported = buffers(path, layers, options)
-    compute = reported["compute"] + reported["output"]
+    compute = reported["steps"] + reported["prompt"]
     async with running_stage(path, layers, options, tmp_path) as stage:
-        first, prompt = layers[0] == 0, min(PROMPT_TOKENS, options["cells"] - STEPS - 1)
-        for start in range(0, prompt, CHUNK):
-            await stage.run(start, min(CHUNK, prompt - start), first=first)
+        first, prompt = layers[0] == 0, min(PROMPT_TOKENS, options["context"] - STEPS - 1)
+        for slot in range(options["slots"]):  # every cell that a prompt can reach was moved to
+            for start in range(0, prompt, CHUNK):
+                await stage.run(start, min(CHUNK, prompt - start), first=first, slot=slot)
         for step in range(STEPS):
             await stage.run(prompt + step, 1, first=first)
         process = psutil.Process(stage.pid)
         memory = process.memory_full_info()
         files = held_files(process)
     allowed = SHARE * (weights + kv + compute) + BASE_BYTES
-    shown = (float(x) for x in (weights, kv, compute, memory.rss, memory.uss, allowed))
-    table.append((name, f"{layers[0]}-{layers[1]}", options["cells"], *shown))
+    shown = (float(x) for x in (weights, kv, reported["steps"], reported["prompt"], memory.rss, memory.uss, allowed))
+    table.append((name, f"{layers[0]}-{layers[1]}", cells, *shown))
     assert abs(reported["weights"] - weights) < 0.02 * weights + MIB  # the planner counts what llama.cpp allocates
     assert abs(reported["kv"] - kv) < 0.02 * kv + MIB
     assert memory.rss <= allowed

@@ -13,7 +13,7 @@ from process.reference import Answer, answers
 from support.engine_process import EngineProcess
 
 TOKENS = 32  # of each greedy answer
-CHUNK = 256  # rows of a frame, and of the reference's batches
+BLOCK = 512  # rows of llama.cpp's batches, as it comes
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session")
 def reference(demo_model: Path) -> list[Answer]:
     """What unsplit llama.cpp answers to PROMPTS."""
-    return answers(demo_model, PROMPTS, TOKENS, CHUNK)
+    return answers(demo_model, PROMPTS, TOKENS, BLOCK)
 
 
 @pytest.fixture(scope="session")

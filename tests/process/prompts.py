@@ -1,4 +1,4 @@
-"""The 20 prompts of the exactness test: short and long, prose, code and other scripts, plain texts and chats."""
+"""The 22 prompts of the exactness test: short and long, prose, code and other scripts, plain texts and chats."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ PROMPTS: tuple[str | list[dict[str, str]], ...] = (
     _CODE * 4 + "def quicksort(",
     _LOG,
     ("Ünïcödé 😀 – “quotes” … " * 25) + "and",
+    _LOG + _STORY * 2,
+    _STORY * 14 + _CODE + "def",
     _chat("Hello!"),
     _chat("Write a haiku about the sea."),
     [{"role": "system", "content": "You answer in one word."}, *_chat("What colour is the sky?")],

@@ -1,7 +1,6 @@
 """Unsplit llama.cpp as the reference, in a child process: a GGML assert must not end the tests.
 
-Run as a module it answers prompts over the pipe of ``stage.pipe``. Its batch is given: products of other shapes may
-round otherwise, so a prompt must be cut into the same chunks as the pipeline's.
+Run as a module it answers prompts over the pipe of ``stage.pipe``, in batches of the size given.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from dwarfstar_engine.views import StatusView
-from process.conftest import CHUNK
 from support.engine_process import EngineProcess, command, until
 
 pytestmark = pytest.mark.process
@@ -200,7 +199,7 @@ def test_a_model_that_llama_cpp_refuses(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    with EngineProcess(tmp_path_factory.mktemp("session") / "home", "--demo", "--chunk", str(CHUNK)) as engine:
+    with EngineProcess(tmp_path_factory.mktemp("session") / "home", "--demo", "--chunk", "256") as engine:
         yield engine.wait_serving()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from process.conftest import CHUNK, TOKENS
+from process.conftest import BLOCK, TOKENS
 from process.prompts import PROMPTS, is_chat
 from process.reference import Answer
 from support.engine_process import EngineProcess
@@ -60,9 +60,10 @@ def check_all(engine: EngineProcess, reference: list[Answer]) -> None:
 
 def test_the_prompts_are_what_the_bar_asks_for(reference: list[Answer]) -> None:
     lengths = [answer.prompt for answer in reference]
-    assert len(lengths) == 20
-    assert sum(length > CHUNK for length in lengths) >= 3 and min(lengths) <= 3
-    assert len({answer.ids for answer in reference}) == 20  # so that mixed up answers show
+    assert len(lengths) == 22
+    assert sum(length > BLOCK // 2 for length in lengths) >= 3 and min(lengths) <= 3
+    assert {length % BLOCK < 64 for length in lengths if length > BLOCK} == {True, False}
+    assert len({answer.ids for answer in reference}) == 22  # so that mixed up answers show
 
 
 def test_one_after_the_other(demo: EngineProcess, reference: list[Answer]) -> None:

@@ -42,6 +42,7 @@ PROMPT_TOKENS = 12  # more than the tiny models' window
 GREEDY_STEPS = 6
 BATCH = 16
 CELLS = 256
+SLOT = 1
 DEADLINE_S = 60.0  # a sweep takes about 0.1 s; a hung one must not hang the run
 STDERR_TAIL = 2000  # characters: the assert and its place
 
@@ -104,7 +105,9 @@ class _Chain:
     """Slices one after the other, as one model with one sequence."""
 
     def __init__(self, model: GgufModel, rules: ArchRules, bounds: Sequence[int]) -> None:
-        options = LlamaOptions(cells=CELLS, slots=1, batch=BATCH)
+        options = LlamaOptions(
+            context=CELLS, slots=2, batch=BATCH
+        )  # two: cells go from a context of one sequence to one of more
         self._embedder = Embedder(token_embedding(model, rules))
         self._position = 0
         self._slices: list[LlamaSlice] = []
@@ -124,18 +127,17 @@ class _Chain:
 
     def feed(self, tokens: list[int]) -> Logits:
         n = len(tokens)
-        rows = self._embedder.rows(np.array(tokens, np.int32))
-        positions = np.arange(self._position, self._position + n, dtype=np.int32)
-        slots, wants = np.zeros(n, np.uint16), np.zeros(n, np.uint8)
+        rows, prompt = self._embedder.rows(np.array(tokens, np.int32)), n > 1
+        wants = np.zeros(n, np.uint8)
         wants[-1] = 1
-        self._position += n
+        position, self._position = self._position, self._position + n
         for slice_ in self._slices[:-1]:
-            hidden = slice_.step(rows, positions, slots, wants)
+            hidden = slice_.step(rows, position, SLOT, wants, prompt=prompt)
             assert hidden is not None
             rows = hidden
         last = self._slices[-1]
-        last.step(rows, positions, slots, wants)
-        view = (ctypes.c_float * last.vocab_size).from_address(last.logits(n - 1))
+        last.step(rows, position, SLOT, wants, prompt=prompt)
+        view = (ctypes.c_float * last.vocab_size).from_address(last.logits(n - 1, prompt=prompt))
         return np.ctypeslib.as_array(view).copy()
 
 

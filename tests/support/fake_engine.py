@@ -1,28 +1,30 @@
 """A scripted engine: it says what a test tells it to, and remembers what it was asked.
 
 Its vocabulary: ids 0 … 255 are single bytes, ``EOG`` ends an answer, further ids stand for the pieces given. A prompt
-is its UTF-8 bytes. It counts open generators, so a test sees whether the API closes what it opened.
+is its UTF-8 bytes. It counts open generations, so a test sees whether the API cancels what it does not read to its end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import json
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import httpx
 
 from dwarfstar_engine.api.app import create_app
-from dwarfstar_engine.errors import ContextLengthError
-from dwarfstar_engine.serving import ModelInfo, Request, Token
+from dwarfstar_engine.errors import ContextLengthError, DwarfStarError
+from dwarfstar_engine.serving import ModelInfo, Request, Sink, Token
 
 EOG = 256
 FIRST_PIECE = 257
 CREATED = 1_700_000_000
 
-Step = Token | bytes | Exception | asyncio.Event
-"""A token, or the bytes of one, or an error to raise, or an event to wait for."""
+Step = Token | bytes | DwarfStarError | asyncio.Event
+"""A token, or the bytes of one, or an error to fail with, or an event to wait for."""
 
 Script = Callable[[Request], Iterable[Step]]
 
@@ -30,12 +32,19 @@ Script = Callable[[Request], Iterable[Step]]
 class FakeEngine:
     """Answers every request with ``script(request)``, then EOG; stops at ``max_tokens`` or the context.
 
-    requests: what was asked, in order. opened, closed: generators begun and ended.
-    all_closed: set whenever no generator is open. refusal: raised by ``model`` when set.
+    A request is refused with what ``script(request)`` raises.
+
+    requests: what was asked, in order. opened, closed: generations begun and over. cancelled: those the API ended.
+    all_closed: set whenever no generation is open. refusal: raised by ``model`` when set.
     """
 
     def __init__(
-        self, script: Script | Iterable[Step] = (), *, pieces: Sequence[bytes] = (), context: int = 1000
+        self,
+        script: Script | Iterable[Step] = (),
+        *,
+        pieces: Sequence[bytes] = (),
+        context: int = 1000,
+        cached: int = 0,
     ) -> None:
         if not callable(script):
             steps = tuple(script)
@@ -47,6 +56,7 @@ class FakeEngine:
         self.refusal: Exception | None = None
         self.opened = 0
         self.closed = 0
+        self.cancelled = 0
         self.all_closed = asyncio.Event()
         self._pieces = [bytes([byte]) for byte in range(256)] + [b"", *pieces]
         self._ids = {piece: token for token, piece in enumerate(self._pieces) if piece}
@@ -76,32 +86,21 @@ class FakeEngine:
             self._pieces.append(piece)
         return self._ids[piece]
 
-    async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+    def generate(self, request: Request, sink: Sink) -> FakeGeneration:
         if len(request.prompt) >= self.context:
             raise ContextLengthError(f"the prompt has {len(request.prompt)} tokens, the context {self.context}")
         self.requests.append(request)
-        self.opened += 1
-        self.all_closed.clear()
-        try:
-            room = min(request.max_tokens or self.context, self.context - len(request.prompt))
-            for step in self.script(request):
-                if isinstance(step, asyncio.Event):
-                    await step.wait()
-                elif isinstance(step, Exception):
-                    raise step
-                else:
-                    token = self._scored(step, request)
-                    room -= 1
-                    yield token if room or token.finish else Token(token.id, token.logprob, token.top, "length")
-                    if token.finish or not room:
-                        return
-            yield Token(EOG, finish="stop")
-        finally:
-            self.closed += 1
-            if self.closed == self.opened:
-                self.all_closed.set()
+        return FakeGeneration(self, request, sink, self.script(request))
 
-    def _scored(self, step: Token | bytes, request: Request) -> Token:
+    def count(self, opened: int, closed: int) -> None:
+        self.opened += opened
+        self.closed += closed
+        if self.opened == self.closed:
+            self.all_closed.set()
+        else:
+            self.all_closed.clear()
+
+    def scored(self, step: Token | bytes, request: Request) -> Token:
         """A step as a token; bytes get a log probability, and rivals by id, when asked for."""
         if isinstance(step, Token):
             return step
@@ -109,6 +108,50 @@ class FakeEngine:
         if best is None:
             return Token(token)
         return Token(token, -0.25, tuple((rival, -1.0 - rival) for rival in range(best)))
+
+
+class FakeGeneration:
+    """One run through a script, in a task of its own; between events to wait for it puts tokens without a pause."""
+
+    def __init__(self, engine: FakeEngine, request: Request, sink: Sink, script: Iterable[Step]) -> None:
+        self._engine = engine
+        self._request = request
+        self._sink = sink
+        self._over = False
+        engine.count(opened=1, closed=0)
+        self._task = asyncio.create_task(self._run(script))
+
+    def cancel(self) -> None:
+        if not self._over:
+            self._engine.cancelled += 1
+            self._close()
+            self._task.cancel()
+
+    def _close(self) -> None:
+        assert not self._over
+        self._over = True
+        self._engine.count(opened=0, closed=1)
+
+    async def _run(self, script: Iterable[Step]) -> None:
+        engine, request = self._engine, self._request
+        room = min(request.max_tokens or engine.context, engine.context - len(request.prompt))
+        for step in itertools.chain(script, [Token(EOG, finish="stop")]):
+            if isinstance(step, asyncio.Event):
+                await step.wait()
+                continue
+            if isinstance(step, DwarfStarError):
+                self._close()
+                self._sink.fail(step)
+                return
+            room -= 1
+            token = engine.scored(step, request)
+            if not room and token.finish is None:
+                token = dataclasses.replace(token, finish="length")
+            if token.finish:
+                self._close()
+            self._sink.put(token)
+            if self._over:  # by this token's finish, or because the sink cancelled
+                return
 
 
 def http_client(engine: FakeEngine, **settings: Any) -> httpx.AsyncClient:

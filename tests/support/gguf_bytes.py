@@ -85,7 +85,7 @@ def gguf_bytes(
         "<IQQ", version, len(tensors) if n_tensors is None else n_tensors, len(pairs) if n_pairs is None else n_pairs
     )
     out += b"".join(map(pair_bytes, pairs))
-    data = b""
+    data = bytearray()  # bytes would be copied for each tensor
     for tensor in tensors:
         out += string(tensor.name) + struct.pack(
             f"<I{len(tensor.shape)}QIQ", len(tensor.shape), *tensor.shape, tensor.kind, len(data)

@@ -24,13 +24,13 @@ from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
 from dwarfstar_engine.stage.worker import LlamaBackend, Worker
 from dwarfstar_engine.wire import frames
-from dwarfstar_engine.wire.frames import FaultFrame, FreeSlot, Op, Payload, ResultFrame, SetSampler, StepFrame
+from dwarfstar_engine.wire.frames import FaultFrame, Op, Payload, ResultFrame, SetSampler, StepFrame, Want
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 from support import real_models
 from support.exactness import serve
 
 BOUNDS = (0, 10, 20, 30)  # a first, a middle and a last stage
-CELLS, SLOTS, BATCH = 1024, 5, 64
+CONTEXT, SLOTS, BATCH = 256, 5, 64
 PROMPT_TOKENS = 6
 HEADER_BYTES, CRC_BYTES = 44, 4  # of a frame: wire/frames.py
 PROMPT_TAIL = (260, 314, 28, 30)  # common tokens, for the penalty to push away
@@ -71,7 +71,7 @@ class Pair:
         embedder = Embedder(token_embedding(model, rules)) if file.first else None
 
         def worker(kind: type[LlamaBackend]) -> Worker:
-            slice_ = LlamaSlice(file, rules, model.n_embd, options, embedder=embedder, wire=wire)
+            slice_ = LlamaSlice(file, rules, model.n_embd, options, embedder=embedder)
             return Worker(kind(slice_, embedder), options.slots, wire)
 
         self.native = worker(_Native)
@@ -99,7 +99,7 @@ def without_times(data: bytes) -> bytes:
     frame = frames.decode(data)
     if isinstance(frame, FaultFrame):
         return data
-    at = HEADER_BYTES + (7 * len(frame.positions) if isinstance(frame, StepFrame) else 0)
+    at = HEADER_BYTES + (11 * len(frame.positions) if isinstance(frame, StepFrame) else 0)
     end = at + 8 * len(frame.timings)
     assert data[at:end] == struct.pack(f"<{2 * len(frame.timings)}I", *(v for pair in frame.timings for v in pair))
     return data[:at] + bytes(end - at) + data[end:-CRC_BYTES]
@@ -107,10 +107,10 @@ def without_times(data: bytes) -> bytes:
 
 @contextmanager
 def pairs(
-    wire: WireType, bounds: Sequence[int] = BOUNDS, *, cells: int = CELLS, slots: int = SLOTS, batch: int = BATCH
+    wire: WireType, bounds: Sequence[int] = BOUNDS, *, context: int = CONTEXT, slots: int = SLOTS
 ) -> Iterator[list[Pair]]:
     with ExitStack() as opened:
-        options = LlamaOptions(cells=cells, slots=slots, batch=batch)
+        options = LlamaOptions(context=context, slots=slots, batch=BATCH)
         stages = []
         for a, b in pairwise(bounds):
             stages.append(Pair(a, b, wire, options))
@@ -132,24 +132,26 @@ class Ring:
         slots: Sequence[int],
         ops: tuple[Op, ...] = (),
         last: int = 1,
+        *,
+        prompt: bool = False,
+        guessed: int = 0,
     ) -> frames.Frame:
-        """Rows into the ring; the ``last`` of them want a token."""
+        """Rows into the ring; the ``last`` of them want a token, the ``guessed`` last ones if they are right."""
         n = len(tokens)
         wants = np.zeros(n, np.uint8)
-        wants[n - last :] = 1
+        wants[n - last :] = Want.DRAWN
+        wants[n - guessed :] = Want.CHECKED
         self._number += 1
         self.sent += 1
         frame = StepFrame(
             epoch=3,
-            lane=2,
             number=self._number,
             ops=ops,
             slots=np.array(slots, np.uint16),
             positions=np.array(positions, np.int32),
+            tokens=np.array(tokens, np.int32),
             wants=wants,
-            payload=Payload.TOKENS if n else Payload.NONE,
-            data=np.array(tokens, np.int32) if n else b"",
-            cols=0,
+            prompt=prompt,
         )
         data = frames.encode(frame)
         for stage in self._stages:
@@ -159,9 +161,9 @@ class Ring:
     def feed(
         self, slot: int, tokens: Sequence[int], position: int, ops: tuple[Op, ...] = (), last: int = 1
     ) -> list[int]:
-        """Rows of one slot; the tokens drawn behind the ``last`` ones."""
+        """Rows of one slot, with operations a prompt's; the tokens drawn behind the ``last`` ones."""
         n = len(tokens)
-        result = self.send(tokens, range(position, position + n), [slot] * n, ops, last)
+        result = self.send(tokens, range(position, position + n), [slot] * n, ops, last, prompt=bool(ops))
         assert isinstance(result, ResultFrame) and [row.slot for row in result.rows] == [slot] * last, result
         return [row.token for row in result.rows]
 
@@ -190,48 +192,66 @@ def _decode(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _together(request: dict[str, Any]) -> dict[str, Any]:
-    """Rows of several slots in one frame."""
+    """Rows of several slots in one frame, and guesses of one."""
+    drawn = []
     with pairs(WireType(request["wire"])) as stages:
         ring = Ring(stages)
         for slot in SPECS:
             ring.feed(slot, prompt(slot), 0, (SetSampler(slot, SPECS[slot].encode()),))
-        out = ring.send([5, 6, 7], [PROMPT_TOKENS] * 3, [0, 3, 4], last=3)
-    return {"fault": out.message if isinstance(out, FaultFrame) else ""}
+        general, at = ring.sent, PROMPT_TOKENS
+        for slots in ([0, 3, 4], [4, 1, 2], [0, 0, 1], [3, 1, 3]):
+            positions = [at + slots[:i].count(slot) for i, slot in enumerate(slots)]
+            out = ring.send([5, 6, 7], positions, slots, last=3)
+            assert isinstance(out, ResultFrame), out
+            drawn.append([row.slot for row in out.rows])
+        text = ring.feed(0, [5], at)
+        for _ in range(6):  # the text, to be guessed afterwards
+            text += ring.feed(0, text[-1:], at + len(text))
+        for guess, count in ((text[0:3], 4), ([text[0], text[1] + 1, text[2]], 2), ([text[0] + 1], 1)):
+            n = len(guess)
+            out = ring.send([5, *guess], range(at, at + 1 + n), [0] * (1 + n), last=1 + n, guessed=n)
+            assert isinstance(out, ResultFrame) and [row.token for row in out.rows] == text[:count], out
+        taken = [stage.taken for stage in stages]
+    return {"slots": drawn, "taken": taken, "native": ring.sent - general}
 
 
 def _logprobs(request: dict[str, Any]) -> dict[str, Any]:
-    """A slot that wants log-probabilities takes the general way, and the others with it until it is freed."""
+    """A slot that wants log-probabilities takes the general way, also for guesses; others only in a frame with it."""
     taken, rows = [], []
     with pairs(WireType(request["wire"])) as stages:
         ring, last = Ring(stages), stages[-1]
         plain = ring.feed(0, prompt(0), 0, (SetSampler(0, SPECS[0].encode()),))
         ring.feed(1, prompt(0), 0, (SetSampler(1, LOGPROBS.encode()),))
-        for step, slot in enumerate((0, 1)):
+        for slots in ([0], [1], [0, 1]):
             before = last.taken
-            out = ring.send(plain[-1:], [PROMPT_TOKENS], [slot])
+            out = ring.send(plain[-1:] * len(slots), [PROMPT_TOKENS] * len(slots), slots, last=len(slots))
             assert isinstance(out, ResultFrame)
             rows += out.rows
             taken.append(last.taken - before)
-            assert step < 2
-        ring.send((), (), (), (FreeSlot(1),), 0)
-        before = last.taken
-        ring.feed(0, [rows[0].token], PROMPT_TOKENS + 1)
+        before, text = last.taken, [rows[0].token]
+        for step in range(3):
+            text += ring.feed(0, text[-1:], PROMPT_TOKENS + 1 + step)
         taken.append(last.taken - before)
-    return {"taken": taken, "rows": [[row.slot, row.token, row.logprob, list(row.top)] for row in rows]}
+        out = ring.send(text[:4], range(PROMPT_TOKENS + 1, PROMPT_TOKENS + 5), [1] * 4, last=4, guessed=3)
+        assert isinstance(out, ResultFrame)
+        guessed = [row.token for row in out.rows][:3] == text[1:] and len(out.rows) == 4
+        taken.append(last.taken - before - 3)
+    shown = [[row.slot, row.token, row.logprob, list(row.top)] for row in rows]
+    return {"taken": taken, "rows": shown, "guessed": guessed}
 
 
 def _full(request: dict[str, Any]) -> dict[str, Any]:
     """A sequence longer than its cells: both ways tell of the same fault."""
-    cells = 256
-    with pairs(WireType.F32, (0, 2), cells=cells, slots=1, batch=cells) as stages:
+    with pairs(WireType.F32, (0, 2), slots=1) as stages:
         ring = Ring(stages)
-        full = ring.send([9] * cells, range(cells), [0] * cells)
-        over = ring.send([9], [cells], [0])
-        freed = ring.send([9], [0], [0], (FreeSlot(0),))
-        again = ring.send([9], [1], [0])
-    assert all(isinstance(frame, StepFrame) for frame in (full, freed, again)), (full, freed, again)
-    assert isinstance(over, FaultFrame), over
-    return {"code": over.code, "message": over.message, "taken": stages[0].taken}
+        for start in range(0, CONTEXT, BATCH):
+            full = ring.send([9] * BATCH, range(start, start + BATCH), [0] * BATCH, last=0, prompt=True)
+            assert isinstance(full, StepFrame), full
+        over = [ring.send([9], [CONTEXT], [0], prompt=prompt) for prompt in (True, False)]
+        again = [ring.send([9], [position], [0]) for position in (CONTEXT - 1, 0, 1)]
+    assert all(isinstance(frame, StepFrame) for frame in again), again
+    faults = [frame for frame in over if isinstance(frame, FaultFrame)]
+    return {"faults": [[frame.code, frame.message] for frame in faults], "taken": stages[0].taken}
 
 
 def _refused(request: dict[str, Any]) -> dict[str, Any]:
@@ -241,33 +261,34 @@ def _refused(request: dict[str, Any]) -> dict[str, Any]:
         n_embd = stages[0].native.backend.width
         good = {
             "epoch": 3,
-            "lane": 2,
             "number": 1,
             "ops": (),
             "slots": np.zeros(1, np.uint16),
             "positions": np.zeros(1, np.int32),
+            "tokens": np.zeros(1, np.int32),
             "wants": np.ones(1, np.uint8),
             "payload": Payload.F32,
             "data": np.ones((1, n_embd), np.float32),
             "cols": n_embd,
         }
+
+        def many(n: int) -> dict[str, Any]:
+            return {
+                "slots": np.zeros(n, np.uint16),
+                "positions": np.arange(n, dtype=np.int32),
+                "tokens": np.zeros(n, np.int32),
+                "wants": np.zeros(n, np.uint8),
+                "data": np.ones((n, n_embd), np.float32),
+            }
+
         wrong: dict[str, dict[str, Any]] = {
             "sampler": {},
             "slot": {"slots": np.full(1, SLOTS, np.uint16)},
             "width": {"data": np.ones((1, n_embd - 1), np.float32), "cols": n_embd - 1},
-            "tokens": {"payload": Payload.TOKENS, "data": np.ones(1, np.int32), "cols": 0},
-            "wants": {
-                "slots": np.zeros(SLOTS + 1, np.uint16),
-                "positions": np.arange(SLOTS + 1, dtype=np.int32),
-                "wants": np.ones(SLOTS + 1, np.uint8),
-                "data": np.ones((SLOTS + 1, n_embd), np.float32),
-            },
-            "rows": {
-                "slots": np.zeros(BATCH + 1, np.uint16),
-                "positions": np.arange(BATCH + 1, dtype=np.int32),
-                "wants": np.zeros(BATCH + 1, np.uint8),
-                "data": np.ones((BATCH + 1, n_embd), np.float32),
-            },
+            "tokens": {"payload": Payload.NONE, "data": b"", "cols": 0},
+            "gap": {"positions": np.full(1, 9, np.int32), "wants": np.zeros(1, np.uint8)},
+            "wants": {**many(3), "wants": np.ones(3, np.uint8), "prompt": True},
+            "rows": {**many(BATCH + 1), "prompt": True},
         }
         for name, change in wrong.items():
             frame = frames.decode(stages[0].run(frames.encode(StepFrame(**{**good, **change}))))

@@ -9,7 +9,7 @@ import pytest
 
 from dwarfstar_engine.errors import StageError, Unavailable
 from dwarfstar_engine.serving import Request, Sampling, Token
-from support.fake_engine import CREATED, EOG, FakeEngine, events, http_client
+from support.fake_engine import CREATED, EOG, FakeEngine, Step, events, http_client
 
 USER = {"role": "user", "content": "Hi"}
 HELLO = (b"He", b"llo", " wörld".encode())
@@ -284,36 +284,39 @@ async def test_an_error_before_the_first_token_is_an_http_error() -> None:
     assert broken.opened == broken.closed == 4
 
 
+NO_SUCH_TOKEN = Token(10**6)  # the fake engine's token_bytes raises IndexError: a fault of ours
+
+
 @pytest.mark.parametrize(
-    ("error", "code", "message"),
+    ("step", "code", "message"),
     [
         (StageError("stage 1 died"), "stage_failed", "stage 1 died"),
-        (ValueError("a secret"), "internal_error", "the server failed on this request; its log says why"),
+        (NO_SUCH_TOKEN, "internal_error", "the server failed on this request; its log says why"),
     ],
 )
-async def test_an_error_in_a_stream_is_its_last_event(error: Exception, code: str, message: str) -> None:
-    engine = FakeEngine(lambda request: [b"a", error] if request.sampling.seed == 1 else [b"b", asyncio.Event()])
+async def test_an_error_in_a_stream_is_its_last_event(step: Step, code: str, message: str) -> None:
+    failing: list[Step] = [b"a", step]
+    waiting: list[Step] = [b"b", asyncio.Event()]
+    engine = FakeEngine(lambda request: failing if request.sampling.seed == 1 else waiting)
     told = await chat(engine, stream=True, n=2, seed=1)
     assert [e["choices"][0]["delta"].get("content") for e in told[:-1]][:3] == ["", "", "a"]
     assert told[-1]["error"] == {"message": message, "type": "server_error", "param": None, "code": code}
     assert engine.opened == engine.closed == 2
 
 
-async def test_our_own_fault_tells_nothing() -> None:
-    async with http_client(FakeEngine([KeyError("a secret")])) as client:
-        response = await client.post("/v1/chat/completions", json={"messages": [USER]})
-    assert response.status_code == 500
-    assert response.json()["error"]["code"] == "internal_error"
-    assert "secret" not in response.text
+@pytest.mark.parametrize("stream", [False, True])
+async def test_our_own_fault_tells_nothing(stream: bool) -> None:
+    def refuse(request: Request) -> Any:
+        raise KeyError("a secret")
 
-
-async def test_an_answer_without_an_end_is_our_fault() -> None:
-    class Endless(FakeEngine):
-        async def generate(self, request: Request) -> Any:
-            yield Token(97)
-
-    async with http_client(Endless()) as client:
-        assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 500
+    for engine in (FakeEngine([NO_SUCH_TOKEN]), FakeEngine(refuse)):
+        async with http_client(engine) as client:
+            response = await client.post("/v1/chat/completions", json={"messages": [USER], "stream": stream})
+        assert response.status_code == 500
+        assert response.json()["error"]["code"] == "internal_error"
+        assert "secret" not in response.text
+        assert "index" not in response.text
+        assert engine.opened == engine.closed
 
 
 async def test_models_and_health() -> None:
@@ -341,8 +344,7 @@ async def test_models_and_health() -> None:
             assert response.json()["error"]["code"] == "starting"
 
 
-async def test_an_engine_that_never_suspends_is_read_in_bounded_runs() -> None:
-    """Far more tokens than may wait unsent still all arrive, in order, though the engine never waits."""
+async def test_tokens_put_without_a_pause_all_arrive_in_order() -> None:
     engine = FakeEngine(lambda _: [b"x", b"y"] * 2000, context=10_000)
     told = await chat(engine, stream=True)
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in told[:-1]) == "xy" * 2000

@@ -12,6 +12,7 @@ import pytest
 from dwarfstar_engine.api import body as body_module
 from dwarfstar_engine.api.keys import ApiKeys
 from dwarfstar_engine.errors import Overloaded, RequestError, SettingsError
+from dwarfstar_engine.serving import Request
 from support.fake_engine import FakeEngine, http_client
 
 USER = {"role": "user", "content": "Hi"}
@@ -51,6 +52,8 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
             "logit_bias": ([], {"x": 1}, {"-1": 1}, {"1": 101}, {"1": "a"}, {"257": 1}, {"9" * 30: 1},
                            {str(token): 0 for token in range(301)}),
             "stream": ("yes", 1),
+            "timeout": (0, -1, "5", True),
+            "cache_prompt": ("no", 0),
             "model": (1,),
             "response_format": ({"type": "json_object"}, "text"),
         }.items()
@@ -196,7 +199,10 @@ async def test_no_such_place_or_method() -> None:
 
 
 async def test_the_engines_refusals_keep_their_status() -> None:
-    engine = FakeEngine([Overloaded("the queue is full", retry_after_s=0.2)], context=5)
+    def full(request: Request) -> Any:
+        raise Overloaded("the queue is full", retry_after_s=0.2)
+
+    engine = FakeEngine(full, context=5)
     async with http_client(engine) as client:
         too_long = error_of(await client.post(TEXT, json={"prompt": "123456"}), 400)
         assert too_long["code"] == "context_length_exceeded"

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from dwarfstar_engine.api.app import create_app
 from dwarfstar_engine.api.keys import ApiKeys
 from dwarfstar_engine.errors import Overloaded, StageError
 from dwarfstar_engine.serving import Request
-from support.fake_engine import FakeEngine
+from support.fake_client import serve
+from support.fake_engine import FakeEngine, Step
 
-Serve = Callable[..., AbstractAsyncContextManager[str]]
 HI: Any = [{"role": "user", "content": "Hi"}]
 HELLO = (b"He", b"llo", " wörld".encode())
-
-
-@asynccontextmanager
-async def serve(engine: FakeEngine, **settings: Any) -> AsyncIterator[str]:
-    """The API on a free loopback port; yields its URL. Connections made before it runs wait in the backlog."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, **settings), log_config=None, lifespan="off"))
-    running = asyncio.create_task(server.serve([listener]))
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        await running
-        listener.close()
 
 
 @asynccontextmanager
@@ -106,27 +89,42 @@ async def test_models() -> None:
 
 
 async def test_errors_become_the_clients_own() -> None:
-    errors: dict[str, Exception] = {
-        "busy": Overloaded("the queue is full", retry_after_s=1),
-        "down": StageError("stage 1 died", retry_after_s=1.5),
-        "bug": ValueError("a secret"),
-    }
-    engine = FakeEngine(lambda request: [errors[bytes(request.prompt).decode()]])
+    down = StageError("stage 1 died", retry_after_s=1.5)
+
+    def script(request: Request) -> Iterable[Step]:
+        match bytes(request.prompt):
+            case b"busy":
+                raise Overloaded("the queue is full", retry_after_s=1)
+            case b"down":
+                return [down]
+            case _:
+                raise ValueError("a secret")
+
+    engine = FakeEngine(script)
     async with talk(engine) as client:
         with pytest.raises(openai.BadRequestError, match="max_tokens") as bad:
             await client.completions.create(model="m", prompt="x", max_tokens=0)
         assert bad.value.param == "max_tokens"
         with pytest.raises(openai.RateLimitError, match="queue is full"):
             await client.completions.create(model="m", prompt="busy", stream=True)
-        with pytest.raises(openai.InternalServerError, match="stage 1 died") as down:
+        with pytest.raises(openai.InternalServerError, match="stage 1 died") as failed:
             await client.completions.create(model="m", prompt="down")
-        assert down.value.status_code == 503
-        assert down.value.code == "stage_failed"
-        assert down.value.response.headers["retry-after"] == "2"
+        assert failed.value.status_code == 503
+        assert failed.value.code == "stage_failed"
+        assert failed.value.response.headers["retry-after"] == "2"
         with pytest.raises(openai.InternalServerError) as bug:
             await client.completions.create(model="m", prompt="bug")
         assert bug.value.status_code == 500
         assert "secret" not in str(bug.value)
+
+
+async def test_a_request_out_of_time_is_not_tried_again() -> None:
+    engine = FakeEngine([asyncio.Event()])
+    async with talk(engine, request_timeout_s=0.01) as client:
+        with pytest.raises(openai.InternalServerError, match="longer than its limit") as over:
+            await client.with_options(max_retries=2).completions.create(model="m", prompt="a")
+        assert over.value.status_code == 504
+        assert engine.opened == engine.closed == 1
 
 
 async def test_an_error_in_a_stream_is_raised() -> None:

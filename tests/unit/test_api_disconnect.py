@@ -1,57 +1,20 @@
-"""A client that leaves frees what it held at once; one that reads slowly holds a bounded amount."""
+"""A client that leaves frees what it held at once; one that reads slowly holds up no one but itself."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
-from starlette.types import Message
 
 from dwarfstar_engine.api.app import create_app
-from dwarfstar_engine.api.run import MAX_UNSENT
 from dwarfstar_engine.serving import Request
+from support.fake_client import Client
 from support.fake_engine import FakeEngine, Step
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 TURNS = 200  # of the event loop: far more than anything here needs to come to rest
-
-
-class Client:
-    """The server's side of one connection: sends a body, then leaves when told; may stop reading."""
-
-    def __init__(self, body: dict[str, Any], path: str = "/v1/chat/completions", *, cut_body: bool = False) -> None:
-        self._messages: list[Message] = [
-            {"type": "http.request", "body": json.dumps(body).encode(), "more_body": cut_body}
-        ]
-        self.scope = {
-            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-            "headers": [], "http_version": "1.1", "asgi": {"version": "3.0"}, "scheme": "http",
-            "server": ("fake", 80), "client": ("fake", 1), "root_path": "",
-        }  # fmt: skip
-        self.left = asyncio.Event()
-        self.reading = asyncio.Event()
-        self.reading.set()
-        self.got: list[Message] = []
-        self.got_text = asyncio.Event()
-
-    async def receive(self) -> Message:
-        if self._messages:
-            return self._messages.pop(0)
-        await self.left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: Message) -> None:
-        self.got.append(message)
-        if message.get("body"):
-            self.got_text.set()
-            await self.reading.wait()
-
-    @property
-    def status(self) -> int:
-        return int(self.got[0]["status"])
 
 
 class EndlessEngine(FakeEngine):
@@ -121,29 +84,41 @@ async def test_a_cancelled_request_closes_its_generators(stream: bool) -> None:
     assert engine.opened == engine.closed == 2
 
 
-async def test_a_slow_reader_stops_the_engine() -> None:
-    produced = 0
-
-    def script(request: Request) -> Iterator[Step]:
-        nonlocal produced
-        for produced in range(1, 5001):  # noqa: B007 - counted for the test
-            yield b"x"
-
-    engine = FakeEngine(script, context=10_000)
-    client = Client(CHAT | {"stream": True})
+async def stalled(engine: FakeEngine, client: Client) -> asyncio.Task[None]:
+    """A request whose client stopped reading at the first token, when nothing moves any more."""
     client.reading.clear()
     request = asyncio.create_task(create_app(engine)(client.scope, client.receive, client.send))
     await client.got_text.wait()
     for _ in range(TURNS):
         await asyncio.sleep(0)
-    assert MAX_UNSENT <= produced <= 2 * MAX_UNSENT + 2
+    return request
+
+
+async def test_a_slow_reader_keeps_no_slot_and_misses_nothing() -> None:
+    """The engine is done long before the client reads on; what waited arrives in few writes."""
+    engine = FakeEngine([b"x"] * 5000, context=10_000)
+    client = Client(CHAT | {"stream": True})
+    request = await stalled(engine, client)
+    assert engine.closed == 1
     client.reading.set()
     await request
-    assert produced == 5000
     body = b"".join(message.get("body", b"") for message in client.got).decode()
     assert body.count('{"content":"x"}') == 5000
     assert body.endswith("data: [DONE]\n\n")
-    assert len(client.got) < 100  # several tokens to a write
+    assert len(client.got) < 10
+
+
+async def test_a_stop_string_ends_the_generation_though_nobody_reads() -> None:
+    go_on, never = asyncio.Event(), asyncio.Event()
+    engine = FakeEngine([b"a", go_on, b"E", b"ND", never])
+    client = Client(CHAT | {"stream": True, "stop": "END"})
+    request = await stalled(engine, client)
+    assert engine.closed == 0
+    go_on.set()
+    await engine.all_closed.wait()
+    assert engine.cancelled == 1
+    client.reading.set()
+    await request
 
 
 async def test_a_slow_reader_may_leave() -> None:

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 
 import pytest
 
 from dwarfstar_engine.batch.scheduler import Limits, Scheduler
-from dwarfstar_engine.errors import ContextLengthError, FrameError, Overloaded, StageError
+from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, Overloaded, StageError
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.node.dispatcher import RATE_WINDOW_S, Dispatcher
 from dwarfstar_engine.serving import Request, Sampling, Token
@@ -34,7 +34,7 @@ class Ring:
 
     def __init__(self, seed: int = 0, *, slots: int = 3, rows: int = 8, in_flight: int = 4, queued: int = 99) -> None:
         self.rng = random.Random(seed)
-        limits = Limits(slots, CONTEXT, rows, in_flight, queued=queued)
+        limits = Limits(slots, CONTEXT, in_flight, chunk=rows, queued=queued)
         bounds = (0, 2, 3, LAYERS)
         self.workers = [Worker(ToyBackend(a, b, LAYERS), slots, WireType.F32) for a, b in pairwise(bounds)]
         self.sent: list[bytes] = []
@@ -83,6 +83,35 @@ class Ring:
         return scheduler.active == scheduler.queued == scheduler.in_flight == 0
 
 
+class Queue:
+    """A sink that is read."""
+
+    def __init__(self) -> None:
+        self.items: asyncio.Queue[Token | DwarfStarError] = asyncio.Queue()
+
+    def put(self, token: Token) -> None:
+        self.items.put_nowait(token)
+
+    def fail(self, error: DwarfStarError) -> None:
+        self.items.put_nowait(error)
+
+
+async def tokens_of(dispatcher: Dispatcher, wanted: Request) -> AsyncGenerator[Token, None]:
+    """The tokens of a request; closing it cancels."""
+    sink = Queue()
+    generation = dispatcher.generate(wanted, sink)
+    try:
+        while True:
+            item = await sink.items.get()
+            if isinstance(item, DwarfStarError):
+                raise item
+            yield item
+            if item.finish is not None:
+                return
+    finally:
+        generation.cancel()
+
+
 @asynccontextmanager
 async def running(ring: Ring) -> AsyncIterator[Dispatcher]:
     task = asyncio.create_task(ring.run())
@@ -120,7 +149,7 @@ def reference(prompt: list[int], limit: int | None) -> tuple[list[int], str]:
 
 
 async def collect(dispatcher: Dispatcher, wanted: Request) -> list[Token]:
-    return [token async for token in dispatcher.generate(wanted)]
+    return [token async for token in tokens_of(dispatcher, wanted)]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -135,7 +164,7 @@ async def test_many_requests_at_once_get_their_own_texts(seed: int) -> None:
         leaves_after = rng.choice([None, None, None, 0, 1, 5])
         text, finish = reference(prompt, limit)
         got: list[Token] = []
-        stream = dispatcher.generate(request(prompt, limit))
+        stream = tokens_of(dispatcher, request(prompt, limit))
         async for token in stream:
             got.append(token)
             if leaves_after is not None and len(got) > leaves_after:
@@ -155,12 +184,13 @@ async def test_many_requests_at_once_get_their_own_texts(seed: int) -> None:
 async def test_closing_the_stream_frees_the_slot_at_once() -> None:
     ring = Ring(slots=1)
     async with running(ring) as dispatcher:
-        first = dispatcher.generate(request([97, 98]))
+        first = tokens_of(dispatcher, request([97, 98]))
         await anext(first)
         other = asyncio.create_task(collect(dispatcher, request([99, 100, 101], 9)))
         await until(lambda: dispatcher.scheduler.queued > 0)
         assert dispatcher.scheduler.active == 1
         await first.aclose()
+        await asyncio.sleep(0)
         assert dispatcher.scheduler.queued == 0 and dispatcher.scheduler.active == 1
         assert [token.id for token in await other] == reference([99, 100, 101], 9)[0]
     assert dispatcher.scheduler.active == 0
@@ -169,7 +199,7 @@ async def test_closing_the_stream_frees_the_slot_at_once() -> None:
 async def test_leaving_while_queued_costs_nothing() -> None:
     ring = Ring(slots=1)
     async with running(ring) as dispatcher:
-        first = dispatcher.generate(request([97, 98], 12))
+        first = tokens_of(dispatcher, request([97, 98], 12))
         await anext(first)
         waiting = asyncio.create_task(collect(dispatcher, request([99])))
         await until(lambda: dispatcher.scheduler.queued > 0)
@@ -183,7 +213,7 @@ async def test_leaving_while_queued_costs_nothing() -> None:
 async def test_a_failure_ends_every_request_and_may_be_retried() -> None:
     ring = Ring(slots=2)
     async with running(ring) as dispatcher:
-        streams = [dispatcher.generate(request([97 + i])) for i in range(2)]
+        streams = [tokens_of(dispatcher, request([97 + i])) for i in range(2)]
         for stream in streams:
             await anext(stream)
         queued = asyncio.create_task(collect(dispatcher, request([105])))
@@ -200,7 +230,7 @@ async def test_a_failure_ends_every_request_and_may_be_retried() -> None:
                 await work
             assert ended.value.retry_after_s == RETRY_S and ended.value.http_status == 503
         with pytest.raises(StageError, match="node x was lost"):
-            await anext(dispatcher.generate(request([97])))
+            await anext(tokens_of(dispatcher, request([97])))
         await until(lambda: not ring.waiting and not ring._unsent)  # results that were still on their way are ignored
     assert dispatcher.oldest_age_s(1e9) == 0.0
 
@@ -208,11 +238,11 @@ async def test_a_failure_ends_every_request_and_may_be_retried() -> None:
 async def test_a_fault_frame_is_told() -> None:
     ring = Ring()
     async with running(ring) as dispatcher:
-        stream = dispatcher.generate(request([97]))
+        stream = tokens_of(dispatcher, request([97]))
         await anext(stream)
-        await dispatcher.on_frame(frames.encode(FaultFrame(EPOCH + 1, 0, 0, "kv_full", "of another epoch")))
+        await dispatcher.on_frame(frames.encode(FaultFrame(EPOCH + 1, 0, "kv_full", "of another epoch")))
         assert ring.faults == []
-        await dispatcher.on_frame(frames.encode(FaultFrame(EPOCH, 0, 0, "kv_full", "the cache is full")))
+        await dispatcher.on_frame(frames.encode(FaultFrame(EPOCH, 0, "kv_full", "the cache is full")))
         assert ring.faults == ["the cache is full"]
         with pytest.raises(StageError, match="the cache is full"):
             while True:
@@ -222,7 +252,7 @@ async def test_a_fault_frame_is_told() -> None:
 async def test_results_of_another_epoch_are_ignored() -> None:
     ring = Ring()
     async with running(ring) as dispatcher:
-        await dispatcher.on_frame(frames.encode(ResultFrame(EPOCH - 1, 0, 0, [], ())))
+        await dispatcher.on_frame(frames.encode(ResultFrame(EPOCH - 1, 0, [], ())))
         tokens = await collect(dispatcher, request([97], 3))
     assert [token.id for token in tokens] == reference([97], 3)[0]
 
@@ -248,7 +278,7 @@ def changed(data: bytes, number: int, rows: int) -> bytes:
     """A result with another frame number, and its rows repeated or dropped."""
     frame = frames.decode(data)
     assert isinstance(frame, ResultFrame) and len(frame.rows) == 1
-    return frames.encode(ResultFrame(EPOCH, 0, frame.number + number, frame.rows * rows, frame.timings))
+    return frames.encode(ResultFrame(EPOCH, frame.number + number, frame.rows * rows, frame.timings))
 
 
 @pytest.mark.parametrize(("number", "rows"), [(1, 1), (1000, 1), (0, 0), (0, 2)])
@@ -293,8 +323,8 @@ async def test_the_next_frame_leaves_before_the_token_is_delivered() -> None:
     ring.dispatcher._flush = slow
     delivering = asyncio.create_task(ring.dispatcher.on_frame(result))
     await until(lambda: len(ring.sent) == 2)
-    (answer,) = ring.dispatcher._answers.values()
-    assert answer.tokens.empty() and not delivering.done()
+    (sink,) = ring.dispatcher._sinks.values()
+    assert isinstance(sink, Queue) and sink.items.empty() and not delivering.done()
     gate.set()
     await delivering
     assert len(ring.waiting) == 1
@@ -328,7 +358,7 @@ async def test_a_caller_that_is_cancelled_does_not_cancel_the_write() -> None:
 async def test_a_prompt_that_fills_the_context_is_refused(length: int) -> None:
     ring = Ring()
     with pytest.raises(ContextLengthError, match=f"{length} tokens .* by {length - CONTEXT + 1} tokens") as refused:
-        await anext(ring.dispatcher.generate(request([97] * length)))
+        await anext(tokens_of(ring.dispatcher, request([97] * length)))
     assert (refused.value.http_status, refused.value.code) == (400, "context_length_exceeded")
     assert ring.idle() and not ring.sent
 
@@ -343,12 +373,12 @@ async def test_the_longest_prompt_gets_one_token() -> None:
 async def test_a_full_queue_refuses_and_the_others_go_on() -> None:
     ring = Ring(slots=1, queued=1)
     async with running(ring) as dispatcher:
-        first = dispatcher.generate(request([97], 5))
+        first = tokens_of(dispatcher, request([97], 5))
         await anext(first)
         second = asyncio.create_task(collect(dispatcher, request([98], 5)))
         await until(lambda: dispatcher.scheduler.queued > 0)
         with pytest.raises(Overloaded):
-            await anext(dispatcher.generate(request([99], 5)))
+            await anext(tokens_of(dispatcher, request([99], 5)))
         assert len([token async for token in first]) == 4
         assert [token.id for token in await second] == reference([98], 5)[0]
 

@@ -21,7 +21,6 @@ from dwarfstar_engine.wire.frames import (
     MAX_SLOTS,
     CopySlot,
     FaultFrame,
-    FreeSlot,
     Op,
     Payload,
     ResultFrame,
@@ -29,7 +28,7 @@ from dwarfstar_engine.wire.frames import (
     SamplerSpec,
     SetSampler,
     StepFrame,
-    TrimSlot,
+    Want,
 )
 from dwarfstar_engine.wire.sampler_spec import MAX_PROMPT_TAIL, MAX_SAMPLER_BYTES
 
@@ -64,12 +63,10 @@ positions = st.integers(0, MAX_POSITION)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 tokens = st.integers(0, 2**31 - 1)
 u32 = st.integers(0, 2**32 - 1)
-heads = st.fixed_dictionaries({"epoch": u32, "lane": st.integers(0, 2**16 - 1), "number": st.integers(0, 2**64 - 1)})
+heads = st.fixed_dictionaries({"epoch": u32, "number": st.integers(0, 2**64 - 1)})
 timings = st.lists(st.tuples(u32, u32), max_size=4).map(tuple)
 ops = st.lists(
     st.one_of(
-        st.builds(FreeSlot, slots),
-        st.builds(TrimSlot, slots, positions),
         st.builds(CopySlot, slots, slots, positions),
         st.builds(SetSampler, slots, st.binary(max_size=40)),
     ),
@@ -82,23 +79,21 @@ def steps(draw: st.DrawFn) -> StepFrame:
     n = draw(st.sampled_from([0, 1, 2, 15, 16, 40]))
     seed = np.random.default_rng(draw(st.integers(0, 2**32)))
     payload = draw(st.sampled_from(Payload))
-    data: bytes | np.ndarray[tuple[int, ...], np.dtype[np.int32]]
-    if payload is Payload.TOKENS:
-        data = seed.integers(0, 2**31, n).astype(np.int32)
-    elif payload is Payload.NONE or n == 0:
-        data = b""
-    else:
+    data = b""
+    if payload is not Payload.NONE and n > 0:
         data = seed.bytes(native.encoded_size(native.WireType(payload), n, COLS))
     return StepFrame(
         **draw(heads),
         ops=draw(ops),
         slots=seed.integers(0, MAX_SLOTS, n).astype(np.uint16),
         positions=seed.integers(0, MAX_POSITION + 1, n).astype(np.int32),
-        wants=seed.integers(0, 2, n).astype(np.uint8),
+        tokens=seed.integers(0, 2**31, n).astype(np.int32),
+        wants=seed.integers(0, len(Want), n).astype(np.uint8),
         payload=payload,
         data=data,
         cols=COLS,
         timings=draw(timings),
+        prompt=draw(st.booleans()),
     )
 
 
@@ -143,15 +138,12 @@ specs = st.builds(
 def step(*, ops: tuple[Op, ...] = (), rows: int = 1, slot: int = 0, position: int = 0) -> StepFrame:
     return StepFrame(
         epoch=7,
-        lane=2,
         number=99,
         ops=ops,
         slots=np.full(rows, slot, np.uint16),
         positions=np.full(rows, position, np.int32),
+        tokens=np.arange(rows, dtype=np.int32),
         wants=np.ones(rows, np.uint8),
-        payload=Payload.TOKENS,
-        data=np.arange(rows, dtype=np.int32),
-        cols=0,
     )
 
 
@@ -161,9 +153,9 @@ def content(frame: StepFrame) -> bytes:
 
 def assert_same_step(got: frames.Frame, want: StepFrame) -> None:
     assert isinstance(got, StepFrame)
-    for name in ("epoch", "lane", "number", "ops", "payload", "cols", "timings"):
+    for name in ("epoch", "number", "ops", "payload", "cols", "timings", "prompt"):
         assert getattr(got, name) == getattr(want, name), name
-    for name in ("slots", "positions", "wants"):
+    for name in ("slots", "positions", "tokens", "wants"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
     assert content(got) == content(want)
 
@@ -231,20 +223,25 @@ def test_the_payload_is_aligned_and_not_copied() -> None:
 
 
 def test_a_frame_of_operations_only_is_legal() -> None:
-    frame = replace(step(ops=(FreeSlot(3), CopySlot(1, 2, 5)), rows=0), payload=Payload.NONE, data=b"")
+    frame = step(ops=(CopySlot(1, 2, 5), SetSampler(2, b"x")), rows=0)
     assert_same_step(frames.decode(frames.encode(frame)), frame)
 
 
 def test_the_largest_counts_are_legal() -> None:
-    frame = step(ops=(FreeSlot(MAX_SLOTS - 1),) * MAX_OPS, rows=MAX_ROWS, slot=MAX_SLOTS - 1, position=MAX_POSITION)
+    frame = step(
+        ops=(CopySlot(0, MAX_SLOTS - 1, MAX_POSITION),) * MAX_OPS,
+        rows=MAX_ROWS,
+        slot=MAX_SLOTS - 1,
+        position=MAX_POSITION,
+    )
     assert_same_step(frames.decode(frames.encode(frame)), frame)
 
 
 @pytest.mark.parametrize("rows", [1, 40])  # both ways of checking ranges
 @pytest.mark.parametrize(
     ("offset", "layout", "value"),
-    [(0, "<i", -1), (0, "<i", MAX_POSITION + 1), (4, "<H", MAX_SLOTS), (6, "<B", 2)],
-    ids=["position negative", "position high", "slot", "want"],
+    [(0, "<i", -1), (0, "<i", MAX_POSITION + 1), (4, "<i", -1), (8, "<H", MAX_SLOTS), (10, "<B", len(Want))],
+    ids=["position negative", "position high", "token", "slot", "want"],
 )
 def test_rows_out_of_range_are_refused(rows: int, offset: int, layout: str, value: int) -> None:
     at = HEADER_BYTES + rows * offset  # the last row's field would do as well
@@ -255,27 +252,27 @@ def test_rows_out_of_range_are_refused(rows: int, offset: int, layout: str, valu
 @pytest.mark.parametrize(
     ("at", "layout", "value", "problem"),
     [
-        (4, "<B", 2, "version 2"),
+        (4, "<B", 1, "version 1"),
         (5, "<B", 9, "unknown kind"),
-        (6, "<B", 5, "unknown payload"),
-        (6, "<B", Payload.NONE, "payload has"),
-        (6, "<B", Payload.F32, "cannot be sent|payload has"),
+        (6, "<B", 4, "payload type 4"),
+        (6, "<B", Payload.F32, "cannot be sent"),
+        (12, "<H", 2, "flags 2"),
         (14, "<H", 257, "out of bounds"),
         (24, "<I", MAX_ROWS + 1, "out of bounds"),
-        (24, "<I", 2, "payload has"),
+        (24, "<I", 3, "length"),
         (28, "<I", (1 << 16) + 1, "out of bounds"),
         (32, "<H", MAX_OPS + 1, "out of bounds"),
         (32, "<H", 3, "middle of one"),
         (32, "<H", 1, "shorter"),
         (36, "<I", 2**32 - 1, "length"),
         (40, "<I", 2**32 - 1, "length"),
-        (HEADER_BYTES + 7, "<B", 9, "unknown operation"),
-        (HEADER_BYTES + 8, "<H", MAX_SLOTS, "out of range"),
-        (HEADER_BYTES + 10, "<H", MAX_SLOTS, "out of range"),
-        (HEADER_BYTES + 12, "<i", -1, "out of range"),
-        (HEADER_BYTES + 12, "<i", MAX_POSITION + 1, "out of range"),
-        (HEADER_BYTES + 19, "<I", MAX_SAMPLER_BYTES + 1, "sampler"),
-        (HEADER_BYTES + 19, "<I", 4, "sampler"),
+        (HEADER_BYTES + 11, "<B", 9, "unknown operation"),
+        (HEADER_BYTES + 12, "<H", MAX_SLOTS, "out of range"),
+        (HEADER_BYTES + 14, "<H", MAX_SLOTS, "out of range"),
+        (HEADER_BYTES + 16, "<i", -1, "out of range"),
+        (HEADER_BYTES + 16, "<i", MAX_POSITION + 1, "out of range"),
+        (HEADER_BYTES + 23, "<I", MAX_SAMPLER_BYTES + 1, "sampler"),
+        (HEADER_BYTES + 23, "<I", 4, "sampler"),
     ],
 )  # fmt: skip
 def test_a_header_that_lies_is_refused(at: int, layout: str, value: int, problem: str) -> None:
@@ -301,24 +298,26 @@ def test_a_header_that_lies_is_refused(at: int, layout: str, value: int, problem
     ],
 )
 def test_a_result_that_lies_is_refused(at: int, layout: str, value: int) -> None:
-    good = frames.encode(ResultFrame(7, 0, 1, [SampledRow(1, 5, -0.5, ((5, -0.5),))]))
+    good = frames.encode(ResultFrame(7, 1, [SampledRow(1, 5, -0.5, ((5, -0.5),))]))
     frames.decode(sealed(good))
     with pytest.raises(FrameError):
         frames.decode(patched(good, at, layout, value))
 
 
 def test_a_long_fault_is_cut_at_a_character() -> None:
-    got = frames.decode(frames.encode(FaultFrame(1, 0, 1, "c" * 100, "é" * 5000)))
+    got = frames.decode(frames.encode(FaultFrame(1, 1, "c" * 100, "é" * 5000)))
     assert isinstance(got, FaultFrame)
     assert (got.code, got.message) == ("c" * 64, "é" * 2048)
 
 
 def test_faults_of_our_own_are_assertions() -> None:
     for frame in (
-        step(ops=(FreeSlot(MAX_SLOTS),)),
+        step(ops=(CopySlot(MAX_SLOTS, 0, 0),)),
         step(rows=MAX_ROWS + 1),
         replace(step(), wants=np.ones(2, np.uint8)),
-        replace(step(), data=np.zeros(2, np.int32)),
+        replace(step(), data=np.zeros(2, np.float32)),
+        replace(step(), tokens=np.zeros(2, np.int32)),
+        replace(step(), tokens=np.zeros(1, np.int64)),
         replace(step(), slots=np.zeros(1, np.int64)),
     ):
         with pytest.raises(AssertionError):
@@ -378,25 +377,30 @@ def test_the_spec_of_a_request_fixes_what_the_request_left_open() -> None:
     assert SamplerSpec.of(Sampling(repeat_penalty=1.1, repeat_last_n=0), prompt, fresh_seed=0).prompt_tail == ()
 
 
-@given(steps(), st.data())
+@given(steps())
 @settings(max_examples=60, deadline=None)
-def test_the_short_way_to_a_token_frame_gives_the_same_bytes(frame: StepFrame, data: st.DataObject) -> None:
-    n = len(frame.positions)
-    tokens = data.draw(st.lists(st.integers(0, 2**31 - 1), min_size=n, max_size=n))
-    frame.payload, frame.data, frame.cols, frame.lane, frame.timings = (
-        Payload.TOKENS,
-        np.array(tokens, np.int32),
-        0,
-        0,
-        (),
-    )
+def test_the_short_way_to_a_token_frame_gives_the_same_bytes(frame: StepFrame) -> None:
+    plain = replace(frame, payload=Payload.NONE, data=b"", cols=0, timings=())
     short = frames.encode_tokens(
-        frame.epoch,
-        frame.number,
-        frame.ops,
-        frame.slots.tolist(),
-        frame.positions.tolist(),
-        frame.wants.tolist(),
-        tokens,
+        plain.epoch,
+        plain.number,
+        plain.ops,
+        plain.slots.tolist(),
+        plain.positions.tolist(),
+        plain.tokens.tolist(),
+        plain.wants.tolist(),
+        plain.prompt,
     )
-    assert short == frames.encode(frame)
+    assert short == frames.encode(plain)
+
+
+@given(steps() | results | faults)
+@settings(max_examples=60, deadline=None)
+def test_frames_of_prompts_are_known_by_their_bytes(frame: frames.Frame) -> None:
+    assert frames.is_prompt(frames.encode(frame)) == (isinstance(frame, StepFrame) and frame.prompt)
+
+
+def test_what_is_no_frame_is_of_no_prompt() -> None:
+    data = frames.encode(replace(step(), prompt=True))
+    assert frames.is_prompt(data)
+    assert not any(frames.is_prompt(data[:size]) for size in range(13))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dwarfstar_engine.errors import ModelError, StageError
+from dwarfstar_engine.errors import FrameError, ModelError
 from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.toy import ToySlice
 
@@ -32,7 +32,7 @@ def generate(
         before(position)
         row = toy.to_row(toy.embed(known[position]))[None, :]
         for part in slices:
-            row = part.step(row, [position_of(position)], [0])
+            row = part.step(row, position_of(position), 0)
         if position >= len(PROMPT) - 1:
             known.append(toy.draw(toy.from_row(row[0])))
     return known[len(PROMPT) :]
@@ -50,15 +50,18 @@ def test_any_division_gives_the_undisturbed_tokens(cuts: set[int]) -> None:
     assert generate(parts(0, *sorted(cuts), LAYERS)) == WANT
 
 
+def rows_of(tokens: Sequence[int]) -> Rows:
+    return np.stack([toy.to_row(toy.embed(token)) for token in tokens])
+
+
 def test_all_at_once_is_as_one_by_one() -> None:
-    """A prompt in one batch, mixed with another sequence's rows."""
+    """A prompt in one batch, between another sequence's rows."""
     alone, both = ToySlice(0, LAYERS), ToySlice(0, LAYERS)
-    rows = np.stack([toy.to_row(toy.embed(token)) for token in PROMPT])
-    one_by_one = np.concatenate([alone.step(rows[i : i + 1], [i], [0]) for i in range(len(rows))])
-    n = len(rows)
-    order = [i // 2 for i in range(2 * n)]  # row i of slot 0, row i of slot 1, and on
-    mixed = both.step(rows[order], order, [i % 2 for i in range(2 * n)])
-    assert np.array_equal(mixed[::2], one_by_one) and np.array_equal(mixed[1::2], one_by_one)
+    rows = rows_of(PROMPT)
+    one_by_one = np.concatenate([alone.step(rows[i : i + 1], i, 0) for i in range(len(rows))])
+    first = both.step(rows[:2], 0, 1)
+    assert np.array_equal(both.step(rows, 0, 0), one_by_one)
+    assert np.array_equal(np.concatenate([first, both.step(rows[2:], 2, 1)]), one_by_one)
 
 
 @pytest.mark.parametrize(
@@ -84,17 +87,17 @@ def test_another_model_length_is_seen() -> None:
 
 def test_a_wrong_position_is_seen() -> None:
     slices = parts(0, 3, LAYERS)
-    with pytest.raises(StageError, match="holds 8 positions"):
+    with pytest.raises(FrameError, match="holds 8 positions"):
         generate(slices, position_of=lambda position: position + (position > 7))
     shifted = ToySlice(0, LAYERS)
-    shifted.step(toy.to_row(0)[None, :], [0], [0])  # so that position 1 may follow
+    shifted.step(toy.to_row(0)[None, :], 0, 0)  # so that position 1 may follow
     assert generate([shifted], position_of=lambda position: position + 1) != WANT
 
 
 def test_one_stale_cell_in_one_layer_is_seen() -> None:
     """A cell that a stage did not drop, of another sequence that was there before."""
     clean, stale = ToySlice(0, LAYERS), ToySlice(0, LAYERS)
-    stale.step(toy.to_row(toy.embed(33))[None, :], [0], [1])
+    stale.step(toy.to_row(toy.embed(33))[None, :], 0, 1)
 
     def mix(position: int) -> None:
         if position == 1:  # the first cell of slot 0 comes from slot 1
@@ -107,17 +110,21 @@ def test_one_stale_cell_in_one_layer_is_seen() -> None:
 
 def test_a_missing_cell_is_an_error() -> None:
     broken = ToySlice(0, LAYERS)
-    with pytest.raises(StageError, match="slot 0 holds 7 positions at layer 0, not 8"):
+    with pytest.raises(FrameError, match="slot 0 holds 7 positions at layer 0, not 8"):
         generate([broken], before=lambda position: broken.trim(0, 7) if position == 8 else None)
 
 
-def test_a_slot_that_was_not_freed_is_an_error() -> None:
-    used = ToySlice(0, LAYERS)
-    assert generate([used]) == WANT
-    with pytest.raises(StageError, match="not 0"):
-        generate([used])
-    used.trim(0, 0)
-    assert generate([used]) == WANT
+def test_rows_replace_what_their_slot_held() -> None:
+    """From their position on, and nothing before it."""
+    used, rows = ToySlice(0, LAYERS), rows_of(PROMPT)
+    want = used.step(rows, 0, 0)
+    assert generate([used]) == WANT  # from the start once more
+    assert np.array_equal(used.step(rows[3:], 3, 0), want[3:])
+    other = used.step(rows[:1], 2, 0)
+    assert not np.array_equal(other, want[2:3])
+    assert not np.array_equal(used.step(rows[3:], 3, 0), want[3:])
+    with pytest.raises(FrameError, match="holds 5 positions"):
+        used.step(rows[:1], 6, 0)
 
 
 def test_every_token_of_the_past_counts() -> None:
@@ -126,31 +133,36 @@ def test_every_token_of_the_past_counts() -> None:
         assert toy.expected(other, COUNT, LAYERS) != WANT
 
 
-def test_trim_and_copy() -> None:
-    """After a trim or a copy of a prefix the same continuation follows."""
-    part = ToySlice(0, LAYERS)
-    rows = np.stack([toy.to_row(toy.embed(token)) for token in PROMPT])
-    n = len(PROMPT)
-    want = part.step(rows, range(n), [0] * n)
-    part.trim(0, 3)
-    assert np.array_equal(part.step(rows[3:], range(3, n), [0] * (n - 3)), want[3:])
+def test_a_copied_prefix_goes_on_as_its_source() -> None:
+    part, rows = ToySlice(0, LAYERS), rows_of(PROMPT)
+    want = part.step(rows, 0, 0)
     part.copy(0, 5, 2)
-    assert np.array_equal(part.step(rows[2:], range(2, n), [5] * (n - 2)), want[2:])
-    with pytest.raises(StageError):
-        part.step(rows[:1], [n + 1], [5])
+    assert np.array_equal(part.step(rows[2:], 2, 5), want[2:])
+    assert np.array_equal(part.step(rows[4:], 4, 0), want[4:])  # the source is as it was
+    with pytest.raises(FrameError):
+        part.step(rows[:1], len(PROMPT) + 1, 5)
 
 
 def test_a_copy_replaces_what_the_target_held() -> None:
     part = ToySlice(0, 1)
     row = toy.to_row(1)[None, :]
-    for position in range(3):
-        part.step(row, [position], [1])
-    part.step(row, [0], [0])
+    part.step(np.concatenate([row] * 3), 0, 1)
+    part.step(row, 0, 0)
     part.copy(0, 1, 1)
-    with pytest.raises(StageError):
-        part.step(row, [2], [1])
-    part.copy(7, 1, 1)  # from an empty slot
-    part.step(row, [0], [1])
+    with pytest.raises(FrameError):
+        part.step(row, 2, 1)
+    part.copy(7, 1, 0)  # from an empty slot
+    part.step(row, 0, 1)
+
+
+def test_a_copy_of_more_than_there_is_is_an_error_and_changes_nothing() -> None:
+    part, rows = ToySlice(0, LAYERS), rows_of(PROMPT)
+    want = part.step(rows, 0, 0)
+    for source in (0, 7):
+        with pytest.raises(FrameError, match=f"slot {source} holds {5 if source == 0 else 0} positions, not 6"):
+            part.copy(source, 0, 6)
+    part.copy(0, 0, 3)
+    assert np.array_equal(part.step(rows[3:], 3, 0), want[3:])
 
 
 @given(st.integers(0, 2**64 - 1))

@@ -13,20 +13,20 @@ from dwarfstar_engine import native
 from dwarfstar_engine.errors import FrameError, StageError
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage import toy
-from dwarfstar_engine.stage.worker import ToyBackend, Worker
+from dwarfstar_engine.stage.measure import Profile
+from dwarfstar_engine.stage.worker import Rows, ToyBackend, Worker
 from dwarfstar_engine.wire import frames
 from dwarfstar_engine.wire.frames import (
     CopySlot,
     FaultFrame,
     Frame,
-    FreeSlot,
     Op,
     Payload,
     ResultFrame,
     SampledRow,
     SetSampler,
     StepFrame,
-    TrimSlot,
+    Want,
 )
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
@@ -48,15 +48,12 @@ def step(
     wants[-1:] = 1
     fields: dict[str, Any] = {
         "epoch": 3,
-        "lane": 1,
         "number": 42,
         "ops": ops,
         "slots": np.full(n, slot, np.uint16),
         "positions": np.arange(position, position + n, dtype=np.int32),
+        "tokens": np.array(tokens, np.int32),
         "wants": wants,
-        "payload": Payload.TOKENS,
-        "data": np.array(tokens, np.int32),
-        "cols": 0,
     }
     return StepFrame(**{**fields, **changes})
 
@@ -75,7 +72,7 @@ def tokens_of(frame: Frame) -> list[int]:
 
 def fault(frame: Frame) -> str:
     assert isinstance(frame, FaultFrame), frame
-    assert (frame.epoch, frame.lane, frame.number) == (3, 1, 42) and frame.code
+    assert (frame.epoch, frame.number) == (3, 42) and frame.code
     return frame.message
 
 
@@ -84,7 +81,7 @@ def test_a_ring_of_workers_draws_the_models_tokens(bounds: list[int]) -> None:
     workers = [stage(a, b) for a, b in pairwise(bounds)]
     result = run(workers, step(PROMPT, slot=2))
     assert isinstance(result, ResultFrame)
-    assert (result.epoch, result.lane, result.number) == (3, 1, 42)
+    assert (result.epoch, result.number) == (3, 42)
     assert result.rows == [SampledRow(2, WANT[0], 0.0, ())]
     assert len(result.timings) == len(workers)
     assert tokens_of(run(workers, step(WANT[:1], len(PROMPT), 2))) == WANT[1:2]
@@ -101,10 +98,11 @@ def test_a_stage_before_the_last_sends_its_rows_on() -> None:
     out = run([stage(0, 2)], step(PROMPT, timings=before))
     assert isinstance(out, StepFrame)
     rows = np.stack([toy.to_row(toy.embed(token)) for token in PROMPT])
-    want = toy.ToySlice(0, 2).step(rows, range(5), [0] * 5)
+    want = toy.ToySlice(0, 2).step(rows, 0, 0)
     assert (out.payload, out.cols) == (Payload.F32, toy.WIDTH)
     assert np.array_equal(np.frombuffer(out.data, np.float32).reshape(5, -1), want)
     assert out.wants.tolist() == [0, 0, 0, 0, 1] and out.positions.tolist() == [0, 1, 2, 3, 4]
+    assert out.tokens.tolist() == PROMPT and not out.prompt
     assert out.timings[:2] == before and len(out.timings) == 3
 
 
@@ -113,32 +111,110 @@ def test_rows_are_encoded_for_the_wire_and_decoded_behind_it(wire: WireType) -> 
     out = run([stage(0, 2, wire)], step(PROMPT))
     assert isinstance(out, StepFrame) and out.payload == Payload(wire)
     rows = np.stack([toy.to_row(toy.embed(token)) for token in PROMPT])
-    exact = toy.ToySlice(0, 2).step(rows, range(5), [0] * 5)
+    exact = toy.ToySlice(0, 2).step(rows, 0, 0)
     assert bytes(out.data) == native.encode(wire, exact).tobytes()
     seen = native.decode(wire, bytes(out.data), 5, toy.WIDTH)  # rounded: other states, and so other tokens
-    states = [toy.from_row(row) for row in toy.ToySlice(2, LAYERS).step(seen, range(5), [0] * 5)]
+    states = [toy.from_row(row) for row in toy.ToySlice(2, LAYERS).step(seen, 0, 0)]
     assert tokens_of(run([stage(2, LAYERS)], out)) == [toy.draw(states[-1])]
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_rows_replace_what_their_slot_held(prompt: bool) -> None:
+    workers = [stage(0, 2), stage(2, LAYERS)]
+    for _ in range(2):
+        assert tokens_of(run(workers, step(PROMPT, prompt=prompt))) == WANT[:1]
+    assert tokens_of(run(workers, step(WANT[:1], 5))) == WANT[1:2]
+    assert tokens_of(run(workers, step(PROMPT[3:], 3, prompt=prompt))) == WANT[:1]
+    other = step([1, 2], 1, prompt=prompt)
+    assert tokens_of(run(workers, other)) == toy.expected([PROMPT[0], 1, 2], 1, LAYERS)
+    assert "holds 3 positions" in fault(run(workers, step(PROMPT[4:], 4)))
 
 
 def test_operations_go_first_and_in_order() -> None:
     worker = stage(0, LAYERS)
     run([worker], step(PROMPT))
-    fresh = step(PROMPT, ops=(FreeSlot(0),))
-    assert tokens_of(run([worker], fresh)) == WANT[:1]  # unless freed first, the toy refuses the rows
-    again = step(PROMPT[3:], 3, ops=(TrimSlot(0, 3),))
-    assert tokens_of(run([worker], again)) == WANT[:1]
-    copied = step(PROMPT[3:], 3, 1, ops=(CopySlot(0, 1, 3), FreeSlot(0)))
+    copied = step(PROMPT[3:], 3, 1, ops=(CopySlot(0, 1, 3),))
     assert tokens_of(run([worker], copied)) == WANT[:1]
-    emptied = step(PROMPT[3:], 3, 2, ops=(FreeSlot(1), CopySlot(1, 2, 3)))
-    assert "slot 2 holds 0 positions" in fault(run([worker], emptied))
+    twice = step(PROMPT[2:], 2, 2, ops=(CopySlot(1, 0, 0), CopySlot(1, 0, 4), CopySlot(0, 2, 2)))
+    assert tokens_of(run([worker], twice)) == WANT[:1]
+    emptied = step(PROMPT[3:], 3, 2, ops=(CopySlot(0, 1, 0), CopySlot(1, 2, 3)))
+    assert "slot 1 holds 0 positions" in fault(run([worker], emptied))
 
 
 def test_a_frame_of_operations_alone_goes_round() -> None:
     workers = [stage(0, 2), stage(2, LAYERS)]
     run(workers, step(PROMPT))
-    result = run(workers, step(ops=(FreeSlot(0),), payload=Payload.NONE))
+    result = run(workers, step(ops=(CopySlot(0, 1, 4),)))
     assert tokens_of(result) == [] and isinstance(result, ResultFrame) and len(result.timings) == 2
-    assert tokens_of(run(workers, step(PROMPT))) == WANT[:1]
+    assert tokens_of(run(workers, step(PROMPT[4:], 4, 1))) == WANT[:1]
+
+
+def test_rows_of_several_slots_are_those_of_each_alone() -> None:
+    """In the order of the frame, also where a slot comes twice."""
+    workers = [stage(0, 1), stage(1, LAYERS)]
+    rows = [(1, p, t) for p, t in enumerate(PROMPT[:3])] + [(0, p, t) for p, t in enumerate(PROMPT)]
+    rows += [(1, 3, PROMPT[3]), (1, 4, PROMPT[4]), (2, 0, 7), (1, 4, 8)]
+    slots, positions, tokens = zip(*rows, strict=True)
+    frame = step(tokens, slots=np.array(slots, np.uint16), positions=np.array(positions, np.int32))
+    frame.wants[:] = [0, 0, 1, 0, 0, 0, 0, 1, 0, 1, 1, 1]
+    alone = [PROMPT[:3], PROMPT, PROMPT, [7], [*PROMPT[:4], 8]]
+    drawn = [
+        SampledRow(slot, toy.expected(text, 1, LAYERS)[0]) for slot, text in zip((1, 0, 1, 2, 1), alone, strict=True)
+    ]
+    result = run(workers, frame)
+    assert isinstance(result, ResultFrame) and result.rows == drawn
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_guesses_are_answered_while_they_are_right(batched: bool) -> None:
+    workers, text = [stage(0, 2), stage(2, LAYERS)], toy.expected(PROMPT, 8, LAYERS)
+    for worker in workers:
+        worker.profile = Profile(batched=batched)
+    assert tokens_of(run(workers, step(PROMPT))) == text[:1]
+
+    def guesses(at: int, tokens: Sequence[int], first: Want = Want.CHECKED) -> list[int]:
+        """Tokens for ``at`` and on; the first one is known, or a guess, too."""
+        wants = np.full(len(tokens), Want.CHECKED, np.uint8)
+        wants[0] = first
+        return tokens_of(run(workers, step(tokens, len(PROMPT) + at, wants=wants)))
+
+    assert guesses(0, text[0:3], Want.DRAWN) == text[1:4]
+    assert guesses(3, [text[3], 1, text[5]]) == text[4:5]  # what follows a wrong one is for nothing
+    assert guesses(6, text[6:7]) == []  # sent before that was known
+    assert guesses(4, text[4:5], Want.DRAWN) == text[5:6]
+    assert guesses(5, [1]) == []
+    assert guesses(5, text[5:7]) == text[6:8]
+
+
+def test_rows_of_steps_run_one_by_one_unless_batches_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp has other last bits for several rows: both ways of a frame must run the same decodes."""
+    seen: list[int] = []
+    worker = stage(0, LAYERS)
+    run_rows = worker.backend.step
+
+    def counted(rows: Rows, *place: Any, prompt: bool) -> Rows | None:
+        seen.append(len(rows))
+        return run_rows(rows, *place, prompt=prompt)
+
+    monkeypatch.setattr(worker.backend, "step", counted)
+    for prompt, batched in ((False, False), (True, False), (False, True)):
+        worker.profile = Profile(batched=batched)
+        assert tokens_of(run([worker], step(PROMPT, prompt=prompt))) == WANT[:1]
+    assert seen == [1] * 5 + [5, 5]
+
+
+def test_what_was_measured_decides_how_frames_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, tuned = stage(0, LAYERS), []
+    monkeypatch.setattr(worker.backend, "tune", lambda wire, batched: tuned.append((wire, batched)))
+    assert worker.measure() is worker.profile and worker.profile.batched
+    worker.use_wire(WireType.Q8)
+    assert tuned == [(WireType.F32, True), (WireType.Q8, True)]
+
+
+def test_prompts_go_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = stage(0, LAYERS)
+    monkeypatch.setattr(worker.backend, "run_frame", None)
+    assert tokens_of(run([worker], step(PROMPT, prompt=True))) == WANT[:1]
 
 
 def test_samplers_are_set_on_the_last_stage_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,18 +224,13 @@ def test_samplers_are_set_on_the_last_stage_only(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(worker.backend, "set_sampler", lambda slot, spec, i=index: seen.append((i, slot, spec)))
     run(workers, step(PROMPT, ops=(SetSampler(1, spec.encode()),)))
     assert seen == [(1, 1, spec)]
-    seen.clear()
-    run(workers, step(ops=(FreeSlot(1),), payload=Payload.NONE))
-    assert (1, 1, None) in seen
 
 
 def test_a_sampler_that_is_none_is_a_fault() -> None:
     assert "sampler spec" in fault(run([stage(0, LAYERS)], step(PROMPT, ops=(SetSampler(0, b"123"),))))
 
 
-@pytest.mark.parametrize(
-    "op", [FreeSlot(SLOTS), TrimSlot(SLOTS, 1), CopySlot(0, SLOTS, 1), CopySlot(SLOTS, 0, 1), SetSampler(SLOTS, b"")]
-)
+@pytest.mark.parametrize("op", [CopySlot(0, SLOTS, 1), CopySlot(SLOTS, 0, 1), SetSampler(SLOTS, b"")])
 def test_an_operation_on_a_slot_that_is_not_there_is_a_fault(op: Op) -> None:
     assert f"slot {SLOTS}" in fault(run([stage(0, 2)], step(PROMPT, ops=(op,))))
 
@@ -176,15 +247,11 @@ def test_rows_of_another_width_are_a_fault() -> None:
 
 def test_rows_for_the_first_stage_are_a_fault() -> None:
     rows = np.zeros((1, toy.WIDTH), np.float32)
-    assert "input" in fault(run([stage(0, 2)], step([1], payload=Payload.F32, data=rows, cols=toy.WIDTH)))
+    assert "takes tokens" in fault(run([stage(0, 2)], step([1], payload=Payload.F32, data=rows, cols=toy.WIDTH)))
 
 
 def test_rows_without_a_payload_are_a_fault() -> None:
-    assert "input" in fault(run([stage(2, LAYERS)], step([1], payload=Payload.NONE, data=b"")))
-
-
-def test_tokens_for_a_later_stage_are_a_fault() -> None:
-    assert fault(run([stage(2, LAYERS)], step([1])))
+    assert "no hidden states" in fault(run([stage(2, LAYERS)], step([1])))
 
 
 def test_what_the_backend_refuses_is_a_fault_and_the_next_frame_works() -> None:
@@ -196,8 +263,8 @@ def test_what_the_backend_refuses_is_a_fault_and_the_next_frame_works() -> None:
 @pytest.mark.parametrize(
     "frame",
     [
-        ResultFrame(3, 1, 42, [SampledRow(0, 5, -0.5, ((5, -0.5),))], ((1, 2),)),
-        FaultFrame(3, 1, 42, "stage_failed", "it went wrong"),
+        ResultFrame(3, 42, [SampledRow(0, 5, -0.5, ((5, -0.5),))], ((1, 2),)),
+        FaultFrame(3, 42, "stage_failed", "it went wrong"),
     ],
 )
 def test_results_and_faults_pass_unchanged(frame: Frame) -> None:

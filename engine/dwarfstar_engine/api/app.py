@@ -1,14 +1,15 @@
 """The HTTP API as an ASGI application: routes and nothing else.
 
 A request goes: key check → bounded body → schema → :mod:`prepare` (tokens and sampling) → :mod:`reply` (generation,
-written in the endpoint's format). Bodies are read and parsed here rather than by FastAPI, which would buffer them
-without a bound and answer 422.
+written in the endpoint's format). Its time runs from when its body was read: tokenising, waiting and writing included.
+Bodies are read and parsed here rather than by FastAPI, which would buffer them without a bound and answer 422.
 
 A request may name any model: there is one, and answers carry its name. Only GET /v1/models/{id} knows it exactly.
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable
@@ -26,12 +27,14 @@ from dwarfstar_engine.api.chat import ChatFormat
 from dwarfstar_engine.api.completions import TextFormat
 from dwarfstar_engine.api.keys import KeyCheck, authorize
 from dwarfstar_engine.api.prepare import plan_chat, plan_text
+from dwarfstar_engine.api.priority import priority_of
 from dwarfstar_engine.api.reply import Reply
-from dwarfstar_engine.api.run import unless_gone
+from dwarfstar_engine.api.run import Deadline, unless_over
 from dwarfstar_engine.api.schemas import ChatBody, DetokenizeBody, TextBody, TokenizeBody
 from dwarfstar_engine.serving import Engine, ModelInfo
 
 MAX_BODY_BYTES = 4 << 20  # four million characters are beyond any context served
+REQUEST_TIMEOUT_S = 3600.0  # what asks for no limit gets one: a stuck client must not hold a slot for ever
 
 # FastAPI sends traces when the environment names a collector; what is asked of a model leaves this machine for no one.
 NO_TELEMETRY: TelemetryConfig = {
@@ -52,6 +55,7 @@ def create_app(
     *,
     api_keys: KeyCheck | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    request_timeout_s: float = REQUEST_TIMEOUT_S,
     clock: Callable[[], float] = time.time,
     fresh_id: Callable[[], str] = _fresh_id,
 ) -> FastAPI:
@@ -59,6 +63,7 @@ def create_app(
 
     api_keys: who may use /v1 (see :class:`~dwarfstar_engine.api.keys.ApiKeys`); None lets everyone in.
     max_body_bytes: larger request bodies are refused with 413.
+    request_timeout_s: the longest a request may take; it may ask for less with the body field ``timeout``.
     clock: unix time in seconds. fresh_id: a new unguessable id, of letters and digits.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=NO_TELEMETRY)
@@ -69,19 +74,27 @@ def create_app(
 
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authorized)])
 
+    def deadline(asked_s: float | None = None) -> Deadline:
+        limit_s = request_timeout_s if asked_s is None else min(asked_s, request_timeout_s)
+        return Deadline(asyncio.get_running_loop().time() + limit_s, limit_s)
+
     @v1.post("/chat/completions")
     async def chat(request: Request) -> Response:
+        priority = priority_of(request)
         body = parse(ChatBody, await read_body(request, max_body_bytes))
-        plan = await unless_gone(request.receive, plan_chat(engine, body))
-        form = ChatFormat(plan, engine.token_bytes, fresh_id=fresh_id(), created=int(clock()), usage=body.include_usage)
-        return Reply(engine, plan, form, stream=body.stream is True, include_usage=body.include_usage)
+        until, usage = deadline(body.timeout), body.include_usage
+        plan = await unless_over(request.receive, until, plan_chat(engine, body, priority))
+        form = ChatFormat(plan, engine.token_bytes, fresh_id=fresh_id(), created=int(clock()), usage=usage)
+        return Reply(engine, plan, form, until, stream=body.stream is True, include_usage=usage)
 
     @v1.post("/completions")
     async def completions(request: Request) -> Response:
+        priority = priority_of(request)
         body = parse(TextBody, await read_body(request, max_body_bytes))
-        plan = await unless_gone(request.receive, plan_text(engine, body))
-        form = TextFormat(plan, engine.token_bytes, fresh_id=fresh_id(), created=int(clock()), usage=body.include_usage)
-        return Reply(engine, plan, form, stream=body.stream is True, include_usage=body.include_usage)
+        until, usage = deadline(body.timeout), body.include_usage
+        plan = await unless_over(request.receive, until, plan_text(engine, body, priority))
+        form = TextFormat(plan, engine.token_bytes, fresh_id=fresh_id(), created=int(clock()), usage=usage)
+        return Reply(engine, plan, form, until, stream=body.stream is True, include_usage=usage)
 
     @v1.get("/models")
     async def models() -> Response:
@@ -98,7 +111,7 @@ def create_app(
     @app.post("/tokenize", dependencies=[Depends(authorized)])
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeBody, await read_body(request, max_body_bytes))
-        tokens = await unless_gone(request.receive, engine.text_tokens(body.content))
+        tokens = await unless_over(request.receive, deadline(), engine.text_tokens(body.content))
         return errors.json_response({"tokens": tokens})
 
     @app.post("/detokenize", dependencies=[Depends(authorized)])

@@ -33,15 +33,17 @@ class Choice:
     """Turns the tokens of ``request`` into deltas.
 
     tokens: how many the engine generated, an end-of-generation token included.
+    cached: tokens of the prompt that were not computed for this choice; 0 until its first token came.
     finish: None until the last delta was made.
     """
 
-    __slots__ = ("_bytes", "_text", "_waiting", "_with_logprobs", "finish", "index", "request", "tokens")
+    __slots__ = ("_bytes", "_text", "_waiting", "_with_logprobs", "cached", "finish", "index", "request", "tokens")
 
     def __init__(self, index: int, request: Request, stops: Sequence[str], token_bytes: Callable[[int], bytes]) -> None:
         self.index = index
         self.request = request
         self.tokens = 0
+        self.cached = 0
         self.finish: str | None = None
         self._bytes = token_bytes
         self._text = TextAssembler(stops)
@@ -50,6 +52,8 @@ class Choice:
 
     def add(self, token: Token) -> Delta | None:
         """Take the next token. None if it added nothing that can be shown yet."""
+        if not self.tokens:
+            self.cached = token.cached
         self.tokens += 1
         finish, text = token.finish, ""
         if finish != "stop":  # an end-of-generation token is no part of the text, whatever its bytes

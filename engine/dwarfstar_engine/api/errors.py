@@ -43,6 +43,13 @@ class UnknownModel(RequestError):
     http_status = 404
 
 
+class RequestTimedOut(DwarfStarError):
+    """The request's time is over. OpenAI's clients are told not to try again: it would take as long."""
+
+    code = "request_timed_out"
+    http_status = 504
+
+
 class ClientGone(Exception):
     """The client closed its connection: whatever was being made for it is of no use. Never shown to anyone."""
 
@@ -61,6 +68,8 @@ def error_response(error: DwarfStarError) -> Response:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     elif isinstance(error, Unavailable):
         headers["retry-after"] = str(DEFAULT_RETRY_AFTER_S)
+    if isinstance(error, RequestTimedOut):
+        headers["x-should-retry"] = "false"
     if error.http_status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
     return json_response(error_body(error), status=error.http_status, headers=headers)

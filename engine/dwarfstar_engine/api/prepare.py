@@ -19,18 +19,20 @@ SEED_RANGE = 1 << 63  # seeds handed to the engine are 0 … this − 1, so they
 class Plan:
     """What to generate for one HTTP request.
 
+    n: choices of each prompt.
     requests: n in a row for each prompt, so choice i belongs to prompt i // n.
     echo: per request, the text to put before the answer; empty strings when not asked for.
     """
 
     model: ModelInfo
+    n: int
     requests: tuple[Request, ...]
     prompt_tokens: int
     stops: tuple[str, ...]
     echo: tuple[str, ...]
 
 
-async def plan_chat(engine: Engine, body: ChatBody) -> Plan:
+async def plan_chat(engine: Engine, body: ChatBody, priority: int) -> Plan:
     """Raises RequestError, or what the engine raises."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
@@ -38,10 +40,10 @@ async def plan_chat(engine: Engine, body: ChatBody) -> Plan:
     prompt = await engine.chat_tokens([_message(message) for message in body.messages])
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = body.max_completion_tokens or body.max_tokens
-    return _plan(model, body, [prompt], [""], logprobs, max_tokens)
+    return _plan(model, body, [prompt], [""], logprobs, max_tokens, priority)
 
 
-async def plan_text(engine: Engine, body: TextBody) -> Plan:
+async def plan_text(engine: Engine, body: TextBody, priority: int) -> Plan:
     """Raises RequestError, or what the engine raises."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise RequestError("best_of: must equal n, or be left out: all answers are returned", param="best_of")
@@ -50,7 +52,8 @@ async def plan_text(engine: Engine, body: TextBody) -> Plan:
     model = engine.model()
     prompts = [await _tokens(engine, model, prompt) for prompt in body.prompt]
     echo = [_echo(engine, prompt) if body.echo else "" for prompt in body.prompt]
-    return _plan(model, body, prompts, echo, body.logprobs, body.max_tokens or DEFAULT_TEXT_TOKENS)
+    max_tokens = body.max_tokens or DEFAULT_TEXT_TOKENS
+    return _plan(model, body, prompts, echo, body.logprobs, max_tokens, priority)
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -79,6 +82,7 @@ def _plan(
     echo: Sequence[str],
     logprobs: int | None,
     max_tokens: int | None,
+    priority: int,
 ) -> Plan:
     n = body.n or 1
     if len(prompts) * n > MAX_CHOICES:
@@ -89,12 +93,19 @@ def _plan(
     # The context bounds every answer; a huge number must not travel further than this.
     limit = None if max_tokens is None else min(max_tokens, model.context)
     requests = tuple(
-        Request(tuple(prompt), sampling, limit, ignore_eos=body.ignore_eos is True)
+        Request(
+            tuple(prompt),
+            sampling,
+            limit,
+            ignore_eos=body.ignore_eos is True,
+            priority=priority,
+            cache=body.cache_prompt is not False,
+        )
         for prompt in prompts
         for sampling in samplings
     )
     repeated = tuple(text for text in echo for _ in range(n))
-    return Plan(model, requests, sum(map(len, prompts)), body.stop, repeated)
+    return Plan(model, n, requests, sum(map(len, prompts)), body.stop, repeated)
 
 
 def _sampling(model: ModelInfo, body: GenerationBody, logprobs: int | None, choice: int) -> Sampling:

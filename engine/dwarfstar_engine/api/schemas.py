@@ -149,6 +149,8 @@ class GenerationBody(Body):
     repeat_last_n: Annotated[int | None, Field(ge=-1, le=MAX_REPEAT_LAST_N)] = None
     logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_bias)] = ()
     ignore_eos: bool | None = None
+    cache_prompt: bool | None = None  # llama-server's: false computes the whole prompt anew
+    timeout: Annotated[float | None, Field(gt=0)] = None  # seconds; an extension, for less time than the server gives
     user: str | None = None
 
     @property

@@ -1,49 +1,84 @@
 """The step scheduler: which rows go into the next frame, and what a frame's result means.
 
 Theory. A sequence is its prompt and the tokens drawn so far. Its rows travel the ring in frames; the last row of the
-known tokens asks for a sample, whose result makes the next row known. Several frames may be in flight, so that every
-stage has one; a sequence that is decoding has at most one row in flight (the next row depends on it), while the
-chunks of a prompt may follow each other without waiting. Slots are freed by an operation that travels in band before
-the rows that reuse the slot: order in the ring is the only synchronisation, so a slot may be given away at once.
+known tokens asks for a sample, whose result makes the next row known. There are two kinds of frames.
 
-Pure: no clock, no IO. ``submit``/``cancel`` change the queue, ``schedule`` gives the next frame or None,
-``complete`` takes a result. Every frame that was scheduled ends in exactly one ``complete``, unless the pipeline
-breaks: then the scheduler is thrown away with its epoch.
+*Steps* hold a row of each sequence of a lane. Lanes follow each other through the stages, and each must be back before
+its turn comes again, or the first stage waits for it. With n sequences and S stages that holds for lanes of less than
+n / S. So few sequences make lanes of one, and many make lanes of several, whose rows share the cost of a message.
+
+*Prompts* travel in chunks that follow each other without waiting. One prompt is read at a time, by priority and then in
+the order of arrival; a long one lets others in from time to time. Stages let steps go before the rows of prompts, also
+in the middle of a chunk, so the two kinds need no common budget.
+
+When stages would be idle, steps also carry *guesses* of the tokens to come, behind the row that asks. The last stage
+answers a guess only if it was right. A wrong one is taken back by sending the right row: rows replace what their slot
+holds from their position on. Order in the ring is the only synchronisation: a slot may be given away at once.
+
+Pure: no clock, no IO. ``submit``/``cancel`` change the queue, ``schedule`` gives the next frame or None, ``complete``
+takes a result. Every frame that was scheduled ends in exactly one ``complete``, unless the pipeline breaks: then the
+scheduler is thrown away with its epoch.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from dwarfstar_engine.batch.chunks import LARGEST, UNMEASURED, ChunkCosts, next_chunk, reusable, wide_rows
+from dwarfstar_engine.batch.lookup import Lookup
+from dwarfstar_engine.batch.slots import Place, Slot, Slots
+from dwarfstar_engine.batch.speculate import MAX_DEPTH, NONE, Acceptance, Depth, Speculation
 from dwarfstar_engine.errors import Overloaded
 from dwarfstar_engine.serving import Request, Token
 
 MAX_QUEUED = 256  # requests waiting for a slot; beyond it a client is better told to come back
+STEP_ROWS = 64  # rows of a frame of steps: a stage takes no more
+TURN = 2048  # tokens of a prompt that are read before another prompt that waits gets its turn
+DRAFTED = 8  # guesses that a draft model is asked to have ready
+DRAWN, CHECKED = 1, 2  # wants of a row: wire/frames.Want
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one pipeline. context: tokens of one request. rows: of a frame. in_flight: frames in the ring."""
+    """Bounds of one pipeline.
+
+    context: tokens of one request. stages: of the ring. chunk: rows of a prompt's frame, as chosen by ``costs`` if
+    not given. lane_rows: sequences of a lane. cache: slots keep what they hold; exact: only that is kept of it which a
+    prompt would compute to the same bits. windowed: the model has sliding attention (``slots``).
+    """
 
     slots: int
     context: int
-    rows: int
-    in_flight: int
-    decode_rows: int = 1  # sequences stepped together; llama.cpp stages take one slot a frame, so only toys take more
+    stages: int = 1
+    chunk: int | None = None
+    costs: ChunkCosts = UNMEASURED
+    lane_rows: int = STEP_ROWS
     queued: int = MAX_QUEUED
+    cache: bool = True
+    exact: bool = True
+    windowed: bool = False
+
+    @property
+    def lanes(self) -> int:
+        """Frames of each kind in the ring: one for every stage, and one on its way."""
+        return self.stages + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A frame to send. ``free`` and ``samplers`` apply, in this order, before the rows.
+    """A frame to send. The copy and ``samplers`` apply, in this order, before the rows.
 
-    slots, positions, tokens, wants: one entry a row. sequences: the sequence of each row that asks for a sample.
+    copy: (source slot, target slot, rows). slots, positions, tokens, wants: one entry a row. sequences: for each row
+    that asks for a sample, whose it is.
     """
 
     number: int
-    free: tuple[int, ...]
+    prompt: bool
+    copy: tuple[int, int, int] | None
     samplers: tuple[tuple[int, int], ...]  # (slot, sequence) whose sampler must be set up
     slots: tuple[int, ...]
     positions: tuple[int, ...]
@@ -62,31 +97,56 @@ class Output:
 
 @dataclass(slots=True)
 class _Sequence:
+    """tokens: prompt and answer. guesses: of what follows, the first ``guessed`` of which were sent. sent: rows sent of
+    both."""
+
     id: int
     request: Request
     limit: int  # tokens generated at most
-    slot: int = -1
-    sent: int = 0  # tokens whose rows have been sent
-    generated: list[int] = field(default_factory=list)
-    waiting: bool = False  # a sample is in flight
+    tokens: list[int]
+    slot: Slot | None = None
+    place: Place | None = None  # where it begins, until its first rows are sent
+    chunk: int = 0
+    turn: int = 0  # rows sent in this turn
+    sent: int = 0
+    kept: int = 0
+    guesses: list[int] = field(default_factory=list)
+    guessed: int = 0
+    lookup: Lookup | None = None
+    acceptance: Acceptance | None = None
 
     @property
-    def known(self) -> int:
-        return len(self.request.prompt) + len(self.generated)
+    def prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt
 
 
 class Scheduler:
-    """Deals sequences into frames. First come, first served for slots; then turns are taken, frame by frame."""
+    """Deals sequences into frames."""
 
-    def __init__(self, limits: Limits, eog_tokens: frozenset[int]) -> None:
+    def __init__(self, limits: Limits, eog_tokens: frozenset[int], speculation: Speculation | None = None) -> None:
         self.limits = limits
+        self._speculation = speculation
         self._eog = eog_tokens
-        self._queue: OrderedDict[int, _Sequence] = OrderedDict()
-        self._running: OrderedDict[int, _Sequence] = OrderedDict()
-        self._free_slots = deque(range(limits.slots))
-        self._to_free: list[int] = []
-        self._to_set: list[tuple[int, int]] = []
-        self._in_flight: dict[int, tuple[int, ...]] = {}
+        chunk = self._chunk = LARGEST if limits.chunk is None else limits.chunk
+        alike = chunk if limits.exact else 1  # rows of chunks below WIDE are all computed alike
+        self._slots = Slots(
+            limits.slots,
+            lambda n, common, wide: reusable(n, common, wide, alike),
+            cache=limits.cache,
+            windowed=limits.windowed,
+        )
+        self._queue: list[tuple[int, int, int]] = []  # a heap: (−priority, arrival, sequence)
+        self._waiting: dict[int, _Sequence] = {}
+        self._arrivals = itertools.count()
+        self._running: dict[int, _Sequence] = {}
+        self._reading: deque[_Sequence] = deque()  # prompts; the first one is read
+        self._ready: OrderedDict[int, _Sequence] = OrderedDict()  # known tokens wait to be sent
+        self._flights: dict[int, tuple[bool, tuple[int, ...]]] = {}  # frame → of a prompt, sequences
+        self._steps = self._prompts = 0  # frames in flight
         self._number = 0
 
     @property
@@ -95,120 +155,302 @@ class Scheduler:
 
     @property
     def queued(self) -> int:
-        return len(self._queue)
+        return len(self._waiting)
 
     @property
     def in_flight(self) -> int:
-        return len(self._in_flight)
+        return len(self._flights)
+
+    # --- requests ---
 
     def submit(self, sequence: int, request: Request) -> None:
         """Queue a request under a fresh id. Its prompt must be shorter than the context. Raises Overloaded."""
-        assert 0 < len(request.prompt) < self.limits.context and sequence not in self._queue
-        if len(self._queue) >= self.limits.queued:
+        assert 0 < len(request.prompt) < self.limits.context and sequence not in self._waiting
+        if len(self._waiting) >= self.limits.queued and not self._may_start():
             raise Overloaded(
-                f"{len(self._queue)} requests are waiting already: try again later",
+                f"{len(self._waiting)} requests are waiting already: try again later",
                 retry_after_s=1.0,
                 code="queue_full",
             )
         room = self.limits.context - len(request.prompt)
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
-        self._queue[sequence] = _Sequence(sequence, request, limit)
+        self._waiting[sequence] = _Sequence(sequence, request, limit, list(request.prompt))
+        heapq.heappush(self._queue, (-request.priority, next(self._arrivals), sequence))
 
     def cancel(self, sequence: int) -> None:
         """Forget a sequence; its slot is free at once. Unknown ids are ignored: it may just have finished."""
-        self._queue.pop(sequence, None)
-        if (running := self._running.pop(sequence, None)) is not None:
-            self._release(running)
-
-    def _release(self, sequence: _Sequence) -> None:
-        self._to_free.append(sequence.slot)
-        self._free_slots.append(sequence.slot)
-
-    def _admit(self) -> None:
-        while self._queue and self._free_slots:
-            _, sequence = self._queue.popitem(last=False)
-            sequence.slot = self._free_slots.popleft()
-            self._running[sequence.id] = sequence
-            self._to_set.append((sequence.slot, sequence.id))
-
-    def schedule(self) -> Step | None:
-        """The next frame to send, or None if the ring is full or nothing is ready."""
-        if len(self._in_flight) >= self.limits.in_flight:
-            return None
-        self._admit()
-        slots: list[int] = []
-        positions: list[int] = []
-        tokens: list[int] = []
-        wants: list[int] = []
-        sampled: list[int] = []
-        picked: list[_Sequence] = []
-        decoding = 0
-        for sequence in self._running.values():
-            if sequence.waiting or sequence.sent >= sequence.known:
-                continue
-            prefill = sequence.sent < len(sequence.request.prompt)
-            if (prefill and slots) or (not prefill and decoding >= self.limits.decode_rows):
-                continue  # a frame is decode rows or one prompt's chunk: rows of one kind cost alike
-            if not prefill:
-                decoding += 1
-            picked.append(sequence)
-            take = min(sequence.known - sequence.sent, self.limits.rows - len(slots))
-            last = sequence.sent + take == sequence.known
-            slots += [sequence.slot] * take
-            positions += range(sequence.sent, sequence.sent + take)
-            if prefill:
-                tokens += sequence.request.prompt[sequence.sent : sequence.sent + take]
-            else:
-                tokens.append(sequence.generated[-1])
-            wants += [0] * (take - 1) + [1 if last else 0]
-            if last:
-                sampled.append(sequence.id)
-                sequence.waiting = True
-            sequence.sent += take
-            if prefill or decoding >= self.limits.decode_rows:
-                break
-        if not slots:
-            return None
-        for sequence in picked:
-            self._running.move_to_end(sequence.id)  # turns are taken
-        step = Step(
-            number=self._number,
-            free=tuple(dict.fromkeys(self._to_free)),
-            samplers=tuple((slot, owner) for slot, owner in self._to_set if owner in self._running),
-            slots=tuple(slots),
-            positions=tuple(positions),
-            tokens=tuple(tokens),
-            wants=tuple(wants),
-            sequences=tuple(sampled),
-        )
-        self._to_free, self._to_set = [], []
-        self._in_flight[self._number] = step.sequences
-        self._number += 1
-        return step
+        self._waiting.pop(sequence, None)
+        if (running := self._running.get(sequence)) is not None:
+            self._end(running)
 
     def request(self, sequence: int) -> Request:
         """The request of a running sequence, for setting its sampler up."""
         return self._running[sequence].request
 
-    def complete(self, number: int, tokens: Seq[Token]) -> list[Output]:
-        """Take a frame's result: one token for each of its ``sequences``, in order. Cancelled ones are skipped."""
-        sequences = self._in_flight.pop(number)
-        assert len(sequences) == len(tokens), (sequences, tokens)
+    def _end(self, sequence: _Sequence) -> None:
+        del self._running[sequence.id]
+        self._ready.pop(sequence.id, None)
+        if sequence in self._reading:
+            self._reading.remove(sequence)
+        slot = sequence.slot
+        assert slot is not None
+        if sequence.place is not None:
+            slot.tokens, slot.wide = [], 0  # no rows were sent, nor was the copy
+        else:
+            slot.tokens = sequence.tokens[: min(sequence.sent, len(sequence.tokens))]
+            wide = wide_rows(sequence.prompt, self._chunk)
+            slot.wide = min(wide, len(slot.tokens)) if wide >= sequence.kept else sequence.kept
+        self._slots.give_back(slot)
+
+    def _may_start(self) -> bool:
+        return self._slots.free > len(self._waiting)
+
+    # --- frames ---
+
+    def schedule(self) -> Step | None:
+        """The next frame to send, or None if the ring is full or nothing is ready."""
+        lanes = self.limits.lanes
+        if self._ready and (step := self._next_step()) is not None:
+            return step
+        if self._prompts < lanes and (reading := self._next_prompt()) is not None:
+            return self._next_chunk(reading)
+        if self._steps < lanes and not self._prompts and (guesses := self._next_guesses()) is not None:
+            return guesses
+        return None if self._flights or self._running or self._waiting else self._reread()
+
+    def _next_step(self) -> Step | None:
+        """A lane of sequences that are ready, or None while enough lanes are in flight."""
+        stepping = len(self._running) - len(self._reading)
+        rows = min(max(1, (stepping - 1) // self.limits.stages), self.limits.lane_rows)
+        if self._steps >= max(self.limits.lanes, -(-stepping // rows)):
+            return None
+        picked = [self._ready.popitem(last=False)[1] for _ in range(min(rows, len(self._ready)))]
+        picked.sort(key=_slot_number)  # llama.cpp would sort them
+        self._steps += 1
+        sent = [(_slot_number(s), len(s.tokens) - 1, s.tokens[-1], DRAWN, s.id) for s in picked]
+        for sequence in picked:
+            sequence.sent = len(sequence.tokens)
+        if len(picked) == 1 and self._may_guess():
+            sent += self._guess(picked[0], self._depth(picked[0]).rows - 1)
+        slots, positions, tokens, wants, sequences = zip(*sent, strict=True)
+        return self._step(slots=slots, positions=positions, tokens=tokens, wants=wants, sequences=sequences)
+
+    # --- guesses ---
+
+    def _may_guess(self) -> bool:
+        """Whether stages may be idle without guesses."""
+        stepping = len(self._running) - len(self._reading)
+        return self._speculation is not None and 0 < stepping < self.limits.lanes and not self._reading
+
+    def _depth(self, sequence: _Sequence) -> Depth:
+        """How many guesses of a sequence are worth being in flight."""
+        assert self._speculation is not None
+        if sequence.lookup is None:
+            sequence.lookup = Lookup(sequence.tokens)
+            sequence.acceptance = self._speculation.begin()
+        assert sequence.acceptance is not None
+        room = min(MAX_DEPTH, sequence.limit - sequence.generated - 1)
+        if len(sequence.guesses) < room and not sequence.guessed:
+            sequence.guesses = sequence.lookup.propose(room)
+        elif len(sequence.guesses) < room:
+            more = sequence.lookup.propose(room)
+            if more[: len(sequence.guesses)] == sequence.guesses:
+                sequence.guesses = more
+        available = min(room, len(sequence.guesses))
+        if available <= 0:
+            return NONE
+        stepping = len(self._running) - len(self._reading)
+        return self._speculation.depth(sequence.acceptance, stepping, self.limits.lanes, available)
+
+    def _next_guesses(self) -> Step | None:
+        """Guesses of a sequence whose row is on its way."""
+        if not self._may_guess():
+            return None
+        for sequence in self._running.values():
+            if sequence.generated == 0:
+                continue  # its prompt is on its way still, and steps overtake prompts
+            depth = self._depth(sequence)
+            if sequence.guessed < depth.guesses and sequence.sent >= len(sequence.tokens):
+                rows = self._guess(sequence, min(depth.rows, depth.guesses - sequence.guessed))
+                self._steps += 1
+                slots, positions, tokens, wants, sequences = zip(*rows, strict=True)
+                return self._step(slots=slots, positions=positions, tokens=tokens, wants=wants, sequences=sequences)
+        return None
+
+    def _guess(self, sequence: _Sequence, count: int) -> list[tuple[int, int, int, int, int]]:
+        """The next rows of a sequence's guesses."""
+        guesses = sequence.guesses[sequence.guessed : sequence.guessed + count]
+        first = sequence.sent
+        sequence.guessed += len(guesses)
+        sequence.sent += len(guesses)
+        slot = _slot_number(sequence)
+        return [(slot, first + i, token, CHECKED, sequence.id) for i, token in enumerate(guesses)]
+
+    def undrafted(self) -> list[tuple[int, list[int]]]:
+        """Sequences whose guesses run out, with their text and the guesses there are: a draft model may go on."""
+        if not self._may_guess():
+            return []
+        return [
+            (sequence.id, [*sequence.tokens, *sequence.guesses])
+            for sequence in self._running.values()
+            if len(sequence.guesses) < DRAFTED and not (sequence.acceptance and sequence.acceptance.pause)
+        ]
+
+    def offer(self, sequence_id: int, length: int, guesses: Seq[int]) -> None:
+        """What may follow the first ``length`` tokens of a sequence and its guesses; useless if it went otherwise."""
+        sequence = self._running.get(sequence_id)
+        if sequence is None or sequence in self._reading:
+            return
+        known = [*sequence.tokens, *sequence.guesses]
+        passed = known[length:]
+        if length <= len(known) and list(guesses[: len(passed)]) == passed:
+            sequence.guesses += guesses[len(passed) :]
+
+    # --- prompts ---
+
+    def _next_prompt(self) -> _Sequence | None:
+        """The prompt whose chunk is sent next."""
+        reading = self._reading
+        if reading and reading[0].turn >= TURN and (len(reading) > 1 or self._start()):
+            self._slots.set_aside(reading[0].slot, reading[0].sent)
+            reading.rotate(-1)
+            reading[0].turn = 0
+        if not reading:
+            self._start()
+        return reading[0] if reading else None
+
+    def _start(self) -> bool:
+        """Give the first request of the queue a slot, if there is one: it is the last in ``_reading`` then."""
+        while self._queue and self._queue[0][2] not in self._waiting:
+            heapq.heappop(self._queue)  # cancelled
+        if not self._queue or not self._slots.free:
+            return False
+        sequence = self._waiting.pop(heapq.heappop(self._queue)[2])
+        place = self._slots.find(sequence.tokens, cache=sequence.request.cache)
+        sequence.slot = self._slots.take(place, sequence.id, sequence.tokens)
+        sequence.place, sequence.kept, sequence.sent = place, place.keep, place.keep
+        limits = self.limits
+        sequence.chunk = limits.chunk or limits.costs.choose(sequence.prompt - sequence.sent)
+        self._running[sequence.id] = sequence
+        self._reading.append(sequence)
+        return True
+
+    def _next_chunk(self, sequence: _Sequence) -> Step:
+        start, place, slot = sequence.sent, sequence.place, sequence.slot
+        assert slot is not None
+        rows = next_chunk(start, sequence.prompt, sequence.chunk)
+        ends = start + rows == sequence.prompt
+        sequence.sent += rows
+        sequence.turn += rows
+        sequence.place = None
+        slot.tokens = sequence.tokens[: sequence.sent]  # others may copy it from the next frame on
+        slot.wide = max(sequence.kept, min(wide_rows(sequence.prompt, self._chunk), sequence.sent))
+        if ends:
+            self._reading.popleft()
+        self._prompts += 1
+        return self._step(
+            prompt=True,
+            copy=(place.copy_from, place.slot, place.keep) if place is not None and place.copy_from >= 0 else None,
+            samplers=() if place is None else ((slot.number, sequence.id),),
+            slots=(slot.number,) * rows,
+            positions=tuple(range(start, start + rows)),
+            tokens=tuple(sequence.tokens[start : start + rows]),
+            wants=(0,) * (rows - 1) + (DRAWN if ends else 0,),
+            sequences=(sequence.id,) if ends else (),
+        )
+
+    def _reread(self) -> Step | None:
+        """While nothing is to be done: compute the rows of an answer again as a prompt would, so that the next turn of
+        its chat finds them (``chunks``). One chunk at a time, so that a request waits for no more."""
+        if self.limits.windowed or not self.limits.exact or (found := self._slots.unread(self._chunk)) is None:
+            return None
+        slot, start, tokens = found
+        self._prompts += 1
+        return self._step(
+            prompt=True,
+            slots=(slot,) * len(tokens),
+            positions=tuple(range(start, start + len(tokens))),
+            tokens=tuple(tokens),
+            wants=(0,) * len(tokens),
+            sequences=(),
+        )
+
+    def _step(
+        self,
+        *,
+        slots: tuple[int, ...],
+        positions: tuple[int, ...],
+        tokens: tuple[int, ...],
+        wants: tuple[int, ...],
+        sequences: tuple[int, ...],
+        prompt: bool = False,
+        copy: tuple[int, int, int] | None = None,
+        samplers: tuple[tuple[int, int], ...] = (),
+    ) -> Step:
+        number = self._number
+        self._number += 1
+        self._flights[number] = (prompt, sequences)
+        return Step(number, prompt, copy, samplers, slots, positions, tokens, wants, sequences)
+
+    # --- results ---
+
+    def complete(self, number: int, rows: Seq[tuple[int, Token]]) -> list[Output]:
+        """Take a frame's result: (slot, token) for each row that was answered, in order.
+
+        Rows of sequences that were cancelled are skipped. Raises KeyError if there is no such frame.
+        """
+        prompt, sequences = self._flights.pop(number)
+        if prompt:
+            self._prompts -= 1
+        else:
+            self._steps -= 1
+        owners = {_slot_number(s): s for s in map(self._running.get, sequences) if s is not None}
         outputs: list[Output] = []
-        for sequence_id, token in zip(sequences, tokens, strict=True):
-            sequence = self._running.get(sequence_id)
-            if sequence is None:
-                continue
-            sequence.waiting = False
-            sequence.generated.append(token.id)
-            finish = None
-            if token.id in self._eog and not sequence.request.ignore_eos:
-                finish = "stop"
-            elif len(sequence.generated) >= sequence.limit:
-                finish = "length"
-            if finish is not None:
-                del self._running[sequence_id]
-                self._release(sequence)
-                token = Token(token.id, token.logprob, token.top, finish)
-            outputs.append(Output(sequence_id, token))
+        for slot, token in rows:
+            sequence = owners.get(slot)
+            if sequence is not None and sequence.id in self._running:
+                outputs.append(self._draw(sequence, token))
         return outputs
+
+    def _draw(self, sequence: _Sequence, token: Token) -> Output:
+        """The next token of a sequence is known."""
+        first = sequence.generated == 0
+        sequence.tokens.append(token.id)
+        if sequence.acceptance is not None:
+            self._judge(sequence, token.id)
+        finish = None
+        if token.id in self._eog and not sequence.request.ignore_eos:
+            finish = "stop"
+        elif sequence.generated >= sequence.limit:
+            finish = "length"
+        if finish is not None:
+            self._end(sequence)
+        elif sequence.sent < len(sequence.tokens):
+            self._ready[sequence.id] = sequence
+        if finish is not None or first:
+            cached = sequence.kept if first else 0
+            token = Token(token.id, token.logprob, token.top, finish, cached)
+        return Output(sequence.id, token)
+
+    def _judge(self, sequence: _Sequence, token: int) -> None:
+        """A token is known, of which there may have been a guess."""
+        assert self._speculation is not None and sequence.acceptance is not None and sequence.lookup is not None
+        sequence.lookup.append(token)
+        guesses = sequence.guesses
+        right = bool(guesses) and guesses[0] == token
+        if sequence.guessed:
+            self._speculation.record(sequence.acceptance, 1, int(right))
+        else:
+            self._speculation.record(sequence.acceptance, 0, 0)
+        if right:
+            del guesses[0]
+            sequence.guessed = max(0, sequence.guessed - 1)
+        else:
+            guesses.clear()
+            sequence.guessed = 0
+            sequence.sent = len(sequence.tokens) - 1
+
+
+def _slot_number(sequence: _Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot.number

@@ -5,7 +5,6 @@ Settings are read here, once. Errors of the tree become one sentence on stderr a
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -16,10 +15,10 @@ from typing import Annotated, Any
 import typer
 
 import dwarfstar_engine
-from dwarfstar_engine.cli import bench as bench_module
 from dwarfstar_engine.cli import chat as chat_module
 from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
+from dwarfstar_engine.node.source import find_model
 from dwarfstar_engine.settings import Settings, load_settings
 from dwarfstar_engine.wire import loop
 
@@ -56,6 +55,10 @@ def _numbers(text: str | None, name: str) -> tuple[int, ...] | None:
         ) from None
 
 
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
 def _run(work: Coroutine[Any, Any, None]) -> None:
     try:
         loop.run(work)
@@ -89,7 +92,16 @@ def start(
     context: Annotated[int | None, typer.Option(help="Tokens of one request, prompt and answer.")] = None,
     slots: Annotated[int | None, typer.Option(help="Requests generated at the same time.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Prompt tokens that travel in one frame.")] = None,
-    wire: Annotated[str | None, typer.Option(help="Precision between stages: f32 (exact), f16 or q8.")] = None,
+    wire: Annotated[str | None, typer.Option(help="Precision between stages: auto, f32 (exact), f16 or q8.")] = None,
+    kv: Annotated[str | None, typer.Option(help="KV cache: f16, q8_0 or q4_0.")] = None,
+    prefix_cache: Annotated[
+        str | None, typer.Option(help="Keep KV cells for requests that begin alike: exact, full or off.")
+    ] = None,
+    speculation: Annotated[str | None, typer.Option(help="Guess tokens ahead: auto, on or off.")] = None,
+    draft_model: Annotated[str | None, typer.Option(help="A small model of the same vocabulary that guesses.")] = None,
+    batching: Annotated[str | None, typer.Option(help="Tokens of several requests together: auto, or exact.")] = None,
+    queue: Annotated[int | None, typer.Option(help="Requests that may wait for a slot.")] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds a request may take at most.")] = None,
     effective_vram: Annotated[float | None, typer.Option(help="GiB each node lends.")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a stage on the GPU; -1: all.")] = None,
     split_mode: Annotated[
@@ -102,8 +114,10 @@ def start(
     """Serve a model. Without a model and without --demo: show the status of the running engine."""
     settings = _settings(
         host=host, port=port, control_host=control_host, control_port=control_port, context=context, slots=slots,
-        chunk=chunk, wire=wire, effective_vram=effective_vram, gpu_layers=gpu_layers, split_mode=split_mode,
-        threads=threads, cuts=_numbers(cuts, "cuts"), wait_nodes=wait_nodes, home=home, models=models,
+        chunk=chunk, wire=wire, kv=kv, prefix_cache=prefix_cache, speculation=speculation, batching=batching,
+        draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, effective_vram=effective_vram,
+        gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
+        wait_nodes=wait_nodes, home=home, models=models,
     )  # fmt: skip
     if model is None and not demo:
         if serve:
@@ -208,23 +222,48 @@ def chat(
 @app.command()
 def bench(
     model: Annotated[str, typer.Argument(help="A GGUF file, a name in the models folder, or 'demo'.")] = "demo",
-    nodes: Annotated[int, typer.Option(min=1, max=16, help="Local nodes of the split.")] = 2,
-    cuts: Annotated[str | None, typer.Option(help="Layer boundaries, as in 18; default: by memory.")] = None,
-    runs: Annotated[int, typer.Option(min=1, max=100)] = 5,
-    tokens: Annotated[int, typer.Option(min=2, max=2000)] = 128,
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder of llama-server and ggml-rpc-server, from benchmarks/build_peers.py.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Some of: decode,ttft,itl,turn,speculation. Default: all.")] = None,
+    without: Annotated[str | None, typer.Option(help="Leave out some of: unsplit,all-cores,rpc.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, max=16, help="Machines, or local nodes, of the split.")] = 2,
+    cuts: Annotated[str | None, typer.Option(help="Layer boundaries, as in 18; default: the planner's.")] = None,
+    runs: Annotated[int, typer.Option(min=1, max=100, help="Runs that count, after one that does not.")] = 5,
+    tokens: Annotated[int, typer.Option(min=24, max=1000, help="Tokens of a decode answer.")] = 96,
+    slots: Annotated[int, typer.Option(min=8, max=64, help="Requests at the same time, of every peer.")] = 8,
+    context: Annotated[int, typer.Option(min=1024, max=1 << 20, help="Tokens of a request, of every peer.")] = 4096,
+    link_delay: Annotated[
+        float | None, typer.Option(min=0.0, max=1000.0, help="Emulate a network: one-way delay, ms (root, Linux).")
+    ] = None,
+    link_mbit: Annotated[float, typer.Option(min=1.0, max=1e5, help="Rate of that network, Mbit/s.")] = 1000.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures of every run.")] = None,
+    svg_file: Annotated[Path | None, typer.Option("--svg", help="Write two charts.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Measure nothing: print what --json wrote.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --show: as Markdown.")] = False,
     models: Models = None,
-    as_json: AsJson = False,
 ) -> None:
-    """One stream, unsplit against split, in one run."""
-    settings = _settings(models=models)
+    """Measure DwarfStar beside llama.cpp's own servers, in turns."""
+    from dwarfstar_engine.bench.link import Link
+    from dwarfstar_engine.bench.peers import Shape
+    from dwarfstar_engine.bench.suite import Plan
+    from dwarfstar_engine.cli import bench as bench_module
 
-    async def measure() -> None:
-        report = await bench_module.bench(
-            model, settings.models_dir, nodes=nodes, cuts=_numbers(cuts, "cuts") or (), runs=runs, tokens=tokens
-        )
-        print(json.dumps(report.as_json()) if as_json else bench_module.table(report))
-
-    _run(measure())
+    output = bench_module.Output(json_file, svg_file)
+    if show is not None:
+        bench_module.show(show, output, markdown=markdown)
+        return
+    path = model if model.startswith("toy:") else str(find_model(model, _settings(models=models).models_dir))
+    plan = Plan(
+        shape=Shape(path, nodes, _numbers(cuts, "cuts") or (), slots, context),
+        runs=runs,
+        tokens=tokens,
+        only=_names(only),
+        without=_names(without),
+        peers=peers,
+        link=None if link_delay is None else Link(link_delay, link_mbit),
+    )
+    bench_module.measure(plan, output)
 
 
 @app.command()

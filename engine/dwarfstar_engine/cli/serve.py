@@ -18,21 +18,23 @@ from pathlib import Path
 from typing import TextIO
 
 import grpc.aio
-import uvicorn
 
 from dwarfstar_engine.api.app import create_app
+from dwarfstar_engine.api.server import http_server
 from dwarfstar_engine.cli import running, telling
 from dwarfstar_engine.errors import SettingsError
 from dwarfstar_engine.node.control import ControlService
-from dwarfstar_engine.node.coordinator import Coordinator, reserve_bytes
+from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_bytes
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.drafter import Drafter, DraftOptions
 from dwarfstar_engine.node.facts import GIB, cores, default_threads, measure, reached_host
 from dwarfstar_engine.node.local import LocalNode
-from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, open_source
+from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
 from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
 from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.stage.fingerprint import fingerprint
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.enrol import Enrolment, join_port, serve_enrolment
 from dwarfstar_engine.wire.generated.control_pb2_grpc import add_ControlServicer_to_server
@@ -69,7 +71,7 @@ async def serve(start: Start, settings: Settings, out: TextIO = sys.stderr) -> N
 
 async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -> None:
     started = time.monotonic()
-    source = open_source(start.model, settings.models_dir)
+    source = open_source(start.model, settings.models_dir, settings.kv)
     _check_cuts(source, settings.cuts)
     local = start.local_nodes or (DEMO_NODES if start.demo else 0)
     settings = settings.model_copy(
@@ -90,6 +92,9 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         vocab = await _open_vocab(source)
         stack.push_async_callback(vocab.close)
         coordinator = Coordinator(settings, source, vocab, trust, "coordinator")
+        coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
+        if coordinator.drafter is not None:
+            stack.push_async_callback(coordinator.drafter.close)
         control = await _control(coordinator, settings, trust, stopping.set)
         stack.push_async_callback(control.stop, 0.5)
         joining, join = await _joining(authority, trust, settings, coordinator.address)
@@ -132,7 +137,7 @@ def _lent_gib(start: Start, settings: Settings, source: Source) -> float | None:
     if not start.demo:
         return measure(None).usable_bytes / start.local_nodes / GIB if start.local_nodes else None
     context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
-    kv = context * settings.slots * sum(source.costs.kv_bytes_per_token)
+    kv = kv_cells(settings, context) * sum(source.costs.kv_bytes_per_token)
     whole = sum(source.costs.layer_bytes) + source.costs.head_bytes + kv
     return (whole * DEMO_SHARE + reserve_bytes(source, settings)) / GIB
 
@@ -171,6 +176,18 @@ def _on_signals(stop: Callable[[], None]) -> None:
         if hasattr(signal, name):
             with contextlib.suppress(NotImplementedError):  # Windows: the default handlers end the process
                 loop.add_signal_handler(getattr(signal, name), stop)
+
+
+async def _open_drafter(coordinator: Coordinator, vocab: Vocab, settings: Settings) -> Drafter | None:
+    """The draft model, if one is asked for. Raises ModelError if it does not suit the model served."""
+    if settings.draft_model is None or settings.speculation == "off":
+        return None
+    path = find_model(settings.draft_model, settings.models_dir)
+    options = DraftOptions(coordinator.context, settings.slots, threads=settings.threads or 1)
+    ours = fingerprint(vocab.piece(token) for token in range(vocab.size))
+    drafter = Drafter(path, coordinator.source.name, ours, options)
+    await drafter.start()
+    return drafter
 
 
 async def _open_vocab(source: Source) -> Vocab:
@@ -267,11 +284,10 @@ async def _own_node(settings: Settings, authority: Authority, address: str) -> N
 
 
 async def _http(coordinator: Coordinator, listener: socket.socket, settings: Settings, stopping: asyncio.Event) -> None:
-    app = create_app(coordinator, max_body_bytes=settings.max_body_mib << 20)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=1, server_header=False, lifespan="off"
+    app = create_app(
+        coordinator, max_body_bytes=settings.max_body_mib << 20, request_timeout_s=settings.request_timeout_s
     )
-    server = uvicorn.Server(config)
+    server = http_server(app)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     serving = asyncio.create_task(server._serve([listener]))
     await stopping.wait()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dwarfstar_engine.node.coordinator import Coordinator, reserve_bytes
+from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_bytes
 from dwarfstar_engine.node.facts import GIB
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.settings import Settings
@@ -22,7 +22,7 @@ def opening(source: Source, settings: Settings, local: int, lent_gib: float | No
     """The first lines: the model, what it needs, and what it is given."""
     context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
     weights = sum(source.costs.layer_bytes) + source.costs.head_bytes
-    kv = context * settings.slots * sum(source.costs.kv_bytes_per_token)
+    kv = kv_cells(settings, context) * sum(source.costs.kv_bytes_per_token)
     yield (
         f"model {source.name} ({source.architecture}, {source.layers} layers): {weights / GIB:.2f} GiB of weights, "
         f"{kv / GIB:.2f} GiB of KV cache for {settings.slots} requests of {context} tokens"

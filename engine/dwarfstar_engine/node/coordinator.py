@@ -16,19 +16,23 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dwarfstar_engine.batch.chunks import LARGEST, SLACK, ChunkCosts
+from dwarfstar_engine.batch.costs import RingCosts, StageCost
 from dwarfstar_engine.batch.scheduler import Limits, Scheduler
+from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.node.dispatcher import Dispatcher
+from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.node.vocab import Vocab
 from dwarfstar_engine.plan.proportional import Need, Plan, StagePlan, proportional, with_cuts
-from dwarfstar_engine.serving import ModelInfo, Request, Token
+from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, StageView, StatusView, ThroughputView
 from dwarfstar_engine.wire import channel
@@ -58,10 +62,12 @@ class Stage:
 
 
 class Coordinator:
-    """See the module. ``api_url`` and ``address`` are for the status only, set once they are known."""
+    """See the module. ``api_url`` and ``address`` are for the status only, set once they are known; ``drafter``: before
+    it runs, if there is a draft model."""
 
     def __init__(self, settings: Settings, source: Source, vocab: Vocab, trust: NodeFiles, name: str) -> None:
         self.settings, self.source, self.vocab, self._trust, self._name = settings, source, vocab, trust, name
+        self.drafter: Drafter | None = None
         self.address = self.api_url = ""
         self.term, self.epoch = 1, 0
         self.context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
@@ -108,14 +114,12 @@ class Coordinator:
     def token_bytes(self, token: int) -> bytes:
         return self.vocab.piece(token)
 
-    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+    def generate(self, request: Request, sink: Sink) -> Generation:
         if self._dispatcher is None:
-            return _refused(
-                Unavailable(
-                    f"the model is not being served: {self._reason}", code=self._code, retry_after_s=RETRY_AFTER_S
-                )
+            raise Unavailable(
+                f"the model is not being served: {self._reason}", code=self._code, retry_after_s=RETRY_AFTER_S
             )
-        return self._dispatcher.generate(request)
+        return self._dispatcher.generate(request, sink)
 
     # --- nodes come, speak and go ---
 
@@ -156,6 +160,10 @@ class Coordinator:
         if event.epoch != self.epoch or not any(stage.member is member for stage in self._stages):
             return
         member.stage = event
+        if event.HasField("profile"):
+            member.profile = event.profile
+        if event.HasField("link"):
+            member.link = event.link
         if event.state in (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED, pb.STAGE_STATE_BROKEN):
             self._break(f"{member.name}: {event.detail}", event.code)
         self._changed.set()
@@ -253,7 +261,7 @@ class Coordinator:
     def _plan(self) -> Plan:
         costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
         need = Need(
-            self.context * self.settings.slots,
+            kv_cells(self.settings, self.context),
             reserve_bytes(self.source, self.settings),
             self.source.forbidden_lengths,
         )
@@ -310,16 +318,29 @@ class Coordinator:
                     stage.member.send(pb.CoordinatorMessage(release=pb.Release(term=self.term, epoch=self.epoch)))
 
     def _serve(self, sender: RingSender) -> None:
-        stages = len(self._stages)
-        limits = Limits(slots=self.settings.slots, context=self.context, rows=self.settings.chunk, in_flight=stages + 1)
+        stages, settings = len(self._stages), self.settings
+        limits = Limits(
+            slots=settings.slots,
+            context=self.context,
+            stages=stages,
+            chunk=settings.chunk,
+            costs=ChunkCosts(tuple(_prompt_costs(stage.member) for stage in self._stages)),
+            queued=settings.queue,
+            cache=settings.prefix_cache != "off",
+            exact=settings.prefix_cache == "exact",
+            windowed=any(stage.member.profile.window for stage in self._stages),
+        )
+        speculation = Speculation(settings.speculation, _ring_costs([stage.member for stage in self._stages]))
         self._dispatcher = Dispatcher(
-            Scheduler(limits, self.vocab.eog),
+            Scheduler(limits, self.vocab.eog, None if settings.speculation == "off" else speculation),
             self.epoch,
             stages,
             sender.send,
             sender.flush,
             lambda message: self._break(message),
+            self.drafter,
         )
+        self._dispatcher.always_draft = settings.speculation == "on"
         self._reason = self._code = ""
         gc.collect()
         gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
@@ -357,10 +378,11 @@ class Coordinator:
             options=pb.StageOptions(
                 context=self.context,
                 slots=settings.slots,
-                batch=settings.chunk,
-                wire_type=WireType[settings.wire.upper()],
+                batch=most_rows(settings),
+                wire_type=0 if settings.wire == "auto" else WireType[settings.wire.upper()],
                 flash_attention=settings.flash_attention,
-                kv_type="f16",
+                kv_type=settings.kv,
+                exact=settings.batching == "exact",
             ),
         )
 
@@ -438,15 +460,27 @@ class Coordinator:
             tok_s=round(tok_s, 2),
             busy=round(busy, 3),
             wait=round(max(0.0, 1.0 - busy), 3),
+            wire=_wire_name(stage.member.link) if index + 1 < len(self._stages) else "ids",
+            link_ms=round(stage.member.link.round_trip_ms, 3),
+            link_mb_s=round(stage.member.link.mb_s, 1),
             pid=event.pid if event else 0,
             state="ready" if dispatcher else "loading",
         )
 
 
-async def _refused(error: DwarfStarError) -> AsyncGenerator[Token, None]:
-    """A generation that fails where all failures of one are awaited: at its first token."""
-    raise error
-    yield  # makes this an asynchronous generator
+def _ring_costs(members: Sequence[Member]) -> RingCosts:
+    profiles = [member.profile for member in members]
+    stages = tuple(StageCost(p.step_ms, p.together_ms if p.batched else 0.0) for p in profiles)
+    return RingCosts(stages, tuple(member.link.round_trip_ms for member in members))
+
+
+def _wire_name(link: pb.LinkProfile) -> str:
+    return WireType(link.wire_type).name.lower() if link.wire_type else ""
+
+
+def _prompt_costs(member: Member) -> tuple[tuple[int, float], ...]:
+    assert member.stage is not None, "a stage that is linked was ready before"
+    return tuple((cost.rows, cost.ms) for cost in member.profile.prompt)
 
 
 def _address(member: Member) -> str:
@@ -457,4 +491,14 @@ def _address(member: Member) -> str:
 
 def reserve_bytes(source: Source, settings: Settings) -> int:
     """Compute buffers of a stage, roughly: some ten times a chunk's activations, and what the process itself takes."""
-    return (16 << 20) + settings.chunk * source.costs.n_embd * 4 * 16
+    return (16 << 20) + most_rows(settings) * source.costs.n_embd * 4 * 16
+
+
+def kv_cells(settings: Settings, context: int) -> int:
+    """KV cells of a stage: a context for each slot, and one in which a prompt is read apart from them."""
+    return context * (settings.slots + (settings.slots > 1))
+
+
+def most_rows(settings: Settings) -> int:
+    """Rows of a frame, at most: a chunk of a prompt may be longer than asked for by ``SLACK``."""
+    return (settings.chunk or LARGEST) + SLACK

@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ class _Stage:
     port: int = 0
     state: pb.StageState.ValueType = pb.STAGE_STATE_LOADING
     ready: bool = False  # its weights are loaded
+    profile: pb.StageProfile = field(default_factory=pb.StageProfile)
+    link: pb.LinkProfile = field(default_factory=pb.LinkProfile)
     stats: dict[str, Any] = field(default_factory=dict)
     frames: int = 0
 
@@ -289,7 +291,7 @@ class NodeDaemon:
             "model": assign.model.name,
             "wire": assign.options.wire_type,
             "options": {
-                "cells": assign.options.context * assign.options.slots,
+                "context": assign.options.context,
                 "slots": assign.options.slots,
                 "batch": assign.options.batch,
                 "threads": self._options.threads,
@@ -297,6 +299,7 @@ class NodeDaemon:
                 "split_mode": self._options.split_mode,
                 "flash_attention": assign.options.flash_attention,
                 "kv_type": assign.options.kv_type,
+                "exact": assign.options.exact,
             },
         }
         if assign.model.name.startswith(TOY):
@@ -346,9 +349,11 @@ class NodeDaemon:
                 self._report(stage.epoch, pb.STAGE_STATE_LOADING, share=float(event["share"]))
             case "ready":
                 stage.ready, stage.state = True, pb.STAGE_STATE_READY
+                stage.profile = _profile(event.get("profile", {}))
                 self._report(stage.epoch, pb.STAGE_STATE_READY)
             case "linked":
                 stage.state = pb.STAGE_STATE_LINKED
+                stage.link = pb.LinkProfile(**event.get("link", {}))
                 self._report(int(event["epoch"]), pb.STAGE_STATE_LINKED)
             case "broken":
                 stage.state = pb.STAGE_STATE_BROKEN
@@ -388,6 +393,8 @@ class NodeDaemon:
                 detail=message,
                 code=code,
                 share=share,
+                profile=stage.profile if stage and state == pb.STAGE_STATE_READY else None,
+                link=stage.link if stage and state == pb.STAGE_STATE_LINKED else None,
                 port=stage.port if stage else 0,
                 pid=stage.child.pid if stage else 0,
             )
@@ -397,6 +404,12 @@ class NodeDaemon:
         stage, self._stage = self._stage, None
         if stage is not None:
             await stage.child.stop()
+
+
+def _profile(told: Mapping[str, Any]) -> pb.StageProfile:
+    prompt = [pb.RowCost(rows=rows, ms=ms) for rows, ms in told.get("prompt", ())]
+    figures = {name: told[name] for name in ("step_ms", "together_ms", "batched", "window") if name in told}
+    return pb.StageProfile(prompt=prompt, **figures)
 
 
 def _trouble(coordinator: str, error: grpc.aio.AioRpcError, welcomed: bool) -> str:

@@ -7,18 +7,21 @@ comes in, the next frames are sent before the tokens are delivered: the ring mus
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
-from dwarfstar_engine.batch.scheduler import Scheduler, Step
+from dwarfstar_engine.batch.scheduler import DRAFTED, DRAWN, Scheduler, Step
+from dwarfstar_engine.batch.trial import Trial
 from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, StageError
-from dwarfstar_engine.serving import Request, Token
+from dwarfstar_engine.node.drafter import Drafter
+from dwarfstar_engine.serving import Request, Sink, Token
 from dwarfstar_engine.wire import frames
-from dwarfstar_engine.wire.frames import FaultFrame, FreeSlot, Op, ResultFrame, SetSampler
+from dwarfstar_engine.wire.frames import CopySlot, FaultFrame, Op, ResultFrame, SetSampler
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
 RATE_WINDOW_S = 5.0  # tok/s shown is over so long
@@ -28,7 +31,7 @@ SMOOTHING = 0.1  # weight of a new frame in the running mean of a stage's time
 
 @dataclass(slots=True)
 class StageTimes:
-    """Running means of one stage, in ms: per decode row computed, and waited for a frame."""
+    """Running means of one stage, in ms: per row of a step computed, and waited for a frame."""
 
     compute_ms: float = 0.0
     wait_ms: float = 0.0
@@ -43,16 +46,25 @@ class StageTimes:
 
 @dataclass(slots=True)
 class _Flight:
+    """least, most: rows that may be answered; guesses may be wrong."""
+
     rows: int
-    wanted: int
+    least: int
+    most: int
+    prompt: bool
     sent_at: float
 
 
-@dataclass(slots=True)
-class _Answer:
-    """Tokens on their way to one request. Bounded by the tokens a request may generate."""
+class _Generation:
+    """See ``serving.Generation``."""
 
-    tokens: asyncio.Queue[Token | DwarfStarError] = field(default_factory=asyncio.Queue)
+    __slots__ = ("_dispatcher", "_sequence")
+
+    def __init__(self, dispatcher: Dispatcher, sequence: int) -> None:
+        self._dispatcher, self._sequence = dispatcher, sequence
+
+    def cancel(self) -> None:
+        self._dispatcher.cancel(self._sequence)
 
 
 class Dispatcher:
@@ -66,19 +78,24 @@ class Dispatcher:
         send: Callable[[bytes], None],
         flush: Callable[[], Awaitable[None]],
         on_fault: Callable[[str], None],
+        drafter: Drafter | None = None,
     ) -> None:
         self.scheduler, self.epoch = scheduler, epoch
         self.stages = [StageTimes() for _ in range(stages)]
         self._send, self._flush, self._on_fault = send, flush, on_fault
-        self._answers: dict[int, _Answer] = {}
+        self._drafter = drafter
+        self._trial = Trial()
+        self._sinks: dict[int, Sink] = {}
         self._ids = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
-        self._drawn: deque[float] = deque(maxlen=RATE_TOKENS)  # times of the tokens drawn lately
+        self._drawn: deque[tuple[float, int]] = deque(maxlen=RATE_TOKENS)  # when, and how many
         self._error: DwarfStarError | None = None
+        self.always_draft = False  # also where drafts make it slower
+        self._pumping = False
         self._flushes: set[asyncio.Future[None]] = set()
 
-    async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """The tokens of a request; see ``serving.Engine.generate``."""
+    def generate(self, request: Request, sink: Sink) -> _Generation:
+        """See ``serving.Engine.generate``."""
         context = self.scheduler.limits.context
         if len(request.prompt) >= context:
             raise ContextLengthError(
@@ -89,41 +106,46 @@ class Dispatcher:
         if self._error is not None:
             raise self._error
         sequence = next(self._ids)
-        answer = self._answers[sequence] = _Answer()
-        try:
-            self.scheduler.submit(sequence, request)
-            self._pump()
-            self._flush_apart()
-            while True:
-                item = await answer.tokens.get()
-                if isinstance(item, DwarfStarError):
-                    raise item
-                yield item
-                if item.finish is not None:
-                    return
-        finally:
-            del self._answers[sequence]
-            if self._error is None:
-                self.scheduler.cancel(sequence)
-                self._pump()
-                self._flush_apart()
+        self.scheduler.submit(sequence, request)
+        self._sinks[sequence] = sink
+        self._pump_apart()
+        return _Generation(self, sequence)
 
-    def _flush_apart(self) -> None:
-        """Flush in a task of its own: the caller may be cancelled, and a cancelled write would end the hop."""
+    def cancel(self, sequence: int) -> None:
+        """Forget a sequence. Idempotent."""
+        if self._sinks.pop(sequence, None) is not None and self._error is None:
+            self._forget(sequence)
+            self.scheduler.cancel(sequence)
+            self._pump_apart()
+
+    def _pump_apart(self) -> None:
+        """Send what may be sent, soon and apart from the caller: requests that come together are dealt out together,
+        and a caller may be cancelled, where a cancelled write would end the hop."""
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump_soon)
+
+    def _pump_soon(self) -> None:
+        self._pumping = False
+        self._pump()
         task = asyncio.ensure_future(self._flush())
         self._flushes.add(task)
         task.add_done_callback(self._flushes.discard)
 
     def _pump(self) -> None:
         while self._error is None and (step := self.scheduler.schedule()) is not None:
-            self._flights[step.number] = _Flight(len(step.slots), len(step.sequences), time.monotonic())
+            self._flights[step.number] = _Flight(
+                len(step.slots), step.wants.count(DRAWN), len(step.sequences), step.prompt, time.monotonic()
+            )
             self._send(self._frame(step))
 
     def _frame(self, step: Step) -> bytes:
-        ops: list[Op] = [FreeSlot(slot) for slot in step.free]
-        ops += [SetSampler(slot, self._sampler(sequence)) for slot, sequence in step.samplers]
+        ops: tuple[Op, ...] = ()
+        if step.samplers or step.copy is not None:
+            copies = [CopySlot(*step.copy)] if step.copy is not None else []
+            ops = (*copies, *(SetSampler(slot, self._sampler(sequence)) for slot, sequence in step.samplers))
         return frames.encode_tokens(
-            self.epoch, step.number, tuple(ops), step.slots, step.positions, step.wants, step.tokens
+            self.epoch, step.number, ops, step.slots, step.positions, step.tokens, step.wants, step.prompt
         )
 
     def _sampler(self, sequence: int) -> bytes:
@@ -141,25 +163,59 @@ class Dispatcher:
         if not isinstance(frame, ResultFrame):
             raise FrameError("the last stage sent a frame that is no result: run one release everywhere")
         flight = self._flights.pop(frame.number, None)
-        if flight is None or len(frame.rows) != flight.wanted:
+        if flight is None or not flight.least <= len(frame.rows) <= flight.most:
             raise FrameError(f"a result came for frame {frame.number}, which asked for no such thing")
-        outputs = self.scheduler.complete(frame.number, [Token(row.token, row.logprob, row.top) for row in frame.rows])
+        outputs = self.scheduler.complete(
+            frame.number, [(row.slot, Token(row.token, row.logprob, row.top)) for row in frame.rows]
+        )
         self._pump()
         await self._flush()
-        now = time.monotonic()
+        sinks = self._sinks
         for output in outputs:
-            self._drawn.append(now)
-            if (answer := self._answers.get(output.sequence)) is not None:
-                answer.tokens.put_nowait(output.token)
-        if flight.rows == flight.wanted and len(frame.timings) == len(self.stages):
+            token = output.token
+            sink = sinks.get(output.sequence) if token.finish is None else sinks.pop(output.sequence, None)
+            if sink is not None:
+                sink.put(token)
+            if token.finish is not None:
+                self._forget(output.sequence)
+        if outputs:
+            now = time.monotonic()
+            self._drawn.append((now, len(outputs)))
+            if self._drafter is not None:
+                self._draft(self._drafter, len(outputs), now)
+        if not flight.prompt and len(frame.timings) == len(self.stages):
             for stage, (compute_us, wait_us) in zip(self.stages, frame.timings, strict=True):
                 stage.add(compute_us, wait_us, flight.rows)
 
+    # --- drafts ---
+
+    def _draft(self, drafter: Drafter, drawn: int, now: float) -> None:
+        """Ask for guesses where they run out, if the draft model is worth its processor."""
+        wanting = self.scheduler.undrafted()
+        if not wanting and not self.scheduler.active:
+            self._trial.idle()
+            return
+        if not self.always_draft:
+            self._trial.drawn(drawn, now)
+            if not self._trial.using:
+                return
+        for sequence, tokens in wanting:
+            drafter.propose(sequence, tokens, DRAFTED, functools.partial(self._drafted, sequence, len(tokens)))
+
+    def _drafted(self, sequence: int, length: int, guesses: list[int]) -> None:
+        if self._error is None:
+            self.scheduler.offer(sequence, length, guesses)
+            self._pump_apart()
+
+    def _forget(self, sequence: int) -> None:
+        if self._drafter is not None:
+            self._drafter.forget(sequence)
+
     def tok_s(self, now: float) -> float:
         """Tokens drawn per second over the last RATE_WINDOW_S. ``now``: of the monotonic clock."""
-        while self._drawn and self._drawn[0] < now - RATE_WINDOW_S:
+        while self._drawn and self._drawn[0][0] < now - RATE_WINDOW_S:
             self._drawn.popleft()
-        return len(self._drawn) / RATE_WINDOW_S
+        return sum(count for _, count in self._drawn) / RATE_WINDOW_S
 
     def oldest_age_s(self, now: float) -> float:
         """How long the oldest frame has been in the ring; 0 if none is."""
@@ -171,5 +227,6 @@ class Dispatcher:
             return
         self._error = StageError(reason, retry_after_s=retry_after_s)
         self._flights.clear()
-        for answer in self._answers.values():
-            answer.tokens.put_nowait(self._error)
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink.fail(self._error)

@@ -31,6 +31,8 @@ class Member:
     used_bytes: int = 0
     busy: float = 0.0
     stage: pb.StageEvent | None = None
+    link: pb.LinkProfile = field(default_factory=pb.LinkProfile)  # of its stage to the next
+    profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # measured by its stage, of the epoch
     outbox: asyncio.Queue[pb.CoordinatorMessage] = field(default_factory=lambda: asyncio.Queue(OUTBOX))
 
     @property

@@ -72,7 +72,7 @@ def _demo_path() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / DEMO_FILE
 
 
-def open_source(name: str, folder: Path) -> Source:
+def open_source(name: str, folder: Path, kv_type: str = "f16") -> Source:
     """Describe a model. Raises ModelError (not found, unreadable, or a family that cannot be sliced exactly)."""
     if name.startswith(toy.PREFIX):
         return _toy(name)
@@ -83,7 +83,7 @@ def open_source(name: str, folder: Path) -> Source:
         name=path.stem,
         path=str(path),
         architecture=model.architecture,
-        costs=model_costs(model),
+        costs=model_costs(model, kv_type),
         cuts=legal_cuts(model),
         fingerprint=fingerprint(model),
         train_context=model.get_int(f"{model.architecture}.context_length", DEFAULT_CONTEXT),

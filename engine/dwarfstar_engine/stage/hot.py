@@ -1,14 +1,16 @@
 """The hot path of a stage: ``native/src/stage.cpp`` bound to the installed llama.cpp.
 
 A :class:`HotStage` makes all of a slice's llama.cpp calls: for :class:`~.llama.LlamaSlice` rows in and rows out, and
-for the worker whole frames, bytes in and bytes out. Why it is not Python: a few dozen calls around a decode cost 35 µs
-warm and 200 µs after llama.cpp has streamed a slice through the caches (measured), and a token passes every stage.
+for the worker whole frames, bytes in and bytes out. It has two contexts, so that steps go before a prompt's rows. Why
+it is not Python: a few dozen calls around a decode cost 35 µs warm and 200 µs after llama.cpp has streamed a slice
+through the caches (measured), and a token passes every stage.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,25 +26,57 @@ FloatRows = NDArray[np.float32]
 FRAME_ROOM = 1 << 12  # bytes of a frame beside its activations: header, rows, timings, tokens drawn; see HotStage.run
 ROW_ROOM = 32  # of these, for each row
 
-_NAME, _OVERFLOW, _RANGE, _UNSUPPORTED, _DECODE = -5, -6, -2, -9, -10
+_NAME, _OVERFLOW, _RANGE, _UNSUPPORTED, _DECODE, _GAP, _GUESS = -5, -6, -2, -9, -10, -11, -12
+_SIZE, _MEMORY = -3, -8
 _KV_FULL = 1  # llama_decode found no cells
 
 _p = ctypes.c_void_p
+
+
+class _Side(ctypes.Structure):
+    """``ds_stage_context`` of dwarfstar_native.h."""
+
+    _fields_ = (
+        *((name, _p) for name in ("context", "memory", "tap")),
+        *((name, ctypes.c_int32) for name in ("capacity", "outputs")),
+    )
 
 
 class _Config(ctypes.Structure):
     """``ds_stage_config`` of dwarfstar_native.h."""
 
     _fields_ = (
-        *((name, _p) for name in ("context", "decode", "logits", "sample")),
+        ("steps", _Side),
+        ("prompt", _Side),
+        ("own", ctypes.POINTER(_Side)),
+        *((name, _p) for name in ("decode", "logits", "seq_rm", "state_size", "state_get", "state_set")),
+        *((name, _p) for name in ("whole_size", "whole_get", "sample")),
         *((name, _p) for name in ("chain_remove", "chain_add", "init_dist", "sampler_free")),
-        *((name, _p) for name in ("tap", "to_float", "rows")),
+        *((name, _p) for name in ("to_float", "rows")),
         ("n_rows", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("n_embd", "n_vocab", "capacity", "slots", "planes", "wire")),
+        *((name, ctypes.c_int32) for name in ("n_embd", "n_vocab", "slots", "planes", "window")),
         *((name, ctypes.c_bool) for name in ("first", "last", "injects", "token_input")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A context and what belongs to it; ``ds_stage_context``. context, memory: addresses.
+
+    capacity: rows of a decode. outputs: rows of one whose logits are computed, on the last stage.
+    """
+
+    context: int
+    memory: int
+    tap: native.Tap
+    capacity: int
+    outputs: int
+
+    def struct(self, taps: bool) -> _Side:
+        tap = self.tap.user_data if taps else None
+        return _Side(self.context, self.memory, tap, self.capacity, self.outputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,40 +97,49 @@ def _function(name: str) -> int:
 
 
 class HotStage:
-    """Bound to one context; everything given must outlive it. Raises StageError if llama.cpp's batch is another."""
+    """Bound to its contexts, which must outlive it. Raises StageError if llama.cpp's batch is another.
+
+    own: a context for each slot, or none: then ``steps`` has a sequence for each.
+    """
 
     def __init__(
         self,
         *,
-        context: int,
-        tap: native.Tap | None,
+        steps: Side,
+        prompt: Side,
+        own: Sequence[Side] = (),
         n_embd: int,
         n_vocab: int,
-        capacity: int,
         slots: int,
         planes: int,
-        wire: WireType,
+        window: int,
         last: bool,
         injects: bool,
         token_input: bool,
         table: Table | None,
     ) -> None:
         config = _Config(
-            context=context,
+            steps=steps.struct(True),
+            prompt=prompt.struct(True),
+            own=(_Side * len(own))(*(side.struct(True) for side in own)) if own else None,
             decode=_function("llama_decode"),
             logits=_function("llama_get_logits_ith"),
+            seq_rm=_function("llama_memory_seq_rm"),
+            state_size=_function("llama_state_seq_get_size_ext"),
+            state_get=_function("llama_state_seq_get_data_ext"),
+            state_set=_function("llama_state_seq_set_data_ext"),
+            whole_size=_function("llama_state_get_size"),
+            whole_get=_function("llama_state_get_data"),
             sample=_function("llama_sampler_sample"),
             chain_remove=_function("llama_sampler_chain_remove"),
             chain_add=_function("llama_sampler_chain_add"),
             init_dist=_function("llama_sampler_init_dist"),
             sampler_free=_function("llama_sampler_free"),
-            tap=tap.user_data if tap is not None else None,
             n_embd=n_embd,
             n_vocab=n_vocab,
-            capacity=capacity,
             slots=slots,
             planes=planes,
-            wire=wire,
+            window=window,
             first=table is not None,
             last=last,
             injects=injects,
@@ -112,34 +155,38 @@ class HotStage:
             raise StageError("this llama.cpp has another batch structure: install the llama-cpp-python release we pin")
         self._handle = handle.value
         self._free = weakref.finalize(self, self._library.ds_stage_free, self._handle)
-        self._tap = tap  # kept alive
-        self._last, self._n_embd, self._capacity, self._slots = last, n_embd, capacity, slots
-        self._room = FRAME_ROOM + capacity * ROW_ROOM + (0 if last else native.encoded_size(wire, capacity, n_embd))
+        self._sides, self._own = (steps, prompt), own  # their taps are kept alive
+        self._last, self._n_embd = last, n_embd
+        self.tune(WireType.F32, batched=False)
+
+    def tune(self, wire: WireType, *, batched: bool) -> None:
+        """How frames go on: what hidden states are sent as, and whether rows of several slots are one decode."""
+        status = self._library.ds_stage_tune(self._handle, wire, batched)
+        assert status == 0, status
+        capacity = self._sides[0].capacity
+        self._room = FRAME_ROOM + capacity * ROW_ROOM
+        self._room += 0 if self._last else native.encoded_size(wire, capacity, self._n_embd)
         self._out = ctypes.create_string_buffer(self._room)
 
     def step(
-        self, rows: FloatRows, positions: NDArray[np.int32], slots: NDArray[np.uint16], wants: NDArray[np.uint8]
+        self, rows: FloatRows, position: int, slot: int, wants: NDArray[np.uint8], *, prompt: bool
     ) -> FloatRows | None:
-        """Rows through the slice: see ``LlamaSlice.step``."""
-        n = rows.shape[0]
-        if n > self._capacity:
-            raise FrameError(f"a frame has {n} rows and this stage takes {self._capacity}: the setting chunk differs")
-        if n and int(slots.min()) != int(slots.max()):
-            raise FrameError("a frame has rows of several slots, and llama.cpp would reorder them")
-        if self._last and int(wants.sum()) > self._slots:  # llama.cpp has room for so many rows of logits, and aborts
-            raise FrameError(
-                f"a frame wants {int(wants.sum())} tokens and this stage draws one per slot: {self._slots}"
-            )
+        """Rows of one slot through the slice: see ``LlamaSlice.step``."""
+        n, side = rows.shape[0], self._own[slot] if self._own and not prompt else self._sides[prompt]
+        if n > side.capacity:
+            raise FrameError(f"a frame has {n} rows and this stage takes {side.capacity}: the setting chunk differs")
+        if self._last and (wanted := int(np.count_nonzero(wants))) > side.outputs:  # llama.cpp has room for no more
+            raise FrameError(f"a frame wants {wanted} tokens and this stage draws {side.outputs} at a time")
         assert rows.dtype == np.float32 and rows.shape == (n, self._n_embd) and rows.flags.c_contiguous
-        assert positions.dtype == np.int32 and slots.dtype == np.uint16 and wants.dtype == np.uint8
-        assert len(positions) == len(slots) == len(wants) == n
+        assert wants.dtype == np.uint8 and len(wants) == n > 0
         out = None if self._last else np.empty((n, self._n_embd), np.float32)
         status = self._library.ds_stage_step(
             self._handle,
+            prompt,
             n,
             rows.ctypes.data,
-            positions.ctypes.data,
-            slots.ctypes.data,
+            position,
+            slot,
             wants.ctypes.data,
             None if out is None else out.ctypes.data,
         )
@@ -147,19 +194,42 @@ class HotStage:
             raise self._fault(status)
         return out
 
-    def set_sampler(self, slot: int, *, chain: int | None, dist: int, seed: int) -> None:
-        """How a slot's tokens are drawn: greedily, or by a llama.cpp chain whose sampler ``dist`` draws (-1: none)."""
+    def copy(self, source: int, target: int, position: int) -> None:
+        """Let ``target`` hold what ``source`` holds before ``position``, and nothing else. Raises FrameError."""
+        if (status := self._library.ds_stage_copy(self._handle, source, target, position)) != 0:
+            raise self._fault(status)
+
+    def clear(self) -> None:
+        """Every slot is empty."""
+        status = self._library.ds_stage_clear(self._handle)
+        assert status == 0, status
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent computing since it was made."""
+        return int(self._library.ds_stage_busy_us(self._handle)) / 1e6
+
+    def set_sampler(self, slot: int, *, chain: int | None, dist: int, seed: int, general: bool = False) -> None:
+        """How a slot's tokens are drawn: greedily, or by a llama.cpp chain whose sampler ``dist`` draws (-1: none).
+
+        general: its frames are not for ``run``: more is wanted of them than tokens.
+        """
         mode = 1 if chain is None else 2
-        status = self._library.ds_stage_sampler(self._handle, slot, mode, chain, dist, seed)
+        status = self._library.ds_stage_sampler(self._handle, slot, mode, chain, dist, seed, general)
         assert status == 0, status
 
     def clear_sampler(self, slot: int) -> None:
         """Forget a slot's sampler, before its chain is freed."""
-        self._library.ds_stage_sampler(self._handle, slot, 0, None, -1, 0)
+        self._library.ds_stage_sampler(self._handle, slot, 0, None, -1, 0, False)
 
-    def draw(self, row: int, slot: int, position: int) -> int:
-        """The token behind a batch row of the last step. Raises FrameError if the slot has no sampler."""
-        token = int(self._library.ds_stage_draw(self._handle, row, slot, position))
+    def draw(self, row: int, slot: int, position: int, *, guess: int = -1, prompt: bool = False) -> int | None:
+        """The token behind a row of the last step; None if ``guess``, the row's own token, was a wrong one.
+
+        Raises FrameError if the slot has no sampler.
+        """
+        token = int(self._library.ds_stage_draw(self._handle, prompt, row, slot, position, guess))
+        if token == _GUESS:
+            return None
         if token == _RANGE:
             raise FrameError(f"slot {slot} has no sampler on this stage")
         assert token >= 0, token
@@ -175,7 +245,17 @@ class HotStage:
             return None
         raise self._fault(size)
 
-    def _fault(self, status: int) -> StageError:
+    def close(self) -> None:
+        """Let go of the contexts. Idempotent."""
+        self._free()
+
+    def _fault(self, status: int) -> StageError | FrameError:
+        if status == _GAP:
+            return FrameError("a frame's rows do not follow what their slot holds")
+        if status == _SIZE:
+            return StageError("this llama.cpp keeps cells in another way: install the llama-cpp-python release we pin")
+        if status == _MEMORY:
+            return StageError("this stage has no memory left to move a sequence", code="kv_full")
         if status == _DECODE:
             code = self._library.ds_stage_error(self._handle)
             if code == _KV_FULL:

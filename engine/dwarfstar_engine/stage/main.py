@@ -1,9 +1,10 @@
 """The stage process: one slice of a model behind one gRPC port, driven by its daemon over a pipe.
 
-Threads. The asyncio thread owns the backend, the sockets and the pipe: a frame is run where it arrives, and llama.cpp
-itself uses as many threads as it is given. A compute thread beside the loop was measured and costs two hand-overs a
-frame (about 80 µs). While a frame runs nothing is read, so gRPC's flow control holds the sender back; keepalive is
-answered by gRPC's own threads. Only loading, which takes long and comes before any frame, has a thread of its own.
+Threads. The asyncio thread owns the sockets and the pipe and runs frames of generated tokens where they arrive: a
+thread of their own was measured and costs two hand-overs a frame (about 80 µs). While such a frame runs nothing is
+read, so gRPC's flow control holds the sender back; keepalive is answered by gRPC's own threads. Prompts have a thread
+of their own, as they take long: their frames wait in a bounded queue, run in order, and let the others go before them,
+also in the middle (``native/src/stage.cpp``). Loading comes before any frame and has a thread too.
 
 Commands: ``load`` a slice (once), ``link`` it into an epoch's ring. Events: ``listening``, ``loading``, ``ready``,
 ``linked``, ``broken`` (a hop ended), ``failed``, ``stats``.
@@ -12,10 +13,14 @@ Commands: ``load`` a slice (once), ``link`` it into an epoch's ring. Events: ``l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
+import queue
+import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +36,9 @@ from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
 from dwarfstar_engine.stage.pipe import ChildPipe
 from dwarfstar_engine.stage.worker import Backend, LlamaBackend, ToyBackend, Worker
-from dwarfstar_engine.wire import channel, loop
+from dwarfstar_engine.wire import channel, frames, loop
 from dwarfstar_engine.wire.handshake import local_build
+from dwarfstar_engine.wire.link import Link, choose_wire
 from dwarfstar_engine.wire.ring import RingReceiver, RingSender
 from dwarfstar_engine.wire.trust import NodeFiles
 
@@ -40,6 +46,8 @@ log = logging.getLogger("dwarfstar.stage")
 
 STATS_EVERY_S = 1.0
 PROGRESS_STEP = 0.05  # of a load; finer news is of no use to anybody
+PROMPT_FRAMES = 256  # waiting to be run; the coordinator keeps a few in flight, so more are a fault
+PROMPT_NICE = 5  # the thread that reads prompts yields the core to the one that answers the network
 
 
 class StageProcess:
@@ -53,8 +61,11 @@ class StageProcess:
         self._sender: RingSender | None = None
         self._worker: Worker | None = None
         self._epoch = 0
-        self._busy_s = 0.0
+        self._wire = 0  # as set; 0: by the link
         self._frames = 0
+        self._prompts: queue.Queue[tuple[int, bytes]] = queue.Queue(PROMPT_FRAMES)
+        self._reading = threading.Lock()  # held while a prompt's frame runs
+        threading.Thread(target=self._read_prompts, name="prompts", daemon=True).start()
 
     async def run(self, host: str) -> None:
         """Listen and serve until the parent is gone."""
@@ -76,12 +87,38 @@ class StageProcess:
     async def _on_frame(self, data: bytes) -> None:
         if self._worker is None or self._sender is None:
             raise FrameError("this stage is not part of a ring yet")
-        started = self._loop.time()
-        out = self._worker.run(data)
-        self._busy_s += self._loop.time() - started
         self._frames += 1
-        self._sender.send(out)
+        if frames.is_prompt(data):
+            try:
+                self._prompts.put_nowait((self._epoch, data))
+            except queue.Full:
+                raise FrameError(f"{PROMPT_FRAMES} frames of prompts wait already") from None
+            return
+        self._sender.send(self._worker.run(data))
         await self._sender.flush()
+
+    def _read_prompts(self) -> None:
+        """The thread of prompts."""
+        with contextlib.suppress(OSError, AttributeError):  # a kindness, not a need
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), PROMPT_NICE)
+        while True:
+            epoch, data = self._prompts.get()
+            try:
+                with self._reading:
+                    if epoch != self._epoch or self._worker is None:
+                        continue  # of a ring that is gone
+                    out = self._worker.run(data)
+                self._loop.call_soon_threadsafe(self._send_on, epoch, out)
+            except FrameError as error:
+                self._loop.call_soon_threadsafe(self._break, epoch, error.message)
+            except BaseException:
+                log.exception("a prompt's frame failed")
+                os._exit(1)
+
+    def _send_on(self, epoch: int, data: bytes) -> None:
+        if self._sender is not None and epoch == self._epoch:
+            self._sender.send(data)
+            self._flushing = asyncio.ensure_future(self._sender.flush())
 
     def _on_hop_lost(self, epoch: int, sender: str) -> None:
         self._break(epoch, f"the hop from {sender} ended")
@@ -100,10 +137,13 @@ class StageProcess:
             self._pipe.emit("failed", code="model_file_invalid", message=f"{command['path']}: {error.strerror}")
             return
         slots = int(command["options"]["slots"])
-        self._worker = Worker(backend, slots, WireType(command["wire"]))
+        self._wire = int(command["wire"])
+        worker = Worker(backend, slots, WireType(self._wire or WireType.F32))
+        profile = worker.measure()
+        self._worker = worker
         gc.collect()
         gc.freeze()  # what is here now stays: collections between frames need not walk it
-        self._pipe.emit("ready", rss=psutil.Process().memory_info().rss)
+        self._pipe.emit("ready", rss=psutil.Process().memory_info().rss, profile=asdict(profile))
 
     def _progress(self) -> Callable[[float], None]:
         told = 0.0
@@ -124,28 +164,52 @@ class StageProcess:
         if old is not None:
             await old.close()
         if self._worker is not None:
-            self._worker.reset()
+            await asyncio.to_thread(self._reset, self._worker)
         self._receiver.set_epoch(epoch)
         sender = RingSender(lambda reason: self._break(epoch, f"the hop to the next stage ended: {reason}"))
         try:
-            await sender.open(
+            link = await sender.open(
                 str(command["next"]), channel.channel_credentials(self._trust), self._build, epoch, self._name
             )
         except DwarfStarError as error:
             self._pipe.emit("broken", epoch=epoch, code=error.code, message=error.message)
             return
         self._sender = sender
-        self._pipe.emit("linked", epoch=epoch)
+        wire = self._choose_wire(link)
+        self._pipe.emit(
+            "linked",
+            epoch=epoch,
+            link={"round_trip_ms": 1000 * link.round_trip_s, "mb_s": link.bytes_s / 1e6, "wire_type": int(wire)},
+        )
+
+    def _choose_wire(self, link: Link) -> WireType:
+        """What hidden states travel as from here: as set, or by the link and the time that rows take here."""
+        worker = self._worker
+        if worker is None or worker.backend.last:
+            return WireType.F32  # nothing of the kind leaves
+        if not self._wire and worker.profile.prompt:
+            row_s = min(ms / rows for rows, ms in worker.profile.prompt) / 1000
+            worker.use_wire(choose_wire(link, worker.backend.width, row_s))
+        return worker.wire
+
+    def _reset(self, worker: Worker) -> None:
+        """Wait for the frame of a prompt that runs still, at most one, and forget everything."""
+        with self._reading:
+            worker.reset()
+
+    @property
+    def _busy_s(self) -> float:
+        return self._worker.backend.busy_s if self._worker is not None else 0.0
 
     async def _stats(self) -> None:
         process = psutil.Process()
         while True:
-            busy, frames = self._busy_s, self._frames
+            busy, count = self._busy_s, self._frames
             await asyncio.sleep(STATS_EVERY_S)
             self._pipe.emit(
                 "stats",
-                busy=round((self._busy_s - busy) / STATS_EVERY_S, 4),
-                frames=self._frames - frames,
+                busy=round(min(1.0, (self._busy_s - busy) / STATS_EVERY_S), 4),
+                frames=self._frames - count,
                 rss=process.memory_info().rss,
             )
 
@@ -168,10 +232,7 @@ def open_backend(command: dict[str, Any], on_progress: Callable[[float], None] |
     options = LlamaOptions(**command["options"])
     file = slice_file(model, arch, a, b)
     embedder = Embedder(token_embedding(model, arch)) if file.first else None
-    wire = WireType(command["wire"])
-    return LlamaBackend(
-        LlamaSlice(file, arch, model.n_embd, options, on_progress, embedder=embedder, wire=wire), embedder
-    )
+    return LlamaBackend(LlamaSlice(file, arch, model.n_embd, options, on_progress, embedder=embedder), embedder)
 
 
 async def _run(pipe: ChildPipe) -> None:

@@ -24,9 +24,10 @@ class Sampler:
         self._chain: Any = None
         dist = -1  # index of the drawing sampler in the chain
         greedy = spec.temperature <= 0
+        general = spec.logprobs >= 0
         edits = bool(spec.logit_bias) or spec.repeat_penalty != 1.0 or spec.frequency_penalty or spec.presence_penalty
         if greedy and not edits:
-            slice_.hot.set_sampler(slot, chain=None, dist=-1, seed=0)
+            slice_.hot.set_sampler(slot, chain=None, dist=-1, seed=0, general=general)
             return
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         vocab = slice_.vocab_size
@@ -45,7 +46,7 @@ class Sampler:
             llama.llama_sampler_chain_add(
                 chain,
                 llama.llama_sampler_init_penalties(
-                    vocab, slice_.options.cells, 1.0, spec.frequency_penalty, spec.presence_penalty
+                    vocab, slice_.options.context, 1.0, spec.frequency_penalty, spec.presence_penalty
                 ),
             )
         if greedy:
@@ -61,14 +62,18 @@ class Sampler:
             dist = llama.llama_sampler_chain_n(chain)
             llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(0))
         self._chain = chain
-        slice_.hot.set_sampler(slot, chain=chain, dist=dist, seed=spec.seed)
+        slice_.hot.set_sampler(slot, chain=chain, dist=dist, seed=spec.seed, general=general)
 
-    def sample(self, row: int, position: int) -> SampledRow:
-        """Draw the token that follows the batch row ``row``, whose position is ``position``."""
-        token = self._slice.hot.draw(row, self._slot, position)
-        if self.spec.logprobs < 0:
-            return SampledRow(self._slot, token, 0.0, ())
-        chosen, top = native.top_logprobs(self._slice.logits(row), self._slice.vocab_size, token, self.spec.logprobs)
+    def sample(self, row: int, position: int, guess: int, prompt: bool) -> SampledRow | None:
+        """Draw the token that follows row ``row`` of the last step, whose position is ``position``.
+
+        guess: that row's token if it was guessed, else -1; a wrong one gives None.
+        """
+        token = self._slice.hot.draw(row, self._slot, position, guess=guess, prompt=prompt)
+        if token is None or self.spec.logprobs < 0:
+            return None if token is None else SampledRow(self._slot, token, 0.0, ())
+        logits = self._slice.logits(row, self._slot, prompt=prompt)
+        chosen, top = native.top_logprobs(logits, self._slice.vocab_size, token, self.spec.logprobs)
         return SampledRow(self._slot, token, chosen, top)
 
     def close(self) -> None:

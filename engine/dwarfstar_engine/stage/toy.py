@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dwarfstar_engine.errors import ModelError, StageError
+from dwarfstar_engine.errors import FrameError, ModelError
 
 WIDTH = 4  # 64 bits as four lanes of 16: every lane is exact in f32
 VOCABULARY = 256  # tokens are bytes
@@ -64,17 +64,21 @@ class ToySlice:
         self._layers = range(a, b)
         self._cache: dict[tuple[int, int], dict[int, int]] = {}  # (slot, layer) → position → hidden state
 
-    def step(self, rows: NDArray[np.float32], positions: Sequence[int], slots: Sequence[int]) -> NDArray[np.float32]:
-        """n × WIDTH hidden states in and out. Raises StageError unless each position follows the last one held."""
+    def step(self, rows: NDArray[np.float32], position: int, slot: int) -> NDArray[np.float32]:
+        """n × WIDTH hidden states in and out, of one slot from ``position`` on; what it held from there is forgotten.
+
+        Raises FrameError unless the slot holds all positions before.
+        """
         out = np.empty_like(rows)
-        for index, (position, slot) in enumerate(zip(positions, slots, strict=True)):
-            state = from_row(rows[index])
+        self.trim(slot, position)
+        for index in range(len(rows)):
+            state, at = from_row(rows[index]), position + index
             for layer in self._layers:
-                cache = self._cache.setdefault((int(slot), layer), {})
-                if position != len(cache):  # missing cells, or stale ones that nobody freed
-                    raise StageError(f"toy: slot {slot} holds {len(cache)} positions at layer {layer}, not {position}")
-                state = _mix(layer, int(position), state, cache.get(int(position) - 1, 0))
-                cache[int(position)] = state
+                cache = self._cache.setdefault((slot, layer), {})
+                if at != len(cache):
+                    raise FrameError(f"toy: slot {slot} holds {len(cache)} positions at layer {layer}, not {at}")
+                state = _mix(layer, at, state, cache.get(at - 1, 0))
+                cache[at] = state
             out[index] = to_row(state)
         return out
 
@@ -85,10 +89,19 @@ class ToySlice:
                     del cache[held]
 
     def copy(self, source: int, target: int, position: int) -> None:
+        """Raises FrameError unless the source holds all positions before ``position``."""
+        held = min(len(self._cache.get((source, layer), ())) for layer in self._layers)
+        if position > held:
+            raise FrameError(f"toy: slot {source} holds {held} positions, not {position}")
+        if source == target:
+            return
         self.trim(target, 0)
         for (owner, layer), cache in list(self._cache.items()):
             if owner == source:
                 self._cache[(target, layer)] = {p: s for p, s in cache.items() if p < position}
+
+    def clear(self) -> None:
+        self._cache.clear()
 
 
 def draw(state: int) -> int:
@@ -101,7 +114,7 @@ def expected(prompt: Sequence[int], count: int, layers: int) -> list[int]:
     whole = ToySlice(0, layers)
     known = list(prompt)
     for position in range(len(prompt) + count - 1):
-        row = whole.step(to_row(embed(known[position]))[None, :], [position], [0])
+        row = whole.step(to_row(embed(known[position]))[None, :], position, 0)
         if position >= len(prompt) - 1:
             known.append(draw(from_row(row[0])))
     return known[len(prompt) :]

@@ -1,13 +1,18 @@
-"""The compute side of a stage: one frame in, one frame out. No sockets, no asyncio; one thread calls it.
+"""The compute side of a stage: one frame in, one frame out. No sockets, no asyncio.
 
-A frame's operations are applied in order before its rows: slots freed or trimmed, samplers set. The rows then run
-through the slice; a stage before the last sends hidden states on, the last one sends the tokens drawn. A frame that
-cannot be run becomes a fault frame, so that the coordinator always hears of it.
+A frame's operations are applied in order before its rows: cells copied, samplers set. The rows then run through the
+slice, those of one slot after those of another; a stage before the last sends hidden states on, the last one sends the
+tokens drawn. A frame that cannot be run becomes a fault frame, so that the coordinator always hears of it.
+
+Two threads may call: one with frames of prompts (``frames.is_prompt``), one with all others.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -18,19 +23,20 @@ from dwarfstar_engine.errors import DwarfStarError, FrameError
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.llama import Embedder, LlamaSlice
+from dwarfstar_engine.stage.measure import FIRST_ROWS, Profile, measure
 from dwarfstar_engine.stage.sampler import Sampler
 from dwarfstar_engine.wire import frames
 from dwarfstar_engine.wire.frames import (
+    MAX_TIMINGS,
     CopySlot,
     FaultFrame,
-    FreeSlot,
     Op,
     Payload,
     ResultFrame,
     SampledRow,
     SetSampler,
     StepFrame,
-    TrimSlot,
+    Want,
 )
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
@@ -48,12 +54,27 @@ class Backend(Protocol):
         """A whole frame at once, where the backend can: the next hop's frame, or None to go the general way."""
         ...
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent computing."""
+        ...
+
     def embed(self, tokens: NDArray[np.int32]) -> Rows: ...
-    def step(self, rows: Rows, frame: StepFrame) -> Rows | None: ...
-    def draw(self, row: int, slot: int, position: int) -> SampledRow: ...
+    def step(
+        self, rows: Rows, position: int, slot: int, wants: NDArray[np.uint8], *, prompt: bool = False
+    ) -> Rows | None: ...
+    def draw(self, row: int, slot: int, position: int, guess: int, prompt: bool) -> SampledRow | None: ...
     def set_sampler(self, slot: int, spec: SamplerSpec | None) -> None: ...
-    def trim(self, slot: int, position: int) -> None: ...
     def copy(self, source: int, target: int, position: int) -> None: ...
+    def clear(self) -> None: ...
+    def measure(self) -> Profile:
+        """What rows take; before any frame."""
+        ...
+
+    def tune(self, wire: WireType, *, batched: bool) -> None:
+        """How ``run_frame`` goes on."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -65,38 +86,49 @@ class LlamaBackend:
         self.first, self.last = slice_.file.first, slice_.file.last
         self.width = slice_.n_embd
         self._samplers: dict[int, Sampler] = {}
-        self._general: set[int] = set()  # slots whose rows need more than a token: log-probabilities
 
     def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
-        return None if self._general else self._slice.hot.run(frame, wait_us)
+        return self._slice.hot.run(frame, wait_us)
+
+    @property
+    def busy_s(self) -> float:
+        return self._slice.hot.busy_s
 
     def embed(self, tokens: NDArray[np.int32]) -> Rows:
         assert self._embedder is not None, "only a first stage is given tokens"
         return self._embedder.rows(tokens)
 
-    def step(self, rows: Rows, frame: StepFrame) -> Rows | None:
-        return self._slice.step(rows, frame.positions, frame.slots, frame.wants)
+    def step(
+        self, rows: Rows, position: int, slot: int, wants: NDArray[np.uint8], *, prompt: bool = False
+    ) -> Rows | None:
+        return self._slice.step(rows, position, slot, wants, prompt=prompt)
 
-    def draw(self, row: int, slot: int, position: int) -> SampledRow:
+    def draw(self, row: int, slot: int, position: int, guess: int, prompt: bool) -> SampledRow | None:
         sampler = self._samplers.get(slot)
         if sampler is None:
             raise FrameError(f"slot {slot} has no sampler on this stage")
-        return sampler.sample(row, position)
+        return sampler.sample(row, position, guess, prompt)
 
     def set_sampler(self, slot: int, spec: SamplerSpec | None) -> None:
         if (old := self._samplers.pop(slot, None)) is not None:
             old.close()
-        self._general.discard(slot)
         if spec is not None:
-            if spec.logprobs >= 0:
-                self._general.add(slot)
             self._samplers[slot] = Sampler(spec, self._slice, slot)
 
-    def trim(self, slot: int, position: int) -> None:
-        self._slice.trim(slot, position)
-
     def copy(self, source: int, target: int, position: int) -> None:
-        self._slice.copy(source, target, position)
+        self._slice.hot.copy(source, target, position)
+
+    def clear(self) -> None:
+        self._slice.hot.clear()
+
+    def measure(self) -> Profile:
+        profile = measure(self._slice, self._slice.options.threads)
+        if not profile.batched:
+            self._slice.open_slots()
+        return profile
+
+    def tune(self, wire: WireType, *, batched: bool) -> None:
+        self._slice.hot.tune(wire, batched=batched)
 
     def close(self) -> None:
         for slot in list(self._samplers):
@@ -110,8 +142,11 @@ class ToyBackend:
     def __init__(self, a: int, b: int, layers: int, delay_s: float = 0.0) -> None:
         self._slice = toy.ToySlice(a, b)
         self.first, self.last, self.width = a == 0, b == layers, toy.WIDTH
+        self.busy_s = 0.0
         self._delay_s = delay_s
-        self._rows: Rows = np.empty((0, toy.WIDTH), np.float32)
+        self._computing = threading.Lock()
+        self._rows: dict[bool, Rows] = {}  # of the last step, of a prompt or not
+        self._drawn: dict[int, tuple[int, int]] = {}  # slot → position and token drawn last
 
     def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
         return None
@@ -119,23 +154,40 @@ class ToyBackend:
     def embed(self, tokens: NDArray[np.int32]) -> Rows:
         return np.stack([toy.to_row(toy.embed(int(token))) for token in tokens])
 
-    def step(self, rows: Rows, frame: StepFrame) -> Rows | None:
-        if self._delay_s:
-            time.sleep(self._delay_s)
-        self._rows = self._slice.step(rows, frame.positions.tolist(), frame.slots.tolist())
-        return None if self.last else self._rows
+    def step(
+        self, rows: Rows, position: int, slot: int, wants: NDArray[np.uint8], *, prompt: bool = False
+    ) -> Rows | None:
+        with self._computing:
+            started = time.perf_counter()
+            if self._delay_s:
+                time.sleep(self._delay_s)
+            out = self._rows[prompt] = self._slice.step(rows, position, slot)
+            self.busy_s += time.perf_counter() - started
+        return None if self.last else out
 
-    def draw(self, row: int, slot: int, position: int) -> SampledRow:
-        return SampledRow(slot, toy.draw(toy.from_row(self._rows[row])), 0.0, ())
+    def draw(self, row: int, slot: int, position: int, guess: int, prompt: bool) -> SampledRow | None:
+        if guess >= 0 and self._drawn.get(slot) != (position, guess):
+            return None
+        token = toy.draw(toy.from_row(self._rows[prompt][row]))
+        self._drawn[slot] = (position + 1, token)
+        return SampledRow(slot, token, 0.0, ())
 
     def set_sampler(self, slot: int, spec: SamplerSpec | None) -> None:
-        pass
-
-    def trim(self, slot: int, position: int) -> None:
-        self._slice.trim(slot, position)
+        self._drawn.pop(slot, None)
 
     def copy(self, source: int, target: int, position: int) -> None:
-        self._slice.copy(source, target, position)
+        with self._computing:
+            self._slice.copy(source, target, position)
+
+    def clear(self) -> None:
+        self._slice.clear()
+
+    def measure(self) -> Profile:
+        ms = 1000 * self._delay_s
+        return Profile(((FIRST_ROWS, ms),), ms, ms, batched=True)
+
+    def tune(self, wire: WireType, *, batched: bool) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -145,31 +197,47 @@ class Worker:
     """Runs frames on a backend, and keeps the figures of it."""
 
     def __init__(self, backend: Backend, slots: int, wire: WireType) -> None:
-        self.backend, self._slots, self._wire = backend, slots, wire
-        self._idle_since = time.perf_counter()
+        self.backend, self._slots = backend, slots
+        self.profile = Profile()
+        self.use_wire(wire)
+        now = time.perf_counter()
+        self._idle_since = {True: now, False: now}  # the one who reads prompts, and the other
+
+    def use_wire(self, wire: WireType) -> None:
+        """What hidden states are sent as from now on."""
+        self.wire = wire
+        self.backend.tune(wire, batched=self.profile.batched)
+
+    def measure(self) -> Profile:
+        """See what rows take, and whether rows of several slots are better run together. Before any frame."""
+        self.profile = self.backend.measure()
+        self.use_wire(self.wire)
+        return self.profile
 
     def reset(self) -> None:
         """A new epoch: every slot is empty."""
+        self.backend.clear()
         for slot in range(self._slots):
-            self.backend.trim(slot, 0)
             self.backend.set_sampler(slot, None)
-        self._idle_since = time.perf_counter()
+        now = time.perf_counter()
+        self._idle_since = {True: now, False: now}
 
     def run(self, data: bytes) -> bytes:
         """One frame in, the frame for the next hop out. Result and fault frames pass unchanged.
 
         Raises FrameError if ``data`` is not a frame at all: the connection that sent it must be closed.
         """
-        started = time.perf_counter()
-        wait_us = int(1e6 * (started - self._idle_since))
+        started, prompt = time.perf_counter(), frames.is_prompt(data)
+        wait_us = int(1e6 * (started - self._idle_since[prompt]))
         fault: DwarfStarError | None = None
-        try:
-            done = self.backend.run_frame(data, wait_us)
-            if done is not None:
-                self._idle_since = time.perf_counter()
-                return done
-        except DwarfStarError as error:
-            fault = error
+        if not prompt:
+            try:
+                done = self.backend.run_frame(data, wait_us)
+                if done is not None:
+                    self._idle_since[False] = time.perf_counter()
+                    return done
+            except DwarfStarError as error:
+                fault = error
         frame = frames.decode(data)
         if not isinstance(frame, StepFrame):
             return data
@@ -178,42 +246,50 @@ class Worker:
                 raise fault
             out = self._step(frame)
         except DwarfStarError as error:
-            return frames.encode(FaultFrame(frame.epoch, frame.lane, frame.number, error.code, error.message))
-        self._idle_since = time.perf_counter()
-        out.timings = (*frame.timings, (int(1e6 * (self._idle_since - started)), wait_us))
+            return frames.encode(FaultFrame(frame.epoch, frame.number, error.code, error.message))
+        now = self._idle_since[prompt] = time.perf_counter()
+        out.timings = (*frame.timings, (int(1e6 * (now - started)), wait_us))
         return frames.encode(out)
 
     def _step(self, frame: StepFrame) -> StepFrame | ResultFrame:
         backend = self.backend
+        if len(frame.timings) >= MAX_TIMINGS:
+            raise FrameError(f"a frame has passed {len(frame.timings)} stages, more than there can be")
         for op in frame.ops:
             self._apply(op)
         n = len(frame.slots)
         if n == 0:
             if backend.last:
-                return ResultFrame(frame.epoch, frame.lane, frame.number, [], frame.timings)
+                return ResultFrame(frame.epoch, frame.number, [], frame.timings)
             return frame
         if int(frame.slots.max()) >= self._slots:
             raise FrameError(f"a frame names slot {int(frame.slots.max())} and this stage has {self._slots}")
-        out = backend.step(self._input(frame, n), frame)
+        rows, outs, drawn = self._input(frame, n), [], []
+        for start, end in _runs(frame, together=frame.prompt or self.profile.batched):
+            position, slot = int(frame.positions[start]), int(frame.slots[start])
+            out = backend.step(rows[start:end], position, slot, frame.wants[start:end], prompt=frame.prompt)
+            if out is not None:
+                outs.append(out)
+                continue
+            for row in np.flatnonzero(frame.wants[start:end]).tolist():
+                guess = int(frame.tokens[start + row]) if frame.wants[start + row] == Want.CHECKED else -1
+                if (sampled := backend.draw(row, slot, position + row, guess, frame.prompt)) is not None:
+                    drawn.append(sampled)
         if backend.last:
-            rows = [
-                backend.draw(int(row), int(frame.slots[row]), int(frame.positions[row]))
-                for row in np.flatnonzero(frame.wants)
-            ]
-            return ResultFrame(frame.epoch, frame.lane, frame.number, rows, frame.timings)
-        assert out is not None
-        frame.payload = Payload(self._wire)
-        frame.data = out if self._wire is WireType.F32 else native.encode(self._wire, out)
+            return ResultFrame(frame.epoch, frame.number, drawn, frame.timings)
+        frame.payload = Payload(self.wire)
+        out = outs[0] if len(outs) == 1 else np.concatenate(outs)
+        frame.data = out if self.wire is WireType.F32 else native.encode(self.wire, out)
         frame.cols = backend.width
         return frame
 
     def _input(self, frame: StepFrame, n: int) -> Rows:
-        if frame.payload is Payload.TOKENS:
-            if not self.backend.first:
-                raise FrameError("this stage is not the first and was sent token ids")
-            return self.backend.embed(np.frombuffer(frame.data, np.int32))
-        if frame.payload is Payload.NONE or self.backend.first:
-            raise FrameError("a frame for this stage carries no usable input")
+        if self.backend.first:
+            if frame.payload is not Payload.NONE:
+                raise FrameError("the first stage was sent hidden states, and takes tokens")
+            return self.backend.embed(frame.tokens)
+        if frame.payload is Payload.NONE:
+            raise FrameError("this stage is not the first and was sent no hidden states")
         if frame.cols != self.backend.width:
             raise FrameError(f"a frame is {frame.cols} wide and this model {self.backend.width}")
         if frame.payload is Payload.F32:
@@ -225,11 +301,6 @@ class Worker:
         if max(slots) >= self._slots:
             raise FrameError(f"an operation names slot {max(slots)} and this stage has {self._slots}")
         match op:
-            case FreeSlot(slot):
-                self.backend.trim(slot, 0)
-                self.backend.set_sampler(slot, None)
-            case TrimSlot(slot, position):
-                self.backend.trim(slot, position)
             case CopySlot(source, target, position):
                 self.backend.copy(source, target, position)
             case SetSampler(slot, spec):
@@ -238,3 +309,15 @@ class Worker:
 
     def close(self) -> None:
         self.backend.close()
+
+
+def _runs(frame: StepFrame, *, together: bool) -> Iterator[tuple[int, int]]:
+    """Rows of one slot at positions that follow each other, as ranges of row numbers.
+
+    Not together: each row alone, as ``run_frame`` runs them, because llama.cpp has other last bits for several.
+    """
+    if not together:
+        return pairwise(range(len(frame.slots) + 1))
+    breaks = (np.diff(frame.slots.astype(np.int32)) != 0) | (np.diff(frame.positions) != 1)
+    bounds = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(frame.slots)]
+    return pairwise(bounds)

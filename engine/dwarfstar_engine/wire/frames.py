@@ -1,12 +1,17 @@
 """Frames: what travels the ring. Pure bytes ⇄ dataclasses, once per frame and hop, so no Python object per row.
 
 Theory. A **step** frame is one micro-batch: for each row its KV slot, position and whether a token is to be sampled
-behind it, and the rows' tokens (to the first stage) or encoded activations (from stage to stage). Operations that must
-keep order with the rows travel in the same frame and are applied first, in order. The last stage answers with a
-**result** frame; a stage that cannot run a frame sends a **fault** frame instead, which later stages pass on.
+behind it, its token, and from stage to stage its encoded activations. Operations that must keep order with the rows
+travel in the same frame and are applied first, in order. The last stage answers with a **result** frame; a stage that
+cannot run a frame sends a **fault** frame instead, which later stages pass on.
 
-Layout, little endian: header (44 bytes) · positions i32[n] · slots u16[n] · wants u8[n] · timings · operations · zeros
-to a multiple of 16 · payload · CRC32C over all before it. Result and fault frames have timings and a payload only.
+Rows of a slot replace what it held from their position on, so a slot is given away, and wrong guesses are taken back,
+by sending what is right. A row that was guessed (``Want.CHECKED``) is answered only if its token is the one that was
+drawn for its position; else it was for nothing. Frames of a **prompt** may be overtaken by others inside a stage.
+
+Layout, little endian: header (44 bytes) · positions i32[n] · tokens i32[n] · slots u16[n] · wants u8[n] · timings ·
+operations · zeros to a multiple of 16 · payload · CRC32C over all before it. Result and fault frames have timings and a
+payload only.
 
 Invariants. A frame that decodes is whole, inside every bound below, and agrees with itself: counts match lengths, slots
 and positions are in range. The CRC is the last thing in the frame, so the CRC over *all* bytes of a sound frame is one
@@ -35,10 +40,8 @@ from dwarfstar_engine.wire.ops import (
     MAX_POSITION,
     MAX_SLOTS,
     CopySlot,
-    FreeSlot,
     Op,
     SetSampler,
-    TrimSlot,
     decode_ops,
     encode_ops,
 )
@@ -58,7 +61,6 @@ __all__ = [
     "FaultFrame",
     "Frame",
     "FrameKind",
-    "FreeSlot",
     "Op",
     "Payload",
     "ResultFrame",
@@ -66,10 +68,11 @@ __all__ = [
     "SamplerSpec",
     "SetSampler",
     "StepFrame",
-    "TrimSlot",
+    "Want",
     "decode",
     "encode",
     "encode_tokens",
+    "is_prompt",
 ]
 
 MAX_ROWS = 4096  # twice the largest chunk the settings allow; a longer prompt is cut into chunks
@@ -78,17 +81,19 @@ MAX_TIMINGS = 256  # stages of a ring; each has at least one layer, and models h
 MAX_FRAME_BYTES = 160 << 20  # 2048 rows of 16384 f32, and room for operations
 MAX_FAULT_CODE_BYTES = 64  # codes are identifiers
 MAX_FAULT_MESSAGE_BYTES = 4096  # one sentence, perhaps with a path in it
-FRAME_VERSION = 1  # of this layout and of the activation codecs
+FRAME_VERSION = 2  # of this layout and of the activation codecs
 _ALIGNMENT = 16  # of the payload inside the frame, so that vector code may read it in place
 _FEW_ROWS = 16  # below this, checking ranges over a Python list is quicker than by numpy
 
 _MAGIC = b"DSf\x1a"
-# magic, version, kind, payload type, zero, epoch, lane, timings, number,
+# magic, version, kind, payload type, zero, epoch, flags, timings, number,
 # rows, cols, operations, zero, bytes of operations, bytes of payload
 _HEADER = struct.Struct("<4sBBBBIHHQIIHHII")
 _CRC = struct.Struct("<I")
 _RESIDUE = 0x48674BC7  # CRC32C of any bytes followed by their own CRC32C, little endian
-_ROW_BYTES = 4 + 2 + 1
+_ROW_BYTES = 4 + 4 + 2 + 1
+_PROMPT = 1  # flag of a step frame
+_KIND_AT, _FLAGS_AT = 5, 12
 _TIMING_BYTES = 8
 
 _RESULT_ROW = struct.Struct("<HHid")  # slot, entries of top, token, logprob
@@ -110,7 +115,14 @@ class Payload(IntEnum):
     F32 = 1
     F16 = 2
     Q8 = 3
-    TOKENS = 4
+
+
+class Want(IntEnum):
+    """What is wanted behind a row."""
+
+    NONE = 0
+    DRAWN = 1  # a token
+    CHECKED = 2  # a token, if the row's own was guessed rightly
 
 
 Timings = tuple[tuple[int, int], ...]
@@ -120,22 +132,23 @@ Timings = tuple[tuple[int, int], ...]
 class StepFrame:
     """One micro-batch of n rows; n = 0 is legal when there are operations to carry.
 
-    slots: u16[n]; positions: i32[n]; wants: u8[n], 1 where a token is to be sampled.
-    data: for TOKENS i32[n]; for F32, F16, Q8 n encoded rows of ``cols`` values, contiguous; empty for NONE.
+    slots: u16[n]; positions, tokens: i32[n]; wants: u8[n], of ``Want``. prompt: the rows are of one prompt.
+    data: for F32, F16, Q8 n encoded rows of ``cols`` values, contiguous; empty for NONE, towards the first stage.
     timings: per stage passed, (compute, wait for the frame) in µs.
     """
 
     epoch: int
-    lane: int
     number: int
     ops: tuple[Op, ...]
     slots: NDArray[np.uint16]
     positions: NDArray[np.int32]
+    tokens: NDArray[np.int32]
     wants: NDArray[np.uint8]
-    payload: Payload
-    data: memoryview | NDArray[Any] | bytes
-    cols: int
+    payload: Payload = Payload.NONE
+    data: memoryview | NDArray[Any] | bytes = b""
+    cols: int = 0
     timings: Timings = ()
+    prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +163,9 @@ class SampledRow:
 
 @dataclass(slots=True)
 class ResultFrame:
-    """The last stage's answer to a step frame: a row for every wanted one, in the order of the step's rows."""
+    """The last stage's answer to a step frame: a row for every wanted one but wrong guesses, in the step's order."""
 
     epoch: int
-    lane: int
     number: int
     rows: list[SampledRow]
     timings: Timings = ()
@@ -164,7 +176,6 @@ class FaultFrame:
     """A stage could not run this frame. ``code``: of the error tree; ``message``: a sentence; both cut to size."""
 
     epoch: int
-    lane: int
     number: int
     code: str
     message: str
@@ -197,22 +208,27 @@ def encode_tokens(
     ops: tuple[Op, ...],
     slots: Sequence[int],
     positions: Sequence[int],
-    wants: Sequence[int],
     tokens: Sequence[int],
+    wants: Sequence[int],
+    prompt: bool,
 ) -> bytes:
-    """The bytes of a step frame for the first stage, from plain numbers: what ``encode`` of a StepFrame on lane 0
-    with payload TOKENS gives, in a third of the time. It lies between a result and the next frame of its stream."""
+    """The bytes of a step frame for the first stage, from plain numbers: what ``encode`` of a StepFrame gives, in a
+    third of the time. It lies between a result and the next frame of its stream."""
     n = len(tokens)
     assert n <= MAX_ROWS and len(slots) == len(positions) == len(wants) == n and len(ops) <= MAX_OPS
     op_data = encode_ops(ops) if ops else b""
     padding = -(_HEADER.size + n * _ROW_BYTES + len(op_data)) % _ALIGNMENT
     header = _HEADER.pack(
-        _MAGIC, FRAME_VERSION, FrameKind.STEP, Payload.TOKENS, 0, epoch, 0, 0, number,
-        n, 0, len(ops), 0, len(op_data), 4 * n,
-    )  # fmt: skip
-    rows = struct.pack(f"<{n}i{n}H{n}B", *positions, *slots, *wants)
-    body = b"".join((header, rows, op_data, bytes(padding), struct.pack(f"<{n}i", *tokens)))
+        _MAGIC, FRAME_VERSION, FrameKind.STEP, 0, 0, epoch, prompt, 0, number, n, 0, len(ops), 0, len(op_data), 0
+    )
+    rows = struct.pack(f"<{2 * n}i{n}H{n}B", *positions, *tokens, *slots, *wants)
+    body = b"".join((header, rows, op_data, bytes(padding)))
     return body + _CRC.pack(native.crc32c(body))
+
+
+def is_prompt(data: bytes) -> bool:
+    """Whether ``data``, if it is a frame at all, is one of a prompt."""
+    return len(data) > _FLAGS_AT and data[_KIND_AT] == FrameKind.STEP and bool(data[_FLAGS_AT] & _PROMPT)
 
 
 def decode(data: bytes) -> Frame:
@@ -248,7 +264,8 @@ def _encode_step(frame: StepFrame) -> bytes:
     n, ops, timings = len(frame.positions), frame.ops, frame.timings
     data: Any = frame.data  # any buffer; numpy's types do not say that arrays are
     assert n <= MAX_ROWS and len(frame.slots) == n == len(frame.wants), "one slot, position and want per row"
-    assert frame.positions.dtype == np.int32 and frame.slots.dtype == np.uint16 and frame.wants.dtype == np.uint8
+    assert frame.positions.dtype == frame.tokens.dtype == np.int32 and len(frame.tokens) == n
+    assert frame.slots.dtype == np.uint16 and frame.wants.dtype == np.uint8
     assert len(ops) <= MAX_OPS and len(timings) <= MAX_TIMINGS and frame.cols <= MAX_COLS
     payload_bytes = len(data) if isinstance(data, bytes) else data.nbytes
     problem = _payload_problem(frame.payload, n, frame.cols, payload_bytes)
@@ -258,22 +275,23 @@ def _encode_step(frame: StepFrame) -> bytes:
     padding = -(_HEADER.size + middle) % _ALIGNMENT
     _check_size(_HEADER.size + middle + padding + payload_bytes + _CRC.size)
     header = _HEADER.pack(
-        _MAGIC, FRAME_VERSION, FrameKind.STEP, frame.payload, 0, frame.epoch, frame.lane, len(timings), frame.number,
-        n, frame.cols, len(ops), 0, len(op_data), payload_bytes,
+        _MAGIC, FRAME_VERSION, FrameKind.STEP, frame.payload, 0, frame.epoch, frame.prompt, len(timings),
+        frame.number, n, frame.cols, len(ops), 0, len(op_data), payload_bytes,
     )  # fmt: skip
-    rows = (frame.positions.tobytes(), frame.slots.tobytes(), frame.wants.tobytes())
+    rows = (frame.positions.tobytes(), frame.tokens.tobytes(), frame.slots.tobytes(), frame.wants.tobytes())
     head = b"".join((header, *rows, _encode_timings(timings), op_data, bytes(padding)))
     # The payload is read twice (CRC, join) and copied once.
     return b"".join((head, data, _CRC.pack(native.crc32c(data, native.crc32c(head)))))
 
 
 def _decode_step(data: bytes, header: tuple[int, ...]) -> StepFrame:
-    _, _, _, payload, _, epoch, lane, timing_count, number, n, cols, op_count, _, op_bytes, payload_bytes = header
+    _, _, _, payload, _, epoch, flags, timing_count, number, n, cols, op_count, _, op_bytes, payload_bytes = header
     if n > MAX_ROWS or cols > MAX_COLS or op_count > MAX_OPS or timing_count > MAX_TIMINGS:
         raise FrameError(
             f"A frame is out of bounds: {n} rows of {cols}, {op_count} operations, {timing_count} timings."
         )
-    slots_at = _HEADER.size + 4 * n
+    tokens_at = _HEADER.size + 4 * n
+    slots_at = tokens_at + 4 * n
     wants_at = slots_at + 2 * n
     timings_at = wants_at + n
     ops_at = timings_at + timing_count * _TIMING_BYTES
@@ -281,23 +299,20 @@ def _decode_step(data: bytes, header: tuple[int, ...]) -> StepFrame:
     payload_at = ops_end + -ops_end % _ALIGNMENT
     if payload_at + payload_bytes + _CRC.size != len(data):
         raise FrameError(f"A frame of {len(data)} bytes does not have the length that its counts give.")
-    if payload > Payload.TOKENS:
-        raise FrameError(f"A frame has the unknown payload type {payload}; run one release everywhere.")
+    if payload > Payload.Q8 or flags > _PROMPT:
+        raise FrameError(f"A frame has payload type {payload} and flags {flags}, unknown; run one release everywhere.")
     if problem := _payload_problem(payload, n, cols, payload_bytes):
         raise FrameError(problem)
     positions = np.frombuffer(data, np.int32, n, _HEADER.size)
+    tokens = np.frombuffer(data, np.int32, n, tokens_at)
     slots = np.frombuffer(data, np.uint16, n, slots_at)
     wants = np.frombuffer(data, np.uint8, n, wants_at)
-    if n and not _rows_in_range(positions, slots, wants):
+    if n and not _rows_in_range(positions, tokens, slots, wants):
         raise FrameError("A frame has a row whose slot, position or output mark is out of range.")
-    body: memoryview | NDArray[Any]
-    if payload == Payload.TOKENS:
-        body = np.frombuffer(data, np.int32, n, payload_at)
-    else:
-        body = memoryview(data)[payload_at : payload_at + payload_bytes]
+    body = memoryview(data)[payload_at : payload_at + payload_bytes]
     return StepFrame(
-        epoch, lane, number, decode_ops(data, ops_at, ops_end, op_count), slots, positions, wants,
-        _PAYLOADS[payload], body, cols, _decode_timings(data, timings_at, timing_count),
+        epoch, number, decode_ops(data, ops_at, ops_end, op_count), slots, positions, tokens, wants,
+        _PAYLOADS[payload], body, cols, _decode_timings(data, timings_at, timing_count), bool(flags & _PROMPT),
     )  # fmt: skip
 
 
@@ -306,24 +321,24 @@ _PAYLOADS = tuple(Payload)  # by number: quicker than calling the enum
 
 def _payload_problem(payload: int, n: int, cols: int, size: int) -> str:
     """Why ``size`` bytes cannot be n rows of ``cols`` values; empty when they can."""
-    if payload == Payload.NONE:
-        expected = 0
-    elif payload == Payload.TOKENS:
-        expected = 4 * n
-    else:
-        expected = native.encoded_size(native.WireType(payload), n, cols) if n else 0
+    encoded = payload != Payload.NONE and n > 0
+    expected = native.encoded_size(native.WireType(payload), n, cols) if encoded else 0
     if size == expected:
         return ""
     return f"A frame's payload has {size} bytes where {n} rows of {cols} values (type {payload}) have {expected}."
 
 
-def _rows_in_range(positions: NDArray[np.int32], slots: NDArray[np.uint16], wants: NDArray[np.uint8]) -> bool:
+def _rows_in_range(
+    positions: NDArray[np.int32], tokens: NDArray[np.int32], slots: NDArray[np.uint16], wants: NDArray[np.uint8]
+) -> bool:
     if len(positions) < _FEW_ROWS:
         held = positions.tolist()
         low, high, slot, want = min(held), max(held), max(slots.tolist()), max(wants.tolist())
+        token = min(tokens.tolist())
     else:
         low, high, slot, want = int(positions.min()), int(positions.max()), int(slots.max()), int(wants.max())
-    return bool(low >= 0 and high <= MAX_POSITION and slot < MAX_SLOTS and want <= 1)
+        token = int(tokens.min())
+    return bool(low >= 0 and high <= MAX_POSITION and token >= 0 and slot < MAX_SLOTS and want <= Want.CHECKED)
 
 
 # --- result and fault ------------------------------------------------------------------------------------------------
@@ -335,7 +350,7 @@ def _encode_other(
     assert len(timings) <= MAX_TIMINGS
     _check_size(_HEADER.size + len(timings) * _TIMING_BYTES + len(payload) + _CRC.size)
     head = _HEADER.pack(
-        _MAGIC, FRAME_VERSION, kind, Payload.NONE, 0, frame.epoch, frame.lane, len(timings), frame.number,
+        _MAGIC, FRAME_VERSION, kind, Payload.NONE, 0, frame.epoch, 0, len(timings), frame.number,
         rows, cols, 0, 0, 0, len(payload),
     )  # fmt: skip
     body = b"".join((head, _encode_timings(timings), payload))
@@ -343,7 +358,7 @@ def _encode_other(
 
 
 def _decode_result(data: bytes, header: tuple[int, ...]) -> ResultFrame:
-    _, _, _, _, _, epoch, lane, timing_count, number, n, _, _, _, _, payload_bytes = header
+    _, _, _, _, _, epoch, _, timing_count, number, n, _, _, _, _, payload_bytes = header
     at, end = _other_payload(data, timing_count, payload_bytes)
     if n > MAX_ROWS:
         raise FrameError(f"A result has {n} rows, more than the {MAX_ROWS} of any frame.")
@@ -361,11 +376,11 @@ def _decode_result(data: bytes, header: tuple[int, ...]) -> ResultFrame:
         at = top_end
     if at != end:
         raise FrameError("A result is longer than its rows.")
-    return ResultFrame(epoch, lane, number, rows, _decode_timings(data, _HEADER.size, timing_count))
+    return ResultFrame(epoch, number, rows, _decode_timings(data, _HEADER.size, timing_count))
 
 
 def _decode_fault(data: bytes, header: tuple[int, ...]) -> FaultFrame:
-    _, _, _, _, _, epoch, lane, timing_count, number, code_bytes, message_bytes, _, _, _, payload_bytes = header
+    _, _, _, _, _, epoch, _, timing_count, number, code_bytes, message_bytes, _, _, _, payload_bytes = header
     at, end = _other_payload(data, timing_count, payload_bytes)
     if (
         code_bytes > MAX_FAULT_CODE_BYTES
@@ -375,7 +390,7 @@ def _decode_fault(data: bytes, header: tuple[int, ...]) -> FaultFrame:
         raise FrameError("A fault frame's text does not have the length its header gives.")
     text = data[at : at + code_bytes], data[at + code_bytes : end]
     code, message = (part.decode("utf-8", "replace") for part in text)
-    return FaultFrame(epoch, lane, number, code, message)
+    return FaultFrame(epoch, number, code, message)
 
 
 def _other_payload(data: bytes, timing_count: int, payload_bytes: int) -> tuple[int, int]:

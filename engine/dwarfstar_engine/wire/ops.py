@@ -1,6 +1,7 @@
 """Operations on KV slots that travel in a step frame, because they must keep their order with the rows around them.
 
-A stage applies the operations of a frame in order, before the frame's rows. Encoded: kind u8, slot u16, then what the
+A stage applies the operations of a frame in order, before the frame's rows. Freeing needs none: rows of a slot replace
+what it held from their position on. Encoded: kind u8, slot u16, then what the
 kind needs. Every decoded operation names slots below MAX_SLOTS and positions in 0 … MAX_POSITION.
 """
 
@@ -14,28 +15,12 @@ from dwarfstar_engine.wire.sampler_spec import MAX_SAMPLER_BYTES
 
 MAX_SLOTS = 256  # llama.cpp's LLAMA_MAX_SEQ
 MAX_POSITION = (1 << 24) - 1  # sixteen times the longest context the settings allow
-MAX_OPS = 4 * MAX_SLOTS  # each slot freed, trimmed, filled by a copy and given a sampler in one frame
+MAX_OPS = 2 * MAX_SLOTS  # each slot filled by a copy and given a sampler in one frame
 
 _HEAD = struct.Struct("<BH")  # kind, slot; then by kind:
-_POSITION = struct.Struct("<i")
 _TARGET = struct.Struct("<Hi")  # target, position
 _LENGTH = struct.Struct("<I")
-_FREE, _TRIM, _COPY, _SAMPLER = 1, 2, 3, 4
-
-
-@dataclass(frozen=True, slots=True)
-class FreeSlot:
-    """Forget a slot: its KV cells and its sampler."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class TrimSlot:
-    """Drop a slot's KV cells from ``position`` on."""
-
-    slot: int
-    position: int
+_COPY, _SAMPLER = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +40,7 @@ class SetSampler:
     spec: bytes
 
 
-Op = FreeSlot | TrimSlot | CopySlot | SetSampler
+Op = CopySlot | SetSampler
 
 
 def encode_ops(ops: tuple[Op, ...]) -> bytes:
@@ -65,12 +50,6 @@ def encode_ops(ops: tuple[Op, ...]) -> bytes:
 
 def _encode(op: Op) -> bytes:
     match op:
-        case FreeSlot(slot):
-            _assert_cell(slot, 0)
-            return _HEAD.pack(_FREE, slot)
-        case TrimSlot(slot, position):
-            _assert_cell(slot, position)
-            return _HEAD.pack(_TRIM, slot) + _POSITION.pack(position)
         case CopySlot(source, target, position):
             _assert_cell(source, position)
             _assert_cell(target, position)
@@ -107,13 +86,7 @@ def _decode(view: memoryview, at: int) -> tuple[Op, int]:
     at += _HEAD.size
     target, position = slot, 0
     op: Op
-    if kind == _FREE:
-        op = FreeSlot(slot)
-    elif kind == _TRIM:
-        (position,) = _POSITION.unpack_from(view, at)
-        at += _POSITION.size
-        op = TrimSlot(slot, position)
-    elif kind == _COPY:
+    if kind == _COPY:
         target, position = _TARGET.unpack_from(view, at)
         at += _TARGET.size
         op = CopySlot(slot, target, position)

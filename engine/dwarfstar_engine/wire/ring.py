@@ -3,7 +3,7 @@
 Theory. A hop is a bidirectional stream ``/dwarfstar.v1.Data/Ring``. The first message either way is a hello; the
 receiver answers with its own or refuses (another protocol, another llama.cpp build, a stale epoch). Then frames flow
 from the sender to the receiver, and the stream's life is the hop's life: when either process dies, both ends learn
-it at once. Order within a hop is the order of ``send``.
+it at once. Order within a hop is the order of ``send``. Before the first frame the sender measures the link.
 
 Bounds. ``SEND_QUEUE`` frames wait for a slow receiver; the coordinator keeps fewer than that in flight, so a full
 queue is a fault and breaks the hop. A receiver that is one epoch behind its sender gets ``EPOCH_WAIT_S`` to catch up.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from dwarfstar_engine.errors import DwarfStarError, FrameError, PeerError, Versi
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import data_pb2
 from dwarfstar_engine.wire.handshake import BuildInfo, check_peer
+from dwarfstar_engine.wire.link import MAX_PROBES, PROBES, Link
 
 log = logging.getLogger("dwarfstar.ring")
 
@@ -38,7 +40,7 @@ OPEN_DEADLINE_S = 10.0
 FrameSink = Callable[[bytes], Awaitable[None]]
 
 
-def _hello(build: BuildInfo, epoch: int, sender: str) -> bytes:
+def _hello(build: BuildInfo, epoch: int, sender: str, probes: int) -> bytes:
     return data_pb2.RingHello(
         protocol=build.protocol,
         llama_build=build.llama_build,
@@ -46,6 +48,7 @@ def _hello(build: BuildInfo, epoch: int, sender: str) -> bytes:
         abi=build.abi,
         epoch=epoch,
         sender=sender,
+        probes=probes,
     ).SerializeToString()
 
 
@@ -107,6 +110,10 @@ class RingReceiver:
             return
         epoch, sender = hello.epoch, hello.sender
         await context.write(data_pb2.RingWelcome(code="").SerializeToString())
+        for _ in range(min(hello.probes, MAX_PROBES)):
+            if not isinstance(await context.read(), bytes):
+                break  # it left; the next read says so too
+            await context.write(b"")
         self._on_open(epoch)
         try:
             while isinstance(data := await context.read(), bytes) and epoch == self._epoch.value:
@@ -127,6 +134,25 @@ class RingReceiver:
             )
 
 
+def _welcome(answer: object) -> data_pb2.RingWelcome:
+    welcome = data_pb2.RingWelcome()
+    if isinstance(answer, bytes):
+        welcome.ParseFromString(answer)
+    return welcome
+
+
+async def _measure(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> Link | None:
+    """What the link is worth; None if the stream ended."""
+    times_s = []
+    for size in PROBES:
+        started = time.perf_counter()
+        await call.write(bytes(size))
+        if not isinstance(await call.read(), bytes):
+            return None
+        times_s.append(time.perf_counter() - started)
+    return Link.of(times_s)
+
+
 class RingSender:
     """The sending end of a hop. ``on_lost`` is called once when the stream ends, unless ``close`` was first."""
 
@@ -141,31 +167,31 @@ class RingSender:
 
     async def open(
         self, address: str, credentials: grpc.ChannelCredentials, build: BuildInfo, epoch: int, sender: str
-    ) -> None:
-        """Connect and shake hands. Raises VersionMismatch or PeerError within OPEN_DEADLINE_S."""
+    ) -> Link:
+        """Connect, shake hands and measure. Raises VersionMismatch or PeerError within OPEN_DEADLINE_S."""
         self._channel = channel.open_channel(address, credentials)
         call: grpc.aio.StreamStreamCall[bytes, bytes] = self._channel.stream_stream(f"/{DATA_SERVICE}/{RING_METHOD}")()
         try:
             async with asyncio.timeout(OPEN_DEADLINE_S):
-                await call.write(_hello(build, epoch, sender))
+                await call.write(_hello(build, epoch, sender, len(PROBES)))
                 answer = await call.read()
+                link = await _measure(call) if isinstance(answer, bytes) and not _welcome(answer).code else None
         except (TimeoutError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
             await self.close()
             if isinstance(error, asyncio.CancelledError):
                 raise
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else "no answer in time"
             raise PeerError(f"the next stage at {address} cannot be reached: {detail}", code="hop_failed") from None
-        welcome = data_pb2.RingWelcome()
-        if isinstance(answer, bytes):
-            welcome.ParseFromString(answer)
-        else:
+        welcome = _welcome(answer)
+        if link is None and not welcome.code:
             welcome.code, welcome.message = "hop_failed", f"the next stage at {address} closed the connection"
-        if welcome.code:
+        if link is None:
             await self.close()
             kind = VersionMismatch if welcome.code == VersionMismatch.code else PeerError
             raise kind(welcome.message, code=welcome.code)
         self._call = call
         self._watcher = asyncio.create_task(self._watch(call), name="ring-watch")
+        return link
 
     def send(self, frame: bytes) -> None:
         """Queue a frame; ``flush`` sends it. A full queue breaks the hop: the receiver has stopped."""

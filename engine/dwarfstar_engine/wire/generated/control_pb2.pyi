@@ -420,6 +420,8 @@ class StageEvent(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     state: Global___StageState.ValueType
     pid: _builtins.int
@@ -431,6 +433,14 @@ class StageEvent(_message.Message):
     """memory of the process"""
     share: _builtins.float
     """of loading, 0 … 1"""
+    @_builtins.property
+    def profile(self) -> Global___StageProfile:
+        """with READY"""
+
+    @_builtins.property
+    def link(self) -> Global___LinkProfile:
+        """with LINKED"""
+
     def __init__(
         self,
         *,
@@ -442,14 +452,107 @@ class StageEvent(_message.Message):
         detail: _builtins.str = ...,
         bytes: _builtins.int = ...,
         share: _builtins.float = ...,
+        profile: Global___StageProfile | None = ...,
+        link: Global___LinkProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "detail", b"detail", "epoch", b"epoch", "pid", b"pid", "port", b"port", "share", b"share", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "detail", b"detail", "epoch", b"epoch", "link", b"link", "pid", b"pid", "port", b"port", "profile", b"profile", "share", b"share", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageEvent: _TypeAlias = StageEvent  # noqa: Y015
+
+@_typing.final
+class StageProfile(_message.Message):
+    """What rows take, measured when the slice was loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    STEP_MS_FIELD_NUMBER: _builtins.int
+    BATCHED_FIELD_NUMBER: _builtins.int
+    TOGETHER_MS_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    step_ms: _builtins.float
+    """one generated token"""
+    batched: _builtins.bool
+    """rows of several slots run as one decode"""
+    together_ms: _builtins.float
+    """four rows of as many slots so; 0: not measured"""
+    window: _builtins.int
+    """of the model's sliding attention; 0: none"""
+    @_builtins.property
+    def prompt(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCost]:
+        """frames of a prompt, rows increasing"""
+
+    def __init__(
+        self,
+        *,
+        prompt: _abc.Iterable[Global___RowCost] | None = ...,
+        step_ms: _builtins.float = ...,
+        batched: _builtins.bool = ...,
+        together_ms: _builtins.float = ...,
+        window: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched", b"batched", "prompt", b"prompt", "step_ms", b"step_ms", "together_ms", b"together_ms", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageProfile: _TypeAlias = StageProfile  # noqa: Y015
+
+@_typing.final
+class RowCost(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    MS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    ms: _builtins.float
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ms", b"ms", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowCost: _TypeAlias = RowCost  # noqa: Y015
+
+@_typing.final
+class LinkProfile(_message.Message):
+    """The hop to the next stage, measured when it was opened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
+    MB_S_FIELD_NUMBER: _builtins.int
+    WIRE_TYPE_FIELD_NUMBER: _builtins.int
+    round_trip_ms: _builtins.float
+    mb_s: _builtins.float
+    """1e6 bytes"""
+    wire_type: _builtins.int
+    """what hidden states are sent as"""
+    def __init__(
+        self,
+        *,
+        round_trip_ms: _builtins.float = ...,
+        mb_s: _builtins.float = ...,
+        wire_type: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mb_s", b"mb_s", "round_trip_ms", b"round_trip_ms", "wire_type", b"wire_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkProfile: _TypeAlias = LinkProfile  # noqa: Y015
 
 @_typing.final
 class Leave(_message.Message):
@@ -634,15 +737,18 @@ class StageOptions(_message.Message):
     WIRE_TYPE_FIELD_NUMBER: _builtins.int
     FLASH_ATTENTION_FIELD_NUMBER: _builtins.int
     KV_TYPE_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
     context: _builtins.int
     """tokens of one slot"""
     slots: _builtins.int
     batch: _builtins.int
     """rows of a frame, at most"""
     wire_type: _builtins.int
-    """frames.Payload: 1 f32, 2 f16, 3 q8"""
+    """frames.Payload: 1 f32, 2 f16, 3 q8; 0: by the measured link"""
     flash_attention: _builtins.str
     kv_type: _builtins.str
+    exact: _builtins.bool
+    """rows of several slots run together only if that changes no bit"""
     def __init__(
         self,
         *,
@@ -652,10 +758,11 @@ class StageOptions(_message.Message):
         wire_type: _builtins.int = ...,
         flash_attention: _builtins.str = ...,
         kv_type: _builtins.str = ...,
+        exact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "context", b"context", "flash_attention", b"flash_attention", "kv_type", b"kv_type", "slots", b"slots", "wire_type", b"wire_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "context", b"context", "exact", b"exact", "flash_attention", b"flash_attention", "kv_type", b"kv_type", "slots", b"slots", "wire_type", b"wire_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*dwarfstar_engine/wire/generated/data.proto\x12\x0c\x64warfstar.v1\"u\n\tRingHello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x13\n\x0bllama_build\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0b\n\x03\x61\x62i\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\r\x12\x0e\n\x06sender\x18\x06 \x01(\tJ\x04\x08\x08\x10\x10\"2\n\x0bRingWelcome\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tJ\x04\x08\x08\x10\x10\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*dwarfstar_engine/wire/generated/data.proto\x12\x0c\x64warfstar.v1\"\x85\x01\n\tRingHello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x13\n\x0bllama_build\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0b\n\x03\x61\x62i\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\r\x12\x0e\n\x06sender\x18\x06 \x01(\t\x12\x0e\n\x06probes\x18\x07 \x01(\rJ\x04\x08\x08\x10\x10\"2\n\x0bRingWelcome\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tJ\x04\x08\x08\x10\x10\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dwarfstar_engine.wire.generated.data_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RINGHELLO']._serialized_start=60
-  _globals['_RINGHELLO']._serialized_end=177
-  _globals['_RINGWELCOME']._serialized_start=179
-  _globals['_RINGWELCOME']._serialized_end=229
+  _globals['_RINGHELLO']._serialized_start=61
+  _globals['_RINGHELLO']._serialized_end=194
+  _globals['_RINGWELCOME']._serialized_start=196
+  _globals['_RINGWELCOME']._serialized_end=246
 # @@protoc_insertion_point(module_scope)

@@ -7,8 +7,8 @@ The data plane: the hops of the ring, one stream each.
 
 That service is registered by hand (wire/ring.py) and not generated, because its messages after the first are frames:
 raw bytes whose layout wire/frames.py defines. They are no protobuf, so that a hop neither parses nor copies
-activations. The first message from the sender is a RingHello, the receiver's only message is a RingWelcome; then
-frames flow from the sender until either process ends the stream.
+activations. The first message from the sender is a RingHello, the receiver's first a RingWelcome, after which it only
+answers probes; then frames flow from the sender until either process ends the stream.
 
 Field numbers 8 to 15 are kept for what a hop may have to agree on later (compression, shared-memory transport).
 """
@@ -36,6 +36,7 @@ class RingHello(_message.Message):
     ABI_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     SENDER_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """handshake.PROTOCOL_VERSION"""
     llama_build: _builtins.str
@@ -48,6 +49,8 @@ class RingHello(_message.Message):
     """the plan whose frames will follow"""
     sender: _builtins.str
     """node id, for people; trust rests on the certificate"""
+    probes: _builtins.int
+    """messages that follow, each answered by an empty one: the sender measures the link"""
     def __init__(
         self,
         *,
@@ -57,10 +60,11 @@ class RingHello(_message.Message):
         abi: _builtins.int = ...,
         epoch: _builtins.int = ...,
         sender: _builtins.str = ...,
+        probes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abi", b"abi", "epoch", b"epoch", "llama_build", b"llama_build", "protocol", b"protocol", "sender", b"sender", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abi", b"abi", "epoch", b"epoch", "llama_build", b"llama_build", "probes", b"probes", "protocol", b"protocol", "sender", b"sender", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,150 @@
+"""What a stage takes for its rows, measured once after loading: the scheduler's chunks and lanes follow from it.
+
+Theory. Two questions. How long do so many rows of a prompt take, so that chunks are large enough to be efficient and
+small enough to follow each other through the stages? And are rows of several slots better run together? On a GPU a
+batch of eight costs little more than one row. On a CPU it may cost as much as eight, and give other last bits, because
+llama.cpp has other kernels for it: then it must be worth it.
+
+Hidden states are noise: what llama.cpp takes does not depend on the values. All slots are empty afterwards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from dwarfstar_engine.native import FloatRows, WireType
+from dwarfstar_engine.stage.llama import LlamaSlice
+from dwarfstar_engine.wire import frames
+from dwarfstar_engine.wire.frames import Payload, StepFrame, Want
+
+FIRST_ROWS = 64  # llama.cpp's attention has another kernel from here on, for prompts
+BUDGET_S = 0.3  # of a load; larger chunks are tried while they take less
+ROUNDS = 5
+TOGETHER = 4  # rows of a batch that is compared with as many decodes
+ALWAYS = 1.5  # so much faster together: then it is worth other last bits, unless they are to be exact
+WORTH = 1.05  # so much faster, and the same bits
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """prompt: (rows, ms) of frames of a prompt. step_ms: one row. together_ms: TOGETHER rows of as many slots.
+
+    window: of the model's sliding attention; 0 if it has none.
+    """
+
+    prompt: tuple[tuple[int, float], ...] = ()
+    step_ms: float = 0.0
+    together_ms: float = 0.0
+    batched: bool = False
+    window: int = 0
+
+
+def measure(slice_: LlamaSlice, threads: int) -> Profile:
+    """Run rows through a loaded slice and see. It takes BUDGET_S, and what FIRST_ROWS and a few rows take."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((slice_.options.batch, slice_.n_embd), dtype=np.float32)
+    try:
+        prompt = _prompt(slice_, noise)
+        held = prompt[0][0] if prompt else 0
+        step_ms = _step(slice_, noise[:1], held)
+        together = min(TOGETHER, slice_.options.slots)
+        if together < TOGETHER:
+            return Profile(prompt, step_ms, window=slice_.window)
+        for slot in range(1, together):
+            slice_.hot.copy(0, slot, held)
+        apart_ms, apart = _frames(slice_, noise[:together], held, batched=False)
+        together_ms, joined = _frames(slice_, noise[:together], held, batched=True)
+        gain = apart_ms / together_ms
+        same = apart == joined and threads == 1  # with more threads long contexts take yet another kernel
+        batched = (gain >= ALWAYS and not slice_.options.exact) or (gain >= WORTH and same)
+        return Profile(prompt, step_ms, together_ms, batched, slice_.window)
+    finally:
+        slice_.hot.tune(WireType.F32, batched=False)
+        slice_.hot.clear()
+
+
+def _prompt(slice_: LlamaSlice, noise: FloatRows) -> tuple[tuple[int, float], ...]:
+    """Ever larger frames, as time allows. The slot holds FIRST_ROWS in the end, where steps can follow."""
+    wants = np.zeros(len(noise), np.uint8)
+
+    def run(rows: int, wanted: bool = False) -> float:
+        wants[rows - 1] = wanted
+        started = time.perf_counter()
+        slice_.step(noise[:rows], 0, 0, wants[:rows], prompt=True)
+        wants[rows - 1] = 0
+        return time.perf_counter() - started
+
+    sizes = [rows for rows in (FIRST_ROWS << n for n in range(6)) if rows <= min(len(noise), slice_.options.context)]
+    first = sizes[0] if sizes else min(len(noise), slice_.options.context)
+    out, spent = [], run(first)  # the first one also touches all memory
+    for rows in sizes or [first]:
+        took = run(rows)
+        out.append((rows, 1000 * took))
+        spent += took
+        if spent + 2 * took > BUDGET_S:
+            break
+    run(first, wanted=True)
+    return tuple(out)
+
+
+def _step(slice_: LlamaSlice, row: FloatRows, position: int) -> float:
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        slice_.step(row, position, 0, np.ones(1, np.uint8))
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times)
+
+
+def _frames(slice_: LlamaSlice, rows: FloatRows, position: int, *, batched: bool) -> tuple[float, bytes]:
+    """A row for each slot: the time of a frame in ms, and the bits that come out."""
+    hot, n = slice_.hot, len(rows)
+    hot.tune(WireType.F32, batched=batched)
+    if slice_.file.last:
+        for slot in range(n):
+            hot.set_sampler(slot, chain=None, dist=-1, seed=0)
+
+    def frame(slots: range) -> bytes:
+        count = len(slots)
+        first = slice_.embeds
+        return frames.encode(
+            StepFrame(
+                epoch=0,
+                number=0,
+                ops=(),
+                slots=np.array(slots, np.uint16),
+                positions=np.full(count, position, np.int32),
+                tokens=np.zeros(count, np.int32),
+                wants=np.full(count, Want.DRAWN, np.uint8),
+                payload=Payload.NONE if first else Payload.F32,
+                data=b"" if first else rows[slots.start : slots.stop],
+                cols=0 if first else slice_.n_embd,
+            )
+        )
+
+    def bits(slots: range) -> bytes:
+        out = hot.run(frame(slots), 0)
+        assert out is not None, "a frame of steps"
+        if not slice_.file.last:
+            sent = frames.decode(out)
+            assert isinstance(sent, StepFrame)
+            return bytes(sent.data)
+        return b"".join(
+            ctypes.string_at(slice_.logits(row), 4 * slice_.vocab_size)
+            for row in (range(len(slots)) if batched else range(1))
+        )
+
+    times, whole = [], frame(range(n))
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        hot.run(whole, 0)
+        times.append(time.perf_counter() - started)
+    together = bits(range(n)) if batched else b"".join(bits(range(slot, slot + 1)) for slot in range(n))
+    for slot in range(n):
+        hot.clear_sampler(slot)
+    return 1000 * statistics.median(times), together
