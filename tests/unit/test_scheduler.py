@@ -230,6 +230,24 @@ def test_guesses_wait_for_the_first_token_also_behind_an_answer_that_is_read_aga
     assert any(step.prompt and not any(step.wants) for step in ring.steps)
 
 
+def test_what_a_draft_model_offers_is_sent_as_guesses() -> None:
+    scheduler = Scheduler(Limits(1, 100, 2, chunk=50), frozenset(), Speculation("on", Linear()))
+    ring = Ring(scheduler)
+    prompt = [97, 98]
+    scheduler.submit(1, request(prompt, 40))
+    for _ in range(1000):
+        ring.pump()
+        for number, text in scheduler.undrafted():
+            scheduler.offer(number, len(text), toy.expected(text, 8, LAYERS))
+        ring.pump()
+        if ring.answers:
+            ring.land()
+        elif not ring.turn():
+            break
+    assert sum(step.wants.count(2) for step in ring.steps) > 20  # the text itself has nothing to copy from
+    assert sum(step.wants.count(1) for step in ring.steps) < 20
+
+
 def test_right_guesses_save_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_module, "Lookup", Oracle)
     monkeypatch.setattr(Oracle, "right", 1.0)

@@ -250,11 +250,9 @@ class Scheduler:
             sequence.acceptance = self._speculation.begin()
         assert sequence.acceptance is not None
         room = min(MAX_DEPTH, sequence.limit - sequence.generated - 1)
-        if len(sequence.guesses) < room and not sequence.guessed:
-            sequence.guesses = sequence.lookup.propose(room)
-        elif len(sequence.guesses) < room:
+        if len(sequence.guesses) < room:
             more = sequence.lookup.propose(room)
-            if more[: len(sequence.guesses)] == sequence.guesses:
+            if more[: len(sequence.guesses)] == sequence.guesses:  # else those of a draft model stay
                 sequence.guesses = more
         available = min(room, len(sequence.guesses))
         if available <= 0:
@@ -293,13 +291,13 @@ class Scheduler:
         return [
             (sequence.id, [*sequence.tokens, *sequence.guesses])
             for sequence in self._running.values()
-            if len(sequence.guesses) < DRAFTED and not (sequence.acceptance and sequence.acceptance.pause)
+            if len(sequence.guesses) < DRAFTED and sequence.acceptance is not None and not sequence.acceptance.pause
         ]
 
     def offer(self, sequence_id: int, length: int, guesses: Seq[int]) -> None:
         """What may follow the first ``length`` tokens of a sequence and its guesses; useless if it went otherwise."""
         sequence = self._running.get(sequence_id)
-        if sequence is None or sequence in self._reading:
+        if sequence is None or sequence.acceptance is None:
             return
         known = [*sequence.tokens, *sequence.guesses]
         passed = known[length:]
