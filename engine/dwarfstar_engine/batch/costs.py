@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HOP_MS = 0.25  # what a hop takes beside its link: a process wakes, and its caches are cold
-TOGETHER = 4  # rows of the batch that stages measure: stage/measure.py
+TOGETHER = 4  # rows of the batch that stages measure beside as many decodes
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dwarfstar_engine.batch.costs import TOGETHER
 from dwarfstar_engine.native import FloatRows, WireType
 from dwarfstar_engine.stage.llama import LlamaSlice
 from dwarfstar_engine.wire import frames
@@ -25,7 +26,6 @@ from dwarfstar_engine.wire.frames import Payload, StepFrame, Want
 FIRST_ROWS = 64  # llama.cpp's attention has another kernel from here on, for prompts
 BUDGET_S = 0.3  # of a load; larger chunks are tried while they take less
 ROUNDS = 5
-TOGETHER = 4  # rows of a batch that is compared with as many decodes
 ALWAYS = 1.5  # so much faster together: then it is worth other last bits, unless they are to be exact
 WORTH = 1.05  # so much faster, and the same bits
 
