@@ -37,7 +37,7 @@ from dwarfstar_engine.model.slice import Extent, FileExtent, MemoryExtent, ZeroE
 FloatRows = NDArray[np.float32]  # rows × cols, C order
 Buffer = bytes | bytearray | memoryview | NDArray[Any]  # anything contiguous with the buffer protocol
 
-ABI_VERSION = 3  # DS_ABI_VERSION of native/include/dwarfstar_native.h
+ABI_VERSION = 4  # DS_ABI_VERSION of native/include/dwarfstar_native.h
 MAX_TOP = 20  # DS_MAX_TOP: OpenAI's bound on top_logprobs
 FILL_CHUNK_BYTES = 4 << 20  # staging buffer of TensorFiller: large reads, small memory
 PROBE_BYTES = 256 << 20  # larger than the caches of the machines people lend
@@ -110,7 +110,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ds_stage_clear": (_i32, (_pointer,)),
     "ds_stage_sampler": (_i32, (_pointer, _i32, _i32, _pointer, _i32, _u64, ctypes.c_bool)),
     "ds_stage_draw": (_i32, (_pointer, ctypes.c_bool, _i32, _i32, _i32, _i32)),
-    "ds_stage_run": (_i64, (_pointer, _pointer, ctypes.c_size_t, _u32, _pointer, ctypes.c_size_t)),
+    "ds_stage_run": (_i64, (_pointer, _pointer, ctypes.c_size_t, _u32, _pointer, ctypes.c_size_t, _pointer)),
+    "ds_stage_halt": (_i32, (_pointer, _i32)),
+    "ds_stage_ends": (_i32, (_pointer, _pointer, _i32)),
     "ds_stage_busy_us": (_u64, (_pointer,)),
     "ds_draw_seed": (_u32, (_u64, _i32)),
     "ds_memory_bandwidth": (_double, (_i32, _u64, _double)),

@@ -30,7 +30,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a signature, a struct or a byte layout; native.py refuses another number. */
-#define DS_ABI_VERSION 3
+#define DS_ABI_VERSION 4
 DS_API int32_t ds_abi_version(void);
 
 enum ds_status {
@@ -225,8 +225,14 @@ DS_API int32_t ds_stage_sampler(ds_stage *stage, int32_t slot, int32_t mode, voi
 /* The token drawn behind row `row` of the last step; or a negative status, DS_E_RANGE if the slot has no sampler.
  * guess: the row's own token if it was guessed, else -1: DS_E_GUESS unless it is what was drawn for its position. */
 DS_API int32_t ds_stage_draw(ds_stage *stage, bool prompt, int32_t row, int32_t slot, int32_t position, int32_t guess);
-/* A whole frame of steps; bytes written to out. DS_E_UNSUPPORTED: nothing was done, take the general way. */
-DS_API int64_t ds_stage_run(ds_stage *stage, const void *frame, size_t size, uint32_t wait_us, void *out, size_t room);
+/* A whole frame of steps; bytes written to out. DS_E_UNSUPPORTED: nothing was done, take the general way. feed: bytes,
+ * behind those, of the frame with which the first stage goes on; 0: none. */
+DS_API int64_t ds_stage_run(ds_stage *stage, const void *frame, size_t size, uint32_t wait_us, void *out, size_t room,
+                            uint64_t *feed);
+/* A slot draws nothing any more, until its sampler is set. */
+DS_API int32_t ds_stage_halt(ds_stage *stage, int32_t slot);
+/* Tokens behind which no row goes on by itself. DS_E_RANGE if one is not in the vocabulary. */
+DS_API int32_t ds_stage_ends(ds_stage *stage, const int32_t *tokens, int32_t n);
 /* Microseconds spent computing since it was made. */
 DS_API uint64_t ds_stage_busy_us(const ds_stage *stage);
 /* Seed of llama.cpp's generator for a position; never 0xFFFFFFFF. */

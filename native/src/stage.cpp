@@ -42,7 +42,7 @@ namespace {
 
 constexpr uint32_t MAGIC = 0x1A665344;  // "DSf\x1a"
 constexpr uint32_t RESIDUE = 0x48674BC7;  // CRC32C of bytes followed by their own CRC32C
-constexpr uint8_t VERSION = 2, KIND_STEP = 1, KIND_RESULT = 2, PAYLOAD_NONE = 0, WANT_CHECKED = 2;
+constexpr uint8_t VERSION = 3, KIND_STEP = 1, KIND_RESULT = 2, PAYLOAD_NONE = 0, WANT_DRAWN = 1, WANT_CHECKED = 2;
 constexpr uint32_t MAX_POSITION = (1u << 24) - 1, MAX_TIMINGS = 256;
 constexpr uint32_t STATE_MAGIC = 0xAF143CD8;  // llama.cpp's, before the cells of a sequence
 constexpr uint32_t STATE_ALL = 0, STATE_WINDOWED = 1;  // LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: caches with a window only
@@ -57,7 +57,7 @@ struct Header {
     uint16_t flags, timings;
     uint64_t number;
     uint32_t rows, cols;
-    uint16_t ops, zero2;
+    uint16_t ops, rounds;
     uint32_t op_bytes, payload_bytes;
 };
 struct ResultRow {
@@ -77,6 +77,7 @@ struct Sampler {
     int32_t dist = -1;  // index of the drawing sampler in the chain; -1: the chain has none
     uint64_t seed = 0;
     int32_t next = -1, token = -1;  // what was drawn last: the position it belongs to, and it
+    bool halted = false;            // draws nothing any more
 };
 
 using Clock = std::chrono::steady_clock;
@@ -243,6 +244,8 @@ struct ds_stage {
     bool apart;  // prompts have a context of their own
     std::vector<float> input, output;
     std::vector<ResultRow> drawn;
+    std::vector<uint32_t> drawn_from;  // the frame's row behind which each was drawn
+    std::vector<bool> ends;            // by token: no row goes on behind it
     std::vector<int32_t> ids;
 
     explicit ds_stage(const ds_stage_config &c)
@@ -440,6 +443,7 @@ struct ds_stage {
     int32_t draw(Side &of, int32_t row, int32_t slot, int32_t position, int32_t guess) {
         Sampler &sampler = samplers[slot];
         if (sampler.mode == Mode::None) return DS_E_RANGE;
+        if (sampler.halted) return DS_E_GUESS;
         if (guess >= 0 && (sampler.next != position || sampler.token != guess)) return DS_E_GUESS;
         int32_t token;
         if (sampler.mode == Mode::Greedy) {
@@ -462,7 +466,8 @@ struct ds_stage {
     int32_t run_rows(const Frame &frame);
     int32_t run_together(const Frame &frame);
     int32_t draw_row(const Frame &frame, uint32_t i, int32_t row);
-    int64_t run(const uint8_t *data, size_t size, uint32_t wait_us, uint8_t *out, size_t room);
+    size_t go_on(const Frame &frame, uint8_t *out, size_t room);
+    int64_t run(const uint8_t *data, size_t size, uint32_t wait_us, uint8_t *out, size_t room, uint64_t *feed);
 };
 
 bool ds_stage::parse(const uint8_t *data, size_t size, Frame &frame) const {
@@ -511,6 +516,7 @@ int32_t ds_stage::draw_row(const Frame &frame, uint32_t i, int32_t row) {
     if (token == DS_E_GUESS) return DS_OK;
     if (token < 0) return token;
     drawn.push_back(ResultRow{static_cast<uint16_t>(slot), 0, token, 0.0});
+    drawn_from.push_back(i);
     return DS_OK;
 }
 
@@ -556,8 +562,43 @@ int32_t ds_stage::run_rows(const Frame &frame) {
     return DS_OK;
 }
 
-int64_t ds_stage::run(const uint8_t *data, size_t size, uint32_t wait_us, uint8_t *out, size_t room) {
+// The frame with which the first stage goes on: a row behind each token drawn that does not end its text. Its bytes; 0
+// if there is none.
+size_t ds_stage::go_on(const Frame &frame, uint8_t *out, size_t room) {
+    size_t n = 0;
+    for (size_t k = 0; k < drawn.size(); ++k) {
+        const uint32_t i = drawn_from[k];
+        const size_t token = static_cast<size_t>(drawn[k].token);
+        if (frame.wants[i] != WANT_DRAWN || frame.position(i) >= int32_t(MAX_POSITION)) return 0;
+        if (token < ends.size() && ends[token]) continue;
+        drawn_from[n] = static_cast<uint32_t>(k);  // from here on: of `drawn`, and never ahead of k
+        ++n;
+    }
+    const size_t end = padded(sizeof(Header) + n * ROW_BYTES);
+    if (n == 0 || end + CRC_BYTES > room) return 0;
+    uint8_t *positions = out + sizeof(Header), *tokens = positions + 4 * n, *slots = tokens + 4 * n, *wants = slots + 2 * n;
+    std::memset(out, 0, end);
+    for (size_t k = 0; k < n; ++k) {
+        const ResultRow &row = drawn[drawn_from[k]];
+        put(positions + 4 * k, static_cast<uint32_t>(held[row.slot]));
+        put(tokens + 4 * k, static_cast<uint32_t>(row.token));
+        std::memcpy(slots + 2 * k, &row.slot, sizeof row.slot);
+        wants[k] = WANT_DRAWN;
+    }
+    Header h = frame.header;
+    h.payload = PAYLOAD_NONE;
+    h.timings = 0;
+    h.rows = static_cast<uint32_t>(n);
+    h.cols = h.payload_bytes = 0;
+    h.rounds = static_cast<uint16_t>(frame.header.rounds - 1);
+    std::memcpy(out, &h, sizeof h);
+    put(out + end, ds_crc32c(0, out, end));
+    return end + CRC_BYTES;
+}
+
+int64_t ds_stage::run(const uint8_t *data, size_t size, uint32_t wait_us, uint8_t *out, size_t room, uint64_t *feed) {
     Frame frame;
+    *feed = 0;
     if (!parse(data, size, frame) || !usable(frame)) return DS_E_UNSUPPORTED;
     const Pass pass(gate, true);
     const auto started = Clock::now();
@@ -577,6 +618,7 @@ int64_t ds_stage::run(const uint8_t *data, size_t size, uint32_t wait_us, uint8_
     if (status != DS_OK) return DS_E_UNSUPPORTED;  // a bad id, damaged data: the general way says so
     if (!config.last) output.resize(values);
     drawn.clear();
+    drawn_from.clear();
     bool apart = batched && own.empty() && n > 1;  // every row of a slot of its own, sorted
     for (uint32_t i = 1; i < n; ++i) apart = apart && frame.slot(i) > frame.slot(i - 1);
     status = apart ? run_together(frame) : run_rows(frame);
@@ -604,6 +646,8 @@ int64_t ds_stage::run(const uint8_t *data, size_t size, uint32_t wait_us, uint8_
         h.cols = 0;
         h.payload_bytes = static_cast<uint32_t>(bytes);
         at = rows_at + bytes;
+        if (in.rounds > 0) *feed = go_on(frame, out + at + CRC_BYTES, room - at - CRC_BYTES);
+        h.rounds = *feed > 0 ? in.rounds : 0;
     } else {
         const size_t rows_bytes = size_t(n) * ROW_BYTES;
         const size_t payload_at = padded(at + rows_bytes + size_t(h.timings) * TIMING_BYTES);
@@ -752,10 +796,30 @@ int32_t ds_stage_draw(ds_stage *stage, bool prompt, int32_t row, int32_t slot, i
     return stage->draw(stage->side(prompt, slot), row, slot, position, guess);
 }
 
-int64_t ds_stage_run(ds_stage *stage, const void *frame, size_t size, uint32_t wait_us, void *out, size_t room) {
-    if (stage == nullptr || frame == nullptr || out == nullptr) return DS_E_ARG;
+int32_t ds_stage_halt(ds_stage *stage, int32_t slot) {
+    if (stage == nullptr || slot < 0 || slot >= stage->config.slots) return DS_E_ARG;
+    stage->samplers[slot].halted = true;
+    return DS_OK;
+}
+
+int32_t ds_stage_ends(ds_stage *stage, const int32_t *tokens, int32_t n) {
+    if (stage == nullptr || n < 0 || (tokens == nullptr && n > 0)) return DS_E_ARG;
+    return guarded([&]() -> int32_t {
+        std::vector<bool> ends(size_t(stage->config.n_vocab), false);
+        for (int32_t i = 0; i < n; ++i) {
+            if (tokens[i] < 0 || tokens[i] >= stage->config.n_vocab) return DS_E_RANGE;
+            ends[size_t(tokens[i])] = true;
+        }
+        stage->ends.swap(ends);
+        return DS_OK;
+    });
+}
+
+int64_t ds_stage_run(ds_stage *stage, const void *frame, size_t size, uint32_t wait_us, void *out, size_t room,
+                     uint64_t *feed) {
+    if (stage == nullptr || frame == nullptr || out == nullptr || feed == nullptr) return DS_E_ARG;
     return guarded([&]() -> int64_t {
-        return stage->run(static_cast<const uint8_t *>(frame), size, wait_us, static_cast<uint8_t *>(out), room);
+        return stage->run(static_cast<const uint8_t *>(frame), size, wait_us, static_cast<uint8_t *>(out), room, feed);
     });
 }
 

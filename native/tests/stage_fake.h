@@ -314,11 +314,13 @@ struct Stage {
     }
 
     // From and into buffers of exactly their size, so that a step beyond either end is seen.
-    int64_t run(const Bytes &frame, Bytes *out = nullptr, size_t room = ROOM) {
+    int64_t run(const Bytes &frame, Bytes *out = nullptr, size_t room = ROOM, Bytes *feed = nullptr) {
         const std::unique_ptr<uint8_t[]> in(new uint8_t[frame.size()]), to(new uint8_t[room]);
         std::copy(frame.begin(), frame.end(), in.get());
-        const int64_t size = ds_stage_run(stage, in.get(), frame.size(), 77, to.get(), room);
-        CHECK(size <= static_cast<int64_t>(room) && size != 0);
+        uint64_t fed = 0;
+        const int64_t size = ds_stage_run(stage, in.get(), frame.size(), 77, to.get(), room, &fed);
+        CHECK(size + static_cast<int64_t>(fed) <= static_cast<int64_t>(room) && size != 0);
+        if (feed != nullptr && size > 0) feed->assign(to.get() + size, to.get() + size + fed);
         if (out != nullptr && size > 0) out->assign(to.get(), to.get() + size);
         return size;
     }

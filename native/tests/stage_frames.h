@@ -24,15 +24,17 @@ inline void seal(Bytes &frame) {
     std::memcpy(frame.data() + frame.size() - 4, &crc, 4);
 }
 
-inline Bytes header(uint8_t kind, uint8_t payload, size_t timings, size_t rows, uint32_t cols, size_t payload_bytes) {
-    Bytes out{'D', 'S', 'f', 0x1A, 2, kind, payload, 0};
+inline Bytes header(uint8_t kind, uint8_t payload, size_t timings, size_t rows, uint32_t cols, size_t payload_bytes,
+                    uint16_t rounds = 0) {
+    Bytes out{'D', 'S', 'f', 0x1A, 3, kind, payload, 0};
     put<uint32_t>(out, 9);  // epoch
     put<uint16_t>(out, 0);  // flags
     put<uint16_t>(out, static_cast<uint16_t>(timings));
     put<uint64_t>(out, 0x123456789Aull);
     put<uint32_t>(out, static_cast<uint32_t>(rows));
     put<uint32_t>(out, cols);
-    put<uint32_t>(out, 0);  // operations, zero
+    put<uint16_t>(out, 0);  // operations
+    put<uint16_t>(out, rounds);
     put<uint32_t>(out, 0);
     put<uint32_t>(out, static_cast<uint32_t>(payload_bytes));
     CHECK(out.size() == HEADER);
@@ -46,8 +48,8 @@ inline int32_t id(const std::vector<Row> &rows, size_t i) {
 }
 
 inline Bytes step_frame(const std::vector<Row> &rows, uint8_t payload, uint32_t cols, const Bytes &data,
-                        const std::vector<uint32_t> &timings = {}) {
-    Bytes out = header(STEP, payload, timings.size() / 2, rows.size(), cols, data.size());
+                        const std::vector<uint32_t> &timings = {}, uint16_t rounds = 0) {
+    Bytes out = header(STEP, payload, timings.size() / 2, rows.size(), cols, data.size(), rounds);
     for (const Row &row : rows) put(out, row.position);
     for (size_t i = 0; i < rows.size(); ++i) put(out, id(rows, i));
     for (const Row &row : rows) put(out, row.slot);
@@ -60,8 +62,9 @@ inline Bytes step_frame(const std::vector<Row> &rows, uint8_t payload, uint32_t 
     return out;
 }
 
-inline Bytes tokens_frame(const std::vector<Row> &rows = ROWS, const std::vector<uint32_t> &timings = {}) {
-    return step_frame(rows, NONE, 0, {}, timings);
+inline Bytes tokens_frame(const std::vector<Row> &rows = ROWS, const std::vector<uint32_t> &timings = {},
+                          uint16_t rounds = 0) {
+    return step_frame(rows, NONE, 0, {}, timings, rounds);
 }
 
 inline std::vector<float> embedded(const std::vector<Row> &rows) {
@@ -87,8 +90,8 @@ inline std::vector<float> decoded(int32_t wire, const Bytes &data, size_t rows) 
 }
 
 inline Bytes rows_frame(int32_t wire = DS_F32, const std::vector<Row> &rows = ROWS,
-                        const std::vector<uint32_t> &timings = {}) {
-    return step_frame(rows, static_cast<uint8_t>(wire), EMBD, encoded(wire, embedded(rows)), timings);
+                        const std::vector<uint32_t> &timings = {}, uint16_t rounds = 0) {
+    return step_frame(rows, static_cast<uint8_t>(wire), EMBD, encoded(wire, embedded(rows)), timings, rounds);
 }
 
 // The model once more: what rows see, if each slot holds `held` and the rows of the frame before.
@@ -130,10 +133,10 @@ inline std::vector<int32_t> draws(const std::vector<float> &values, const std::v
 
 // The measured time is the one thing that is taken from the frame given, not computed.
 inline void check_step(const Bytes &out, const std::vector<Row> &rows, int32_t wire, const std::vector<float> &values,
-                std::vector<uint32_t> timings) {
+                std::vector<uint32_t> timings, uint16_t rounds = 0) {
     const size_t at = HEADER + ROW * rows.size() + 4 * timings.size();
     timings.insert(timings.end(), {get<uint32_t>(out, at), 77});
-    CHECK(out == step_frame(rows, static_cast<uint8_t>(wire), EMBD, encoded(wire, values), timings));
+    CHECK(out == step_frame(rows, static_cast<uint8_t>(wire), EMBD, encoded(wire, values), timings, rounds));
 }
 
 struct Drawn {
@@ -141,9 +144,10 @@ struct Drawn {
     int32_t token;
 };
 
-inline void check_result(const Bytes &out, const std::vector<Drawn> &drawn, std::vector<uint32_t> timings = {}) {
+inline void check_result(const Bytes &out, const std::vector<Drawn> &drawn, std::vector<uint32_t> timings = {},
+                         uint16_t rounds = 0) {
     timings.insert(timings.end(), {get<uint32_t>(out, HEADER + 4 * timings.size()), 77});
-    Bytes want = header(RESULT, 0, timings.size() / 2, drawn.size(), 0, drawn.size() * 16);
+    Bytes want = header(RESULT, 0, timings.size() / 2, drawn.size(), 0, drawn.size() * 16, rounds);
     for (const uint32_t value : timings) put(want, value);
     for (const Drawn &row : drawn) {
         put(want, row.slot);

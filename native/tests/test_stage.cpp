@@ -83,6 +83,50 @@ void chains_draw_by_seed_and_position() {
     CHECK(ds_draw_seed(99, 8) != ds_draw_seed(99, 9) && ds_draw_seed(99, 8) != ds_draw_seed(98, 8));
 }
 
+void rows_go_on_by_themselves() {
+    const std::vector<Row> rows = {{0, 0, DRAWN}, {0, 1, DRAWN}, {0, 2, DRAWN}};
+    Stage last(Place::Last), middle(Place::Middle);
+    const auto want = draws(embedded(rows), rows);
+    Bytes out, feed;
+    CHECK(middle.run(rows_frame(DS_F32, rows, {}, 5), &out, ROOM, &feed) > 0 && feed.empty());
+    check_step(out, rows, DS_F32, through(embedded(rows), rows), {}, 5);
+    const auto frame = rows_frame(DS_F32, rows, {1, 2}, 5);
+    const auto all = [&](uint16_t rounds) {
+        check_result(out, {{0, want[0]}, {1, want[1]}, {2, want[2]}}, {1, 2}, rounds);
+    };
+    CHECK(last.run(frame, &out, ROOM, &feed) > 0);
+    all(5);
+    CHECK(feed == tokens_frame({{1, 0, DRAWN, want[0]}, {1, 1, DRAWN, want[1]}, {1, 2, DRAWN, want[2]}}, {}, 4));
+    CHECK(last.run(rows_frame(DS_F32, rows, {1, 2}, 0), &out, ROOM, &feed) > 0 && feed.empty());
+    all(0);
+    // A text that ends stays behind; so does a slot that is halted, which draws nothing either.
+    CHECK(ds_stage_ends(last.stage, &want[1], 1) == DS_OK);
+    std::vector<Row> going;
+    for (size_t i = 0; i < 3; ++i) {
+        if (want[i] != want[1]) going.push_back({1, uint16_t(i), DRAWN, want[i]});
+    }
+    CHECK(!going.empty() && last.run(frame, &out, ROOM, &feed) > 0);
+    all(5);
+    CHECK(feed == tokens_frame(going, {}, 4));
+    CHECK(ds_stage_halt(last.stage, 0) == DS_OK && last.run(frame, &out, ROOM, &feed) > 0);
+    going.erase(going.begin());
+    check_result(out, {{1, want[1]}, {2, want[2]}}, {1, 2}, going.empty() ? 0 : 5);
+    CHECK(feed == (going.empty() ? Bytes() : tokens_frame(going, {}, 4)));
+    last.sampler(0, 1);  // it has a sampler again
+    CHECK(last.run(rows_frame(DS_F32, rows, {1, 2}, 0), &out) > 0);
+    all(0);
+    CHECK(ds_stage_ends(last.stage, want.data(), 3) == DS_OK && last.run(frame, &out, ROOM, &feed) > 0 && feed.empty());
+    all(0);
+    // Guesses do not go on by themselves.
+    const std::vector<Row> guessed = {{0, 0, DRAWN}, {1, 0, CHECKED, want[0]}};
+    CHECK(ds_stage_ends(last.stage, nullptr, 0) == DS_OK);
+    CHECK(last.run(rows_frame(DS_F32, guessed, {}, 5), &out, ROOM, &feed) > 0 && feed.empty());
+    const int32_t strange[] = {-1, 1 << 30};
+    for (const int32_t &token : strange) CHECK(ds_stage_ends(last.stage, &token, 1) == DS_E_RANGE);
+    CHECK(ds_stage_ends(last.stage, nullptr, 1) == DS_E_ARG && ds_stage_ends(nullptr, nullptr, 0) == DS_E_ARG);
+    for (const int32_t slot : {-1, SLOTS}) CHECK(ds_stage_halt(last.stage, slot) == DS_E_ARG);
+}
+
 void rope_positions_in_four_planes() {
     Stage middle(Place::Middle, DS_F32, false, 4);
     CHECK(middle.run(rows_frame()) > 0);
@@ -256,7 +300,8 @@ void rows_without_frames() {
     CHECK(ds_stage_sampler(last.stage, 0, 2, nullptr, -1, 0, false) == DS_E_ARG);
     CHECK(ds_stage_copy(last.stage, 0, 1, -1) == DS_E_ARG && ds_stage_clear(nullptr) == DS_E_ARG);
     for (const int32_t wire : {0, 4}) CHECK(ds_stage_tune(last.stage, wire, false) == DS_E_ARG);
-    CHECK(ds_stage_run(nullptr, in.data(), 8, 0, out.data(), 8) == DS_E_ARG);
+    uint64_t feed = 0;
+    CHECK(ds_stage_run(nullptr, in.data(), 8, 0, out.data(), 8, &feed) == DS_E_ARG);
 }
 
 void configurations_that_cannot_be() {
@@ -296,6 +341,7 @@ void test_stage() {
     exact_input_is_injected();
     tokens_come_out_at_the_end();
     chains_draw_by_seed_and_position();
+    rows_go_on_by_themselves();
     rope_positions_in_four_planes();
     damaged_frames_are_left_alone();
     frames_that_lie_do_no_harm();

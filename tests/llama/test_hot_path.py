@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.llama, pytest.mark.timeout(300)]
 
 DEADLINE_S = 120.0  # of one question; they take a few seconds on an idle core
 STEPS = 12
+ENDS_EVERY = 37  # support.hot_path.ENDS
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -38,6 +39,20 @@ def test_first_middle_and_last_stage_and_every_sampler(ask: Ask, wire: WireType)
     assert answer["native"] > 5 * STEPS and answer["taken"] == [answer["native"]] * 3
     texts = [tuple(text) for text in answer["texts"].values()]
     assert min(map(len, texts)) >= 1 + STEPS and len(set(texts)) == len(texts)
+
+
+def test_steps_that_go_by_themselves(ask: Ask) -> None:
+    """The same tokens as step by step; a text that ends or is halted goes no further, the others do."""
+    want = ask("decode", wire=int(WireType.F32), steps=STEPS)["texts"]
+    answer = ask("going", wire=int(WireType.F32), rounds=STEPS - 1)
+    assert answer["taken"] == [answer["native"]] * 3
+    left = [rounds for rounds, _ in answer["rounds"]]
+    assert left[:3] == [STEPS - 1, STEPS - 2, STEPS - 3] and left[-1] == 0
+    lengths = {slot: len(text) for slot, text in answer["texts"].items()}
+    assert all(text == want[slot][: lengths[slot]] for slot, text in answer["texts"].items())
+    ended = {slot for slot, text in answer["texts"].items() if text[-1] % ENDS_EVERY == 0}
+    assert lengths["2"] <= 4 and len(set(lengths.values())) > 1
+    assert all(lengths[slot] == 1 + len(left) for slot in lengths if slot not in ended | {"2"})
 
 
 def test_the_draws_of_a_seed_are_repeated(ask: Ask) -> None:

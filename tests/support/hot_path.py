@@ -24,7 +24,7 @@ from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
 from dwarfstar_engine.stage.worker import LlamaBackend, Worker
 from dwarfstar_engine.wire import frames
-from dwarfstar_engine.wire.frames import FaultFrame, Op, Payload, ResultFrame, SetSampler, StepFrame, Want
+from dwarfstar_engine.wire.frames import FaultFrame, Halt, Op, Payload, ResultFrame, SetSampler, StepFrame, Want
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 from support import real_models
 from support.exactness import serve
@@ -33,6 +33,7 @@ BOUNDS = (0, 10, 20, 30)  # a first, a middle and a last stage
 CONTEXT, SLOTS, BATCH = 256, 5, 64
 PROMPT_TOKENS = 6
 HEADER_BYTES, CRC_BYTES = 44, 4  # of a frame: wire/frames.py
+ENDS = frozenset(range(0, 49152, 37))  # tokens behind which nothing goes on: some of those drawn are among them
 PROMPT_TAIL = (260, 314, 28, 30)  # common tokens, for the penalty to push away
 # slot → how it draws; each kind of chain that stage/sampler.py builds
 SPECS = {
@@ -50,14 +51,14 @@ class _Native(LlamaBackend):
 
     taken = 0
 
-    def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
+    def run_frame(self, frame: bytes, wait_us: int) -> tuple[bytes, bytes] | None:
         out = super().run_frame(frame, wait_us)
         self.taken += out is not None
         return out
 
 
 class _General(LlamaBackend):
-    def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
+    def run_frame(self, frame: bytes, wait_us: int) -> tuple[bytes, bytes] | None:
         return None
 
 
@@ -72,16 +73,19 @@ class Pair:
 
         def worker(kind: type[LlamaBackend]) -> Worker:
             slice_ = LlamaSlice(file, rules, model.n_embd, options, embedder=embedder)
-            return Worker(kind(slice_, embedder), options.slots, wire)
+            return Worker(kind(slice_, embedder), options.slots, wire, ENDS if file.last else ())
 
         self.native = worker(_Native)
         self.general = worker(_General)
+        self.feed = b""
 
     def run(self, data: bytes) -> bytes:
         """The native worker's answer, after the two were compared."""
         out, want = self.native.run(data), self.general.run(data)
         frames.decode(out)  # the checksum is right
         assert without_times(out) == without_times(want), (frames.decode(out), frames.decode(want))
+        self.feed = self.native.take_feed()
+        assert self.feed == self.general.take_feed()
         return out
 
     @property
@@ -135,6 +139,7 @@ class Ring:
         *,
         prompt: bool = False,
         guessed: int = 0,
+        rounds: int = 0,
     ) -> frames.Frame:
         """Rows into the ring; the ``last`` of them want a token, the ``guessed`` last ones if they are right."""
         n = len(tokens)
@@ -152,8 +157,20 @@ class Ring:
             tokens=np.array(tokens, np.int32),
             wants=wants,
             prompt=prompt,
+            rounds=rounds,
         )
-        data = frames.encode(frame)
+        return self._go(frames.encode(frame))
+
+    def go_on(self) -> ResultFrame | None:
+        """The next round of what goes by itself, or None."""
+        if not (data := self._stages[-1].feed):
+            return None
+        self.sent += 1
+        result = self._go(data)
+        assert isinstance(result, ResultFrame), result
+        return result
+
+    def _go(self, data: bytes) -> frames.Frame:
         for stage in self._stages:
             data = stage.run(data)
         return frames.decode(data)
@@ -213,6 +230,35 @@ def _together(request: dict[str, Any]) -> dict[str, Any]:
             assert isinstance(out, ResultFrame) and [row.token for row in out.rows] == text[:count], out
         taken = [stage.taken for stage in stages]
     return {"slots": drawn, "taken": taken, "native": ring.sent - general}
+
+
+def _going(request: dict[str, Any]) -> dict[str, Any]:
+    """Steps that go round by themselves, beside the same ones sent one by one; a slot is halted on the way."""
+    with pairs(WireType(request["wire"])) as stages:
+        ring, texts, rounds = Ring(stages), {}, []
+        for slot in SPECS:
+            texts[slot] = ring.feed(slot, prompt(slot), 0, (SetSampler(slot, SPECS[slot].encode()),))
+        general = ring.sent
+        slots = list(SPECS)
+        result: frames.Frame | None = ring.send(
+            [texts[slot][-1] for slot in slots],
+            [PROMPT_TOKENS] * len(slots),
+            slots,
+            last=len(slots),
+            rounds=request["rounds"],
+        )
+        while isinstance(result, ResultFrame):
+            rounds.append((result.rounds, len(result.rows)))
+            for row in result.rows:
+                texts[row.slot].append(row.token)
+            going = stages[-1].feed
+            if len(rounds) == 3:
+                ring.send((), (), (), (Halt(2),), last=0)
+                general += 1
+                stages[-1].feed = going
+            result = ring.go_on()
+        taken = [stage.taken for stage in stages]
+    return {"texts": texts, "rounds": rounds, "taken": taken, "native": ring.sent - general}
 
 
 def _logprobs(request: dict[str, Any]) -> dict[str, Any]:
@@ -297,7 +343,14 @@ def _refused(request: dict[str, Any]) -> dict[str, Any]:
     return {"faults": out, "taken": taken}
 
 
-CHECKS = {"decode": _decode, "together": _together, "logprobs": _logprobs, "full": _full, "refused": _refused}
+CHECKS = {
+    "decode": _decode,
+    "together": _together,
+    "going": _going,
+    "logprobs": _logprobs,
+    "full": _full,
+    "refused": _refused,
+}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

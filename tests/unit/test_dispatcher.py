@@ -34,9 +34,9 @@ class Ring:
 
     def __init__(self, seed: int = 0, *, slots: int = 3, rows: int = 8, in_flight: int = 4, queued: int = 99) -> None:
         self.rng = random.Random(seed)
-        limits = Limits(slots, CONTEXT, in_flight, chunk=rows, queued=queued)
+        limits = Limits(slots, CONTEXT, in_flight, chunk=rows, queued=queued, rounds=seed % 3 * 4)
         bounds = (0, 2, 3, LAYERS)
-        self.workers = [Worker(ToyBackend(a, b, LAYERS), slots, WireType.F32) for a, b in pairwise(bounds)]
+        self.workers = [Worker(ToyBackend(a, b, LAYERS), slots, WireType.F32, EOG) for a, b in pairwise(bounds)]
         self.sent: list[bytes] = []
         self.waiting: deque[bytes] = deque()
         self.faults: list[str] = []
@@ -70,6 +70,8 @@ class Ring:
         data = self.waiting.popleft()
         for worker in self.workers:
             data = worker.run(data)
+        if feed := self.workers[-1].take_feed():
+            self.waiting.append(feed)
         return data
 
     async def run(self) -> None:

@@ -17,10 +17,12 @@ from dwarfstar_engine.wire import frames
 from dwarfstar_engine.wire.frames import (
     MAX_OPS,
     MAX_POSITION,
+    MAX_ROUNDS,
     MAX_ROWS,
     MAX_SLOTS,
     CopySlot,
     FaultFrame,
+    Halt,
     Op,
     Payload,
     ResultFrame,
@@ -65,10 +67,12 @@ tokens = st.integers(0, 2**31 - 1)
 u32 = st.integers(0, 2**32 - 1)
 heads = st.fixed_dictionaries({"epoch": u32, "number": st.integers(0, 2**64 - 1)})
 timings = st.lists(st.tuples(u32, u32), max_size=4).map(tuple)
+rounds = st.integers(0, MAX_ROUNDS)
 ops = st.lists(
     st.one_of(
         st.builds(CopySlot, slots, slots, positions),
         st.builds(SetSampler, slots, st.binary(max_size=40)),
+        st.builds(Halt, slots),
     ),
     max_size=4,
 ).map(tuple)
@@ -94,11 +98,12 @@ def steps(draw: st.DrawFn) -> StepFrame:
         cols=COLS,
         timings=draw(timings),
         prompt=draw(st.booleans()),
+        rounds=draw(rounds),
     )
 
 
 results = st.builds(
-    lambda head, rows, times: ResultFrame(**head, rows=rows, timings=times),
+    lambda head, rows, times, rounds: ResultFrame(**head, rows=rows, timings=times, rounds=rounds),
     heads,
     st.lists(
         st.builds(
@@ -111,6 +116,7 @@ results = st.builds(
         max_size=4,
     ),
     timings,
+    rounds,
 )
 faults = st.builds(
     lambda head, code, message: FaultFrame(**head, code=code, message=message),
@@ -153,7 +159,7 @@ def content(frame: StepFrame) -> bytes:
 
 def assert_same_step(got: frames.Frame, want: StepFrame) -> None:
     assert isinstance(got, StepFrame)
-    for name in ("epoch", "number", "ops", "payload", "cols", "timings", "prompt"):
+    for name in ("epoch", "number", "ops", "payload", "cols", "timings", "prompt", "rounds"):
         assert getattr(got, name) == getattr(want, name), name
     for name in ("slots", "positions", "tokens", "wants"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
@@ -258,6 +264,7 @@ def test_rows_out_of_range_are_refused(rows: int, offset: int, layout: str, valu
         (6, "<B", Payload.F32, "cannot be sent"),
         (12, "<H", 2, "flags 2"),
         (14, "<H", 257, "out of bounds"),
+        (34, "<H", MAX_ROUNDS + 1, f"{MAX_ROUNDS + 1} rounds"),
         (24, "<I", MAX_ROWS + 1, "out of bounds"),
         (24, "<I", 3, "length"),
         (28, "<I", (1 << 16) + 1, "out of bounds"),
@@ -390,6 +397,7 @@ def test_the_short_way_to_a_token_frame_gives_the_same_bytes(frame: StepFrame) -
         plain.tokens.tolist(),
         plain.wants.tolist(),
         plain.prompt,
+        plain.rounds,
     )
     assert short == frames.encode(plain)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -30,23 +31,30 @@ class Stage:
     def __init__(self, a: int, b: int) -> None:
         self._slice = toy.ToySlice(a, b)
         self.first, self.last = a == 0, b == LAYERS
-        self.queues: tuple[deque[tuple[Step, np.ndarray]], ...] = (deque(), deque())
+        self.queues: tuple[deque[tuple[int, Step, np.ndarray]], ...] = (deque(), deque())
         self.drawn: dict[int, tuple[int, int]] = {}
+        self.halted: set[int] = set()
+        self.arrivals = 0
 
     def put(self, step: Step, rows: np.ndarray) -> None:
-        self.queues[step.prompt].append((step, rows))
+        self.arrivals += 1
+        self.queues[step.prompt].append((self.arrivals, step, rows))
 
     def may(self, prompt: bool) -> bool:
         mine, steps = self.queues[prompt], self.queues[False]
-        return bool(mine) and (not prompt or not steps or steps[0][0].number > mine[0][0].number)
+        return bool(mine) and (not prompt or not steps or steps[0][0] > mine[0][0])
 
     def run(self, prompt: bool) -> tuple[Step, np.ndarray, list[tuple[int, Token]]]:
-        step, rows = self.queues[prompt].popleft()
+        _, step, rows = self.queues[prompt].popleft()
         if step.copy is not None:
             self._slice.copy(*step.copy)
+        self.halted |= set(step.halts)
+        self.halted -= {slot for slot, _ in step.samplers}
         out, answers = np.empty_like(rows), []
         for index, (slot, position, want) in enumerate(zip(step.slots, step.positions, step.wants, strict=True)):
             out[index] = self._slice.step(rows[index : index + 1], position, slot)[0]
+            if slot in self.halted:
+                continue
             if self.last and want and (want == 1 or self.drawn.get(slot) == (position, step.tokens[index])):
                 token = toy.draw(toy.from_row(out[index]))
                 self.drawn[slot] = (position + 1, token)
@@ -63,14 +71,19 @@ class Ring:
         cuts = [0, *range(1, scheduler.limits.stages), LAYERS]
         self.stages = [Stage(a, b) for a, b in pairwise(cuts)]
         self.steps: list[Step] = []
-        self.answers: deque[tuple[int, list[tuple[int, Token]]]] = deque()
+        self.answers: deque[tuple[int, list[tuple[int, Token]], bool]] = deque()
 
     def pump(self) -> None:
         while (step := self.scheduler.schedule()) is not None:
             self.steps.append(step)
-            assert step.slots and len(step.slots) == len(step.positions) == len(step.tokens) == len(step.wants)
+            assert step.halts or step.slots
+            assert len(step.slots) == len(step.positions) == len(step.tokens) == len(step.wants)
             assert list(step.slots) == sorted(step.slots)
-            self.stages[0].put(step, np.stack([toy.to_row(toy.embed(token)) for token in step.tokens]))
+            self.enter(step)
+
+    def enter(self, step: Step) -> None:
+        rows = [toy.to_row(toy.embed(token)) for token in step.tokens]
+        self.stages[0].put(step, np.stack(rows) if rows else np.empty((0, toy.WIDTH), np.float32))
 
     def turn(self) -> bool:
         """One frame through one stage; whether there was any."""
@@ -82,7 +95,14 @@ class Ring:
         if index + 1 < len(self.stages):
             self.stages[index + 1].put(step, rows)
         else:
-            self.answers.append((step.number, answers))
+            going = [(slot, token.id) for slot, token in answers if step.rounds and token.id not in self.scheduler._eog]
+            self.answers.append((step.number, answers, bool(going)))
+            if going:
+                position = dict(zip(step.slots, step.positions, strict=True))
+                slots, tokens = zip(*going, strict=True)
+                positions = tuple(position[slot] + 1 for slot in slots)
+                wants, rounds = (1,) * len(going), step.rounds - 1
+                self.enter(replace(step, slots=slots, positions=positions, tokens=tokens, wants=wants, rounds=rounds))
         return True
 
     def land(self) -> list[Output]:
@@ -118,12 +138,15 @@ def request(prompt: Sequence[int], limit: int | None = None, priority: int = 0) 
     stages=st.integers(1, 3),
     chunk=st.integers(1, 9),
     lane_rows=st.integers(1, 3),
+    rounds=st.sampled_from([0, 0, 1, 3, 32]),
 )
-@settings(max_examples=150, deadline=None)
-def test_texts_are_those_of_requests_run_alone(seed: int, slots: int, stages: int, chunk: int, lane_rows: int) -> None:
+@settings(max_examples=200, deadline=None)
+def test_texts_are_those_of_requests_run_alone(
+    seed: int, slots: int, stages: int, chunk: int, lane_rows: int, rounds: int
+) -> None:
     """Prompts begin alike, so that slots are reused and copied; frames overtake each other as stages let them."""
     rng = random.Random(seed)
-    scheduler = Scheduler(Limits(slots, 40, stages, chunk=chunk, lane_rows=lane_rows), EOG)
+    scheduler = Scheduler(Limits(slots, 40, stages, chunk=chunk, lane_rows=lane_rows, rounds=rounds), EOG)
     ring = Ring(scheduler, rng)
     begins = [[rng.randrange(97, 123) for _ in range(rng.randint(0, 14))] for _ in range(2)]
     requests = {
@@ -200,22 +223,26 @@ class Oracle:
     sequences=st.integers(1, 4),
     right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     mode=st.sampled_from(["auto", "on"]),
+    rounds=st.sampled_from([0, 3, 32]),
 )
-@settings(max_examples=120, deadline=None)
-def test_guesses_never_change_a_text(seed: int, stages: int, sequences: int, right: float, mode: Mode) -> None:
+@settings(max_examples=160, deadline=None)
+def test_guesses_never_change_a_text(
+    seed: int, stages: int, sequences: int, right: float, mode: Mode, rounds: int
+) -> None:
     rng = random.Random(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler_module, "Lookup", Oracle)
         patch.setattr(Oracle, "rng", rng)
         patch.setattr(Oracle, "right", right)
-        scheduler = Scheduler(Limits(2, 60, stages, chunk=7), EOG, Speculation(mode, Linear()))
+        limits = Limits(2, 60, stages, chunk=7, rounds=rounds, drafts=rng.random() < 0.5)
+        scheduler = Scheduler(limits, EOG, Speculation(mode, Linear()))
         ring = Ring(scheduler, rng)
         prompts = {n: [rng.randrange(97, 123) for _ in range(rng.randint(1, 20))] for n in range(sequences)}
-        limits = {n: rng.choice([1, 2, 9, 30]) for n in prompts}
+        most = {n: rng.choice([1, 2, 9, 30]) for n in prompts}
         for number, prompt in prompts.items():
-            scheduler.submit(number, request(prompt, limits[number]))
+            scheduler.submit(number, request(prompt, most[number]))
         texts = ring.finish()
-    assert texts == {n: reference(prompt, limits[n]) for n, prompt in prompts.items()}
+    assert texts == {n: reference(prompt, most[n]) for n, prompt in prompts.items()}
     assert scheduler.active == scheduler.in_flight == scheduler._prompts == scheduler._steps == 0
 
 
@@ -258,6 +285,50 @@ def test_right_guesses_save_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts[1] == toy.expected([97, 98], 60, LAYERS)
     drawn = sum(step.wants.count(1) for step in ring.steps)
     assert drawn < 30  # the other tokens came from guesses
+
+
+def test_steps_go_round_by_themselves() -> None:
+    scheduler = Scheduler(Limits(slots=2, context=100, stages=2, chunk=50, rounds=32), frozenset())
+    ring = Ring(scheduler)
+    scheduler.submit(1, request([97, 98], 60))
+    assert ring.finish()[1] == toy.expected([97, 98], 60, LAYERS)
+    assert [step.rounds for step in ring.steps] == [0, 32, 25]  # the prompt; then never more than are wanted
+
+
+def test_what_is_cancelled_while_it_goes_by_itself_is_halted_and_its_slot_then_free() -> None:
+    scheduler = Scheduler(Limits(slots=1, context=100, stages=2, chunk=50, rounds=32), frozenset())
+    ring = Ring(scheduler)
+    scheduler.submit(1, request([97, 98], 60))
+    while not ring.answers or not ring.land():
+        ring.pump()
+        ring.turn()
+    ring.pump()  # it goes now
+    scheduler.submit(2, request([97, 99], 5))
+    scheduler.cancel(1)
+    assert (scheduler.active, scheduler.queued) == (0, 1)
+    before = len(ring.steps)
+    assert ring.finish() == {2: toy.expected([97, 99], 5, LAYERS)}
+    halt, *rest = ring.steps[before:]
+    assert halt.halts == (0,) and not halt.slots and rest[0].prompt
+    assert sum(bool(step.halts) for step in ring.steps) == 1
+
+
+def test_a_newcomer_does_not_wait_for_lanes_that_go_by_themselves_and_is_dealt_in_when_they_end() -> None:
+    scheduler = Scheduler(Limits(slots=8, context=200, stages=2, chunk=50, rounds=16), frozenset())
+    ring = Ring(scheduler)
+    for number in range(5):
+        scheduler.submit(number, request([97, 98 + number], 100))
+    for _ in range(40):
+        ring.pump()
+        ring.turn()
+        if ring.answers:
+            ring.land()
+    for number in range(5, 8):
+        scheduler.submit(number, request([98, 97 + number], 100))
+    texts = ring.finish()
+    assert set(texts) == set(range(8))
+    lanes = [len(step.slots) for step in ring.steps if not step.prompt and len(step.slots)]
+    assert lanes.count(3) > 3 and lanes.count(2) > 1  # 3, 3, 2
 
 
 def test_prompt_chunks_follow_each_other_without_waiting() -> None:

@@ -20,6 +20,7 @@ from dwarfstar_engine.wire.frames import (
     CopySlot,
     FaultFrame,
     Frame,
+    Halt,
     Op,
     Payload,
     ResultFrame,
@@ -31,12 +32,14 @@ from dwarfstar_engine.wire.frames import (
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
 LAYERS, SLOTS = 4, 3
+EOG = frozenset({122})  # "z"
+SPEC = SamplerSpec(seed=1)
 PROMPT = [104, 101, 108, 108, 111]
 WANT = toy.expected(PROMPT, 3, LAYERS)
 
 
 def stage(a: int, b: int, wire: WireType = WireType.F32) -> Worker:
-    return Worker(ToyBackend(a, b, LAYERS), SLOTS, wire)
+    return Worker(ToyBackend(a, b, LAYERS), SLOTS, wire, EOG)
 
 
 def step(
@@ -205,10 +208,52 @@ def test_rows_of_steps_run_one_by_one_unless_batches_are_worth_it(monkeypatch: p
 
 def test_what_was_measured_decides_how_frames_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, tuned = stage(0, LAYERS), []
-    monkeypatch.setattr(worker.backend, "tune", lambda wire, batched: tuned.append((wire, batched)))
+    monkeypatch.setattr(worker.backend, "tune", lambda wire, batched, ends: tuned.append((wire, batched, ends)))
     assert worker.measure() is worker.profile and worker.profile.batched
     worker.use_wire(WireType.Q8)
-    assert tuned == [(WireType.F32, True), (WireType.Q8, True)]
+    assert tuned == [(WireType.F32, True, EOG), (WireType.Q8, True, EOG)]
+
+
+def test_steps_go_on_by_themselves_for_as_many_rounds_as_they_have() -> None:
+    """The last stage sends what it drew to the first, and says so, until a text ends or its slot is halted."""
+    workers = [stage(0, 2), stage(2, LAYERS)]
+    tokens = tokens_of(run(workers, step(PROMPT, prompt=True)))
+    assert not workers[1].take_feed()
+    data, told = frames.encode(step(tokens, len(PROMPT), rounds=3)), []
+    while data:
+        for worker in workers:
+            data = worker.run(data)
+        result = frames.decode(data)
+        assert isinstance(result, ResultFrame) and (result.number, len(result.timings)) == (42, 2)
+        told.append(result.rounds)
+        tokens += tokens_of(result)
+        data = workers[1].take_feed()
+    assert tokens == toy.expected(PROMPT, 5, LAYERS) and told == [3, 2, 1, 0]
+
+
+def test_a_text_that_ends_and_a_slot_that_is_halted_do_not_go_on() -> None:
+    worker = stage(0, LAYERS)
+    prompts = {slot: [97 + slot, 98] for slot in range(SLOTS)}
+    first = {slot: tokens_of(run([worker], step(prompt, slot=slot))) for slot, prompt in prompts.items()}
+    slots = [slot for slot, (token,) in first.items() if token not in EOG]
+    assert len(slots) >= 2
+    worker._ends = frozenset(toy.expected(prompts[slots[0]], 2, LAYERS)[1:])
+    fields: dict[str, Any] = {
+        "slots": np.array(slots, np.uint16),
+        "positions": np.full(len(slots), 2, np.int32),
+        "tokens": np.array([first[slot][0] for slot in slots], np.int32),
+        "wants": np.ones(len(slots), np.uint8),
+    }
+    result = run([worker], step(rounds=2, ops=(Halt(slots[1]),), **fields))
+    assert isinstance(result, ResultFrame) and [row.slot for row in result.rows] == [slots[0], *slots[2:]]
+    feed = worker.take_feed()
+    if len(slots) == 2:
+        assert not feed and result.rounds == 0
+    else:
+        going = frames.decode(feed)
+        assert isinstance(going, StepFrame) and going.slots.tolist() == slots[2:] and going.rounds == 1
+    run([worker], step(PROMPT, slot=slots[1], ops=(SetSampler(slots[1], SPEC.encode()),)))
+    assert tokens_of(run([worker], step([97], 3, slot=slots[1])))  # it has a sampler again
 
 
 def test_prompts_go_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,14 +332,16 @@ def test_a_backend_may_run_the_whole_frame(monkeypatch: pytest.MonkeyPatch) -> N
     """What it answers goes on as it is; it is given the time waited for the frame, and asked before all else."""
     worker, seen = stage(0, LAYERS), []
 
-    def whole(frame: bytes, wait_us: int) -> bytes | None:
+    def whole(frame: bytes, wait_us: int) -> tuple[bytes, bytes] | None:
         seen.append((frame, wait_us))
-        return b"done" if len(seen) > 1 else None
+        return (b"done", b"feed") if len(seen) > 1 else None
 
     monkeypatch.setattr(worker.backend, "run_frame", whole)
     data = frames.encode(step(PROMPT))
     assert tokens_of(frames.decode(worker.run(data))) == WANT[:1]  # None: the general way
+    assert worker.take_feed() == b""
     assert worker.run(data) == worker.run(b"not looked at") == b"done"
+    assert worker.take_feed() == b"feed" and worker.take_feed() == b""
     assert [frame for frame, _ in seen] == [data, data, b"not looked at"] and all(wait >= 0 for _, wait in seen)
 
 

@@ -6,6 +6,9 @@ known tokens asks for a sample, whose result makes the next row known. There are
 *Steps* hold a row of each sequence of a lane. Lanes follow each other through the stages, and each must be back before
 its turn comes again, or the first stage waits for it. With n sequences and S stages that holds for lanes of less than
 n / S. So few sequences make lanes of one, and many make lanes of several, whose rows share the cost of a message.
+A lane is let go round by itself for some *rounds*: the last stage feeds the first one, and only results come back here.
+A text that ends leaves its lane there and here by the same rule; one that is cancelled is halted there first. Lanes end
+their rounds together, so that they can be dealt anew.
 
 *Prompts* travel in chunks that follow each other without waiting. One prompt is read at a time, by priority and then in
 the order of arrival; a long one lets others in from time to time. Stages let steps go before the rows of prompts, also
@@ -27,6 +30,7 @@ import itertools
 from collections import OrderedDict, deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dwarfstar_engine.batch.chunks import LARGEST, UNMEASURED, ChunkCosts, next_chunk, reusable, wide_rows
 from dwarfstar_engine.batch.lookup import Lookup
@@ -39,6 +43,8 @@ MAX_QUEUED = 256  # requests waiting for a slot; beyond it a client is better to
 STEP_ROWS = 64  # rows of a frame of steps: a stage takes no more
 TURN = 2048  # tokens of a prompt that are read before another prompt that waits gets its turn
 DRAFTED = 8  # guesses that a draft model is asked to have ready
+SOON = 4  # rounds: lanes that end so soon are not waited for, they begin anew with this one
+GUESSING = 3  # rounds a sequence may go by itself while there is nothing to guess: then it is looked at again
 DRAWN, CHECKED = 1, 2  # wants of a row: wire/frames.Want
 
 
@@ -48,7 +54,8 @@ class Limits:
 
     context: tokens of one request. stages: of the ring. chunk: rows of a prompt's frame, as chosen by ``costs`` if
     not given. lane_rows: sequences of a lane. cache: slots keep what they hold; exact: only that is kept of it which a
-    prompt would compute to the same bits. windowed: the model has sliding attention (``slots``).
+    prompt would compute to the same bits. windowed: the model has sliding attention (``slots``). rounds: that steps may
+    go by themselves; 0 if the last stage does not reach the first. drafts: a draft model may offer guesses.
     """
 
     slots: int
@@ -61,6 +68,8 @@ class Limits:
     cache: bool = True
     exact: bool = True
     windowed: bool = False
+    rounds: int = 0
+    drafts: bool = False
 
     @property
     def lanes(self) -> int:
@@ -73,7 +82,8 @@ class Step:
     """A frame to send. The copy and ``samplers`` apply, in this order, before the rows.
 
     copy: (source slot, target slot, rows). slots, positions, tokens, wants: one entry a row. sequences: for each row
-    that asks for a sample, whose it is.
+    that asks for a sample, whose it is. rounds: that it may go by itself. halts: slots that are to draw nothing more,
+    in a frame without rows.
     """
 
     number: int
@@ -85,6 +95,8 @@ class Step:
     tokens: tuple[int, ...]
     wants: tuple[int, ...]
     sequences: tuple[int, ...]
+    rounds: int = 0
+    halts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +110,7 @@ class Output:
 @dataclass(slots=True)
 class _Sequence:
     """tokens: prompt and answer. guesses: of what follows, the first ``guessed`` of which were sent. sent: rows sent of
-    both."""
+    both. going: the frame in which its row goes round by itself; -1: none."""
 
     id: int
     request: Request
@@ -112,6 +124,7 @@ class _Sequence:
     kept: int = 0
     guesses: list[int] = field(default_factory=list)
     guessed: int = 0
+    going: int = -1
     lookup: Lookup | None = None
     acceptance: Acceptance | None = None
 
@@ -122,6 +135,16 @@ class _Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A frame in the ring. owners: by slot, of the rows that ask for a sample. rounds: that it will come back from by
+    itself."""
+
+    kind: Literal["prompt", "steps", "halts"]
+    owners: dict[int, _Sequence]
+    rounds: int
 
 
 class Scheduler:
@@ -145,7 +168,9 @@ class Scheduler:
         self._running: dict[int, _Sequence] = {}
         self._reading: deque[_Sequence] = deque()  # prompts; the first one is read
         self._ready: OrderedDict[int, _Sequence] = OrderedDict()  # known tokens wait to be sent
-        self._flights: dict[int, tuple[bool, tuple[int, ...]]] = {}  # frame → of a prompt, sequences
+        self._flights: dict[int, _Flight] = {}  # by frame
+        self._leaving: dict[int, _Sequence] = {}  # cancelled, and a row of theirs still goes round
+        self._halts: list[int] = []  # slots of these that the last stage is to be told of
         self._steps = self._prompts = 0  # frames in flight
         self._number = 0
 
@@ -178,7 +203,10 @@ class Scheduler:
         heapq.heappush(self._queue, (-request.priority, next(self._arrivals), sequence))
 
     def cancel(self, sequence: int) -> None:
-        """Forget a sequence; its slot is free at once. Unknown ids are ignored: it may just have finished."""
+        """Forget a sequence; its slot is free at once, or when its row is back that goes round by itself.
+
+        Unknown ids are ignored: it may just have finished.
+        """
         self._waiting.pop(sequence, None)
         if (running := self._running.get(sequence)) is not None:
             self._end(running)
@@ -200,7 +228,11 @@ class Scheduler:
             slot.tokens = sequence.tokens[: min(sequence.sent, len(sequence.tokens))]
             wide = wide_rows(sequence.prompt, self._chunk)
             slot.wide = min(wide, len(slot.tokens)) if wide >= sequence.kept else sequence.kept
-        self._slots.give_back(slot)
+        if sequence.going >= 0:
+            self._leaving[sequence.id] = sequence
+            self._halts.append(slot.number)
+        else:
+            self._slots.give_back(slot)
 
     def _may_start(self) -> bool:
         return self._slots.free > len(self._waiting)
@@ -210,6 +242,9 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next frame to send, or None if the ring is full or nothing is ready."""
         lanes = self.limits.lanes
+        if self._halts:
+            halts, self._halts = tuple(self._halts), []
+            return self._step(halts=halts)
         if self._ready and (step := self._next_step()) is not None:
             return step
         if self._prompts < lanes and (reading := self._next_prompt()) is not None:
@@ -219,21 +254,36 @@ class Scheduler:
         return None if self._flights or self._running or self._waiting else self._reread()
 
     def _next_step(self) -> Step | None:
-        """A lane of sequences that are ready, or None while enough lanes are in flight."""
+        """A lane of sequences that are ready, or None while enough lanes are in flight and some will soon be back."""
         stepping = len(self._running) - len(self._reading)
         rows = min(max(1, (stepping - 1) // self.limits.stages), self.limits.lane_rows)
-        if self._steps >= max(self.limits.lanes, -(-stepping // rows)):
+        others = [flight.rounds for flight in self._flights.values() if flight.kind == "steps"]
+        if len(others) >= max(self.limits.lanes, -(-stepping // rows)) and min(others) == 0:
             return None
         picked = [self._ready.popitem(last=False)[1] for _ in range(min(rows, len(self._ready)))]
         picked.sort(key=_slot_number)  # llama.cpp would sort them
-        self._steps += 1
         sent = [(_slot_number(s), len(s.tokens) - 1, s.tokens[-1], DRAWN, s.id) for s in picked]
         for sequence in picked:
             sequence.sent = len(sequence.tokens)
+        others_end = max(others, default=0)
+        rounds = others_end if others_end >= SOON else self.limits.rounds
+        rounds = min(rounds, *(s.limit - s.generated - 1 for s in picked))
         if len(picked) == 1 and self._may_guess():
-            sent += self._guess(picked[0], self._depth(picked[0]).rows - 1)
+            depth = self._depth(picked[0])
+            sent += self._guess(picked[0], depth.rows - 1)
+            rounds = 0 if depth.guesses else min(rounds, self._unguessed(picked[0]))
+        for sequence in picked:
+            sequence.going = self._number if rounds else -1
         slots, positions, tokens, wants, sequences = zip(*sent, strict=True)
-        return self._step(slots=slots, positions=positions, tokens=tokens, wants=wants, sequences=sequences)
+        return self._step(
+            slots=slots,
+            positions=positions,
+            tokens=tokens,
+            wants=wants,
+            owners=picked,
+            sequences=sequences,
+            rounds=rounds,
+        )
 
     # --- guesses ---
 
@@ -260,19 +310,26 @@ class Scheduler:
         stepping = len(self._running) - len(self._reading)
         return self._speculation.depth(sequence.acceptance, stepping, self.limits.lanes, available)
 
+    def _unguessed(self, sequence: _Sequence) -> int:
+        """Rounds for which there will be nothing to guess of a sequence."""
+        assert sequence.acceptance is not None
+        pause = sequence.acceptance.pause
+        return pause if self.limits.drafts else max(pause, GUESSING)
+
     def _next_guesses(self) -> Step | None:
         """Guesses of a sequence whose row is on its way."""
         if not self._may_guess():
             return None
         for sequence in self._running.values():
-            if sequence.generated == 0:
-                continue  # its prompt is on its way still, and steps overtake prompts
+            if sequence.generated == 0 or sequence.going >= 0:
+                continue  # its prompt is on its way still, and steps overtake prompts; or its row goes by itself
             depth = self._depth(sequence)
             if sequence.guessed < depth.guesses and sequence.sent >= len(sequence.tokens):
                 rows = self._guess(sequence, min(depth.rows, depth.guesses - sequence.guessed))
-                self._steps += 1
                 slots, positions, tokens, wants, sequences = zip(*rows, strict=True)
-                return self._step(slots=slots, positions=positions, tokens=tokens, wants=wants, sequences=sequences)
+                return self._step(
+                    slots=slots, positions=positions, tokens=tokens, wants=wants, owners=[sequence], sequences=sequences
+                )
         return None
 
     def _guess(self, sequence: _Sequence, count: int) -> list[tuple[int, int, int, int, int]]:
@@ -292,6 +349,7 @@ class Scheduler:
             (sequence.id, [*sequence.tokens, *sequence.guesses])
             for sequence in self._running.values()
             if len(sequence.guesses) < DRAFTED and sequence.acceptance is not None and not sequence.acceptance.pause
+            if sequence.going < 0
         ]
 
     def offer(self, sequence_id: int, length: int, guesses: Seq[int]) -> None:
@@ -345,7 +403,6 @@ class Scheduler:
         slot.wide = max(sequence.kept, min(wide_rows(sequence.prompt, self._chunk), sequence.sent))
         if ends:
             self._reading.popleft()
-        self._prompts += 1
         return self._step(
             prompt=True,
             copy=(place.copy_from, place.slot, place.keep) if place is not None and place.copy_from >= 0 else None,
@@ -354,6 +411,7 @@ class Scheduler:
             positions=tuple(range(start, start + rows)),
             tokens=tuple(sequence.tokens[start : start + rows]),
             wants=(0,) * (rows - 1) + (DRAWN if ends else 0,),
+            owners=[sequence] if ends else [],
             sequences=(sequence.id,) if ends else (),
         )
 
@@ -363,52 +421,70 @@ class Scheduler:
         if self.limits.windowed or not self.limits.exact or (found := self._slots.unread(self._chunk)) is None:
             return None
         slot, start, tokens = found
-        self._prompts += 1
         return self._step(
             prompt=True,
             slots=(slot,) * len(tokens),
             positions=tuple(range(start, start + len(tokens))),
             tokens=tuple(tokens),
             wants=(0,) * len(tokens),
-            sequences=(),
         )
 
     def _step(
         self,
         *,
-        slots: tuple[int, ...],
-        positions: tuple[int, ...],
-        tokens: tuple[int, ...],
-        wants: tuple[int, ...],
-        sequences: tuple[int, ...],
+        slots: tuple[int, ...] = (),
+        positions: tuple[int, ...] = (),
+        tokens: tuple[int, ...] = (),
+        wants: tuple[int, ...] = (),
+        owners: Seq[_Sequence] = (),
+        sequences: tuple[int, ...] = (),
         prompt: bool = False,
         copy: tuple[int, int, int] | None = None,
         samplers: tuple[tuple[int, int], ...] = (),
+        rounds: int = 0,
+        halts: tuple[int, ...] = (),
     ) -> Step:
         number = self._number
         self._number += 1
-        self._flights[number] = (prompt, sequences)
-        return Step(number, prompt, copy, samplers, slots, positions, tokens, wants, sequences)
+        kind: Literal["prompt", "steps", "halts"] = "prompt" if prompt else "halts" if halts else "steps"
+        self._prompts += kind == "prompt"
+        self._steps += kind == "steps"
+        self._flights[number] = _Flight(kind, {_slot_number(s): s for s in owners}, rounds)
+        return Step(number, prompt, copy, samplers, slots, positions, tokens, wants, sequences, rounds, halts)
 
     # --- results ---
 
-    def complete(self, number: int, rows: Seq[tuple[int, Token]]) -> list[Output]:
+    def complete(self, number: int, rows: Seq[tuple[int, Token]], goes_on: bool = False) -> list[Output]:
         """Take a frame's result: (slot, token) for each row that was answered, in order.
 
-        Rows of sequences that were cancelled are skipped. Raises KeyError if there is no such frame.
+        goes_on: the last stage has sent the rows behind these, but for those that ended their text; another result will
+        come. Rows of sequences that were cancelled are skipped. Raises KeyError if there is no such frame.
         """
-        prompt, sequences = self._flights.pop(number)
-        if prompt:
-            self._prompts -= 1
+        flight = self._flights[number]
+        owners, flight.owners = flight.owners, {}
+        if goes_on:
+            flight.rounds -= 1
+            flight.owners = {slot: owners[slot] for slot, token in rows if slot in owners and token.id not in self._eog}
         else:
-            self._steps -= 1
-        owners = {_slot_number(s): s for s in map(self._running.get, sequences) if s is not None}
+            del self._flights[number]
+            self._prompts -= flight.kind == "prompt"
+            self._steps -= flight.kind == "steps"
+        for slot, sequence in owners.items():
+            if sequence.going == number and slot not in flight.owners:
+                self._came_back(sequence)
         outputs: list[Output] = []
         for slot, token in rows:
-            sequence = owners.get(slot)
-            if sequence is not None and sequence.id in self._running:
-                outputs.append(self._draw(sequence, token))
+            drawn = owners.get(slot)
+            if drawn is not None and drawn.id in self._running:
+                outputs.append(self._draw(drawn, token))
         return outputs
+
+    def _came_back(self, sequence: _Sequence) -> None:
+        """A row does not go by itself any more."""
+        sequence.going = -1
+        if self._leaving.pop(sequence.id, None) is not None:
+            assert sequence.slot is not None
+            self._slots.give_back(sequence.slot)
 
     def _draw(self, sequence: _Sequence, token: Token) -> Output:
         """The next token of a sequence is known."""
@@ -423,6 +499,8 @@ class Scheduler:
             finish = "length"
         if finish is not None:
             self._end(sequence)
+        elif sequence.going >= 0:
+            sequence.sent = len(sequence.tokens)
         elif sequence.sent < len(sequence.tokens):
             self._ready[sequence.id] = sequence
         if finish is not None or first:

@@ -36,6 +36,7 @@ from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, StageView, StatusView, ThroughputView
 from dwarfstar_engine.wire import channel
+from dwarfstar_engine.wire.frames import MAX_ROUNDS
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
 from dwarfstar_engine.wire.ring import RingReceiver, RingSender
@@ -295,7 +296,9 @@ class Coordinator:
         for index, stage in enumerate(self._stages):
             following = self._stages[index + 1 : index + 2]
             hop = _address(following[0].member) if following else ""
-            stage.member.send(pb.CoordinatorMessage(link=pb.Link(term=self.term, epoch=self.epoch, next_hop=hop)))
+            feed = "" if following or not index else _address(self._stages[0].member)
+            link = pb.Link(term=self.term, epoch=self.epoch, next_hop=hop, feed_hop=feed)
+            stage.member.send(pb.CoordinatorMessage(link=link))
         sender = RingSender(lambda reason: self._break(f"the connection to the first stage was lost: {reason}"))
         self._sender = sender
         credentials = channel.channel_credentials(self._trust)
@@ -329,6 +332,8 @@ class Coordinator:
             cache=settings.prefix_cache != "off",
             exact=settings.prefix_cache == "exact",
             windowed=any(stage.member.profile.window for stage in self._stages),
+            rounds=MAX_ROUNDS if self._stages[-1].member.link.feeds else 0,
+            drafts=self.drafter is not None,
         )
         speculation = Speculation(settings.speculation, _ring_costs([stage.member for stage in self._stages]))
         self._dispatcher = Dispatcher(
@@ -383,6 +388,7 @@ class Coordinator:
                 flash_attention=settings.flash_attention,
                 kv_type=settings.kv,
                 exact=settings.batching == "exact",
+                ends=sorted(self.vocab.eog),
             ),
         )
 

@@ -290,6 +290,7 @@ class NodeDaemon:
             "layers": [assign.layer_begin, assign.layer_end],
             "model": assign.model.name,
             "wire": assign.options.wire_type,
+            "ends": list(assign.options.ends),
             "options": {
                 "context": assign.options.context,
                 "slots": assign.options.slots,
@@ -337,7 +338,7 @@ class NodeDaemon:
         if stage is None or stage.epoch != link.epoch or not stage.child.alive:
             self._report(link.epoch, pb.STAGE_STATE_FAILED, "the stage was gone when the ring was closed")
             return
-        stage.child.send(command="link", epoch=link.epoch, next=link.next_hop or self._coordinator)
+        stage.child.send(command="link", epoch=link.epoch, next=link.next_hop or self._coordinator, feed=link.feed_hop)
 
     def _on_event(self, stage: _Stage, event: dict[str, Any]) -> None:
         if stage is not self._stage:

@@ -1,5 +1,7 @@
 """Drives one pipeline: scheduler steps out as frames, result frames in as tokens for their requests.
 
+Most frames of steps go round by themselves for some rounds: then results come in and nothing is to be sent.
+
 One dispatcher lives as long as one epoch. All calls come from the event loop, so there are no locks. When a result
 comes in, the next frames are sent before the tokens are delivered: the ring must not wait for HTTP.
 """
@@ -21,7 +23,7 @@ from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameErr
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.serving import Request, Sink, Token
 from dwarfstar_engine.wire import frames
-from dwarfstar_engine.wire.frames import CopySlot, FaultFrame, Op, ResultFrame, SetSampler
+from dwarfstar_engine.wire.frames import CopySlot, FaultFrame, Halt, Op, ResultFrame, SetSampler
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
 RATE_WINDOW_S = 5.0  # tok/s shown is over so long
@@ -53,6 +55,7 @@ class _Flight:
     most: int
     prompt: bool
     sent_at: float
+    rounds: int  # that it may go by itself
 
 
 class _Generation:
@@ -132,20 +135,25 @@ class Dispatcher:
         self._flushes.add(task)
         task.add_done_callback(self._flushes.discard)
 
-    def _pump(self) -> None:
+    def _pump(self) -> bool:
+        """Whether there is something to flush."""
+        sent = False
         while self._error is None and (step := self.scheduler.schedule()) is not None:
+            least = 0 if step.rounds else step.wants.count(DRAWN)
             self._flights[step.number] = _Flight(
-                len(step.slots), step.wants.count(DRAWN), len(step.sequences), step.prompt, time.monotonic()
+                len(step.slots), least, len(step.sequences), step.prompt, time.monotonic(), step.rounds
             )
             self._send(self._frame(step))
+            sent = True
+        return sent
 
     def _frame(self, step: Step) -> bytes:
-        ops: tuple[Op, ...] = ()
+        ops: tuple[Op, ...] = tuple(Halt(slot) for slot in step.halts)
         if step.samplers or step.copy is not None:
             copies = [CopySlot(*step.copy)] if step.copy is not None else []
             ops = (*copies, *(SetSampler(slot, self._sampler(sequence)) for slot, sequence in step.samplers))
         return frames.encode_tokens(
-            self.epoch, step.number, ops, step.slots, step.positions, step.tokens, step.wants, step.prompt
+            self.epoch, step.number, ops, step.slots, step.positions, step.tokens, step.wants, step.prompt, step.rounds
         )
 
     def _sampler(self, sequence: int) -> bytes:
@@ -163,13 +171,16 @@ class Dispatcher:
         if not isinstance(frame, ResultFrame):
             raise FrameError("the last stage sent a frame that is no result: run one release everywhere")
         flight = self._flights.pop(frame.number, None)
-        if flight is None or not flight.least <= len(frame.rows) <= flight.most:
+        if flight is None or not flight.least <= len(frame.rows) <= flight.most or frame.rounds > flight.rounds:
             raise FrameError(f"a result came for frame {frame.number}, which asked for no such thing")
+        rows = len(frame.rows)
+        if frame.rounds:
+            self._flights[frame.number] = _Flight(rows, 0, rows, False, time.monotonic(), frame.rounds - 1)
         outputs = self.scheduler.complete(
-            frame.number, [(row.slot, Token(row.token, row.logprob, row.top)) for row in frame.rows]
+            frame.number, [(row.slot, Token(row.token, row.logprob, row.top)) for row in frame.rows], frame.rounds > 0
         )
-        self._pump()
-        await self._flush()
+        if self._pump():
+            await self._flush()
         sinks = self._sinks
         for output in outputs:
             token = output.token
@@ -185,7 +196,8 @@ class Dispatcher:
                 self._draft(self._drafter, len(outputs), now)
         if not flight.prompt and len(frame.timings) == len(self.stages):
             for stage, (compute_us, wait_us) in zip(self.stages, frame.timings, strict=True):
-                stage.add(compute_us, wait_us, flight.rows)
+                if flight.rows:
+                    stage.add(compute_us, wait_us, flight.rows)
 
     # --- drafts ---
 

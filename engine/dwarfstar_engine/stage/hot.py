@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,6 +167,9 @@ class HotStage:
         self._room = FRAME_ROOM + capacity * ROW_ROOM
         self._room += 0 if self._last else native.encoded_size(wire, capacity, self._n_embd)
         self._out = ctypes.create_string_buffer(self._room)
+        self._out_at = ctypes.addressof(self._out)
+        self._feed = ctypes.c_uint64()
+        self._feed_at = ctypes.addressof(self._feed)
 
     def step(
         self, rows: FloatRows, position: int, slot: int, wants: NDArray[np.uint8], *, prompt: bool
@@ -235,12 +238,29 @@ class HotStage:
         assert token >= 0, token
         return token
 
-    def run(self, frame: bytes, wait_us: int) -> bytes | None:
-        """The frame for the next hop; None if this frame needs the general way. Raises StageError."""
+    def halt(self, slot: int) -> None:
+        """A slot draws nothing any more, until its sampler is set."""
+        status = self._library.ds_stage_halt(self._handle, slot)
+        assert status == 0, status
+
+    def end_at(self, tokens: Collection[int]) -> None:
+        """Tokens behind which no row goes on by itself. Raises StageError if one is not in the vocabulary."""
+        ids = np.array(sorted(tokens), np.int32)
+        if self._library.ds_stage_ends(self._handle, ids.ctypes.data, len(ids)) != 0:
+            raise StageError("the coordinator's model ends texts by tokens this slice does not have: its file differs")
+
+    def run(self, frame: bytes, wait_us: int) -> tuple[bytes, bytes] | None:
+        """The frame for the next hop, and the one with which the first stage goes on (empty: none).
+
+        None if this frame needs the general way. Raises StageError.
+        """
         wait_us = min(wait_us, 0xFFFFFFFF)  # over an hour: as good as for ever, and ctypes would wrap it
-        size = self._library.ds_stage_run(self._handle, frame, len(frame), wait_us, self._out, self._room)
+        size = self._library.ds_stage_run(
+            self._handle, frame, len(frame), wait_us, self._out, self._room, self._feed_at
+        )
         if size > 0:
-            return ctypes.string_at(self._out, size)
+            fed = self._feed.value
+            return ctypes.string_at(self._out, size), ctypes.string_at(self._out_at + size, fed) if fed else b""
         if size == _UNSUPPORTED:
             return None
         raise self._fault(size)

@@ -59,6 +59,7 @@ class StageProcess:
         self._build = local_build()
         self._receiver = RingReceiver(self._build, name, self._on_frame, lambda _: None, self._on_hop_lost)
         self._sender: RingSender | None = None
+        self._feeder: RingSender | None = None  # of the last stage, to the first one
         self._worker: Worker | None = None
         self._epoch = 0
         self._wire = 0  # as set; 0: by the link
@@ -94,7 +95,14 @@ class StageProcess:
             except queue.Full:
                 raise FrameError(f"{PROMPT_FRAMES} frames of prompts wait already") from None
             return
-        self._sender.send(self._worker.run(data))
+        out, feeder = self._worker.run(data), self._feeder
+        self._sender.send(out)
+        if feed := self._worker.take_feed():  # first: the ring waits for it
+            if feeder is not None:
+                feeder.send(feed)
+                await feeder.flush()
+            else:
+                self._feed_self(self._epoch, feed)
         await self._sender.flush()
 
     def _read_prompts(self) -> None:
@@ -120,6 +128,17 @@ class StageProcess:
             self._sender.send(data)
             self._flushing = asyncio.ensure_future(self._sender.flush())
 
+    def _feed_self(self, epoch: int, feed: bytes) -> None:
+        """The only stage of a ring goes on by itself, after what waits on its sockets."""
+        self._feeding = self._loop.create_task(self._go_on(epoch, feed))
+
+    async def _go_on(self, epoch: int, feed: bytes) -> None:
+        if epoch == self._epoch:
+            try:
+                await self._on_frame(feed)
+            except FrameError as error:
+                self._break(epoch, error.message)
+
     def _on_hop_lost(self, epoch: int, sender: str) -> None:
         self._break(epoch, f"the hop from {sender} ended")
 
@@ -138,7 +157,7 @@ class StageProcess:
             return
         slots = int(command["options"]["slots"])
         self._wire = int(command["wire"])
-        worker = Worker(backend, slots, WireType(self._wire or WireType.F32))
+        worker = Worker(backend, slots, WireType(self._wire or WireType.F32), command["ends"])
         profile = worker.measure()
         self._worker = worker
         gc.collect()
@@ -160,9 +179,10 @@ class StageProcess:
         """Join the ring of an epoch: forget all sequences, accept its frames, connect to the next hop."""
         epoch = int(command["epoch"])
         self._epoch = epoch
-        old, self._sender = self._sender, None
-        if old is not None:
-            await old.close()
+        olds, self._sender, self._feeder = (self._sender, self._feeder), None, None
+        for old in olds:
+            if old is not None:
+                await old.close()
         if self._worker is not None:
             await asyncio.to_thread(self._reset, self._worker)
         self._receiver.set_epoch(epoch)
@@ -174,13 +194,35 @@ class StageProcess:
         except DwarfStarError as error:
             self._pipe.emit("broken", epoch=epoch, code=error.code, message=error.message)
             return
+        feeds = await self._open_feeder(epoch, str(command["feed"]))
+        if epoch != self._epoch:
+            return
         self._sender = sender
         wire = self._choose_wire(link)
         self._pipe.emit(
             "linked",
             epoch=epoch,
-            link={"round_trip_ms": 1000 * link.round_trip_s, "mb_s": link.bytes_s / 1e6, "wire_type": int(wire)},
+            link={
+                "round_trip_ms": 1000 * link.round_trip_s,
+                "mb_s": link.bytes_s / 1e6,
+                "wire_type": int(wire),
+                "feeds": feeds,
+            },
         )
+
+    async def _open_feeder(self, epoch: int, address: str) -> bool:
+        """Connect the last stage to the first one at ``address``; whether rows may go on without the coordinator."""
+        backend = self._worker.backend if self._worker is not None else None
+        if backend is None or not backend.last or backend.first or not address:
+            return backend is not None and backend.last and backend.first
+        feeder = RingSender(lambda reason: self._break(epoch, f"the hop to the first stage ended: {reason}"))
+        try:
+            await feeder.open(address, channel.channel_credentials(self._trust), self._build, epoch, self._name)
+        except DwarfStarError as error:
+            log.warning("every token goes by the coordinator, as the first stage is not reached: %s", error.message)
+            return False
+        self._feeder = feeder
+        return True
 
     def _choose_wire(self, link: Link) -> WireType:
         """What hidden states travel as from here: as set, or by the link and the time that rows take here."""

@@ -128,8 +128,9 @@ def _frames(slice_: LlamaSlice, rows: FloatRows, position: int, *, batched: bool
         )
 
     def bits(slots: range) -> bytes:
-        out = hot.run(frame(slots), 0)
-        assert out is not None, "a frame of steps"
+        done = hot.run(frame(slots), 0)
+        assert done is not None, "a frame of steps"
+        out, _ = done
         if not slice_.file.last:
             sent = frames.decode(out)
             assert isinstance(sent, StepFrame)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from dwarfstar_engine.wire.frames import (
     MAX_TIMINGS,
     CopySlot,
     FaultFrame,
+    Halt,
     Op,
     Payload,
     ResultFrame,
@@ -50,8 +51,9 @@ class Backend(Protocol):
     last: bool
     width: int
 
-    def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
-        """A whole frame at once, where the backend can: the next hop's frame, or None to go the general way."""
+    def run_frame(self, frame: bytes, wait_us: int) -> tuple[bytes, bytes] | None:
+        """A whole frame at once, where the backend can: the next hop's frame and the one the first stage goes on with
+        (empty: none), or None to go the general way."""
         ...
 
     @property
@@ -65,14 +67,18 @@ class Backend(Protocol):
     ) -> Rows | None: ...
     def draw(self, row: int, slot: int, position: int, guess: int, prompt: bool) -> SampledRow | None: ...
     def set_sampler(self, slot: int, spec: SamplerSpec | None) -> None: ...
+    def halt(self, slot: int) -> None:
+        """Draw nothing any more for a slot until its sampler is set."""
+        ...
+
     def copy(self, source: int, target: int, position: int) -> None: ...
     def clear(self) -> None: ...
     def measure(self) -> Profile:
         """What rows take; before any frame."""
         ...
 
-    def tune(self, wire: WireType, *, batched: bool) -> None:
-        """How ``run_frame`` goes on."""
+    def tune(self, wire: WireType, *, batched: bool, ends: Collection[int]) -> None:
+        """How ``run_frame`` goes on. Raises StageError if the model does not have these tokens."""
         ...
 
     def close(self) -> None: ...
@@ -87,7 +93,7 @@ class LlamaBackend:
         self.width = slice_.n_embd
         self._samplers: dict[int, Sampler] = {}
 
-    def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
+    def run_frame(self, frame: bytes, wait_us: int) -> tuple[bytes, bytes] | None:
         return self._slice.hot.run(frame, wait_us)
 
     @property
@@ -115,6 +121,9 @@ class LlamaBackend:
         if spec is not None:
             self._samplers[slot] = Sampler(spec, self._slice, slot)
 
+    def halt(self, slot: int) -> None:
+        self._slice.hot.halt(slot)
+
     def copy(self, source: int, target: int, position: int) -> None:
         self._slice.hot.copy(source, target, position)
 
@@ -127,8 +136,10 @@ class LlamaBackend:
             self._slice.open_slots()
         return profile
 
-    def tune(self, wire: WireType, *, batched: bool) -> None:
+    def tune(self, wire: WireType, *, batched: bool, ends: Collection[int]) -> None:
         self._slice.hot.tune(wire, batched=batched)
+        if self.last:
+            self._slice.hot.end_at(ends)
 
     def close(self) -> None:
         for slot in list(self._samplers):
@@ -147,8 +158,9 @@ class ToyBackend:
         self._computing = threading.Lock()
         self._rows: dict[bool, Rows] = {}  # of the last step, of a prompt or not
         self._drawn: dict[int, tuple[int, int]] = {}  # slot → position and token drawn last
+        self._halted: set[int] = set()
 
-    def run_frame(self, frame: bytes, wait_us: int) -> bytes | None:
+    def run_frame(self, frame: bytes, wait_us: int) -> tuple[bytes, bytes] | None:
         return None
 
     def embed(self, tokens: NDArray[np.int32]) -> Rows:
@@ -166,7 +178,7 @@ class ToyBackend:
         return None if self.last else out
 
     def draw(self, row: int, slot: int, position: int, guess: int, prompt: bool) -> SampledRow | None:
-        if guess >= 0 and self._drawn.get(slot) != (position, guess):
+        if slot in self._halted or (guess >= 0 and self._drawn.get(slot) != (position, guess)):
             return None
         token = toy.draw(toy.from_row(self._rows[prompt][row]))
         self._drawn[slot] = (position + 1, token)
@@ -174,6 +186,10 @@ class ToyBackend:
 
     def set_sampler(self, slot: int, spec: SamplerSpec | None) -> None:
         self._drawn.pop(slot, None)
+        self._halted.discard(slot)
+
+    def halt(self, slot: int) -> None:
+        self._halted.add(slot)
 
     def copy(self, source: int, target: int, position: int) -> None:
         with self._computing:
@@ -186,7 +202,7 @@ class ToyBackend:
         ms = 1000 * self._delay_s
         return Profile(((FIRST_ROWS, ms),), ms, ms, batched=True)
 
-    def tune(self, wire: WireType, *, batched: bool) -> None:
+    def tune(self, wire: WireType, *, batched: bool, ends: Collection[int]) -> None:
         pass
 
     def close(self) -> None:
@@ -194,10 +210,11 @@ class ToyBackend:
 
 
 class Worker:
-    """Runs frames on a backend, and keeps the figures of it."""
+    """Runs frames on a backend, and keeps the figures of it. ends: tokens behind which no row goes on by itself."""
 
-    def __init__(self, backend: Backend, slots: int, wire: WireType) -> None:
-        self.backend, self._slots = backend, slots
+    def __init__(self, backend: Backend, slots: int, wire: WireType, ends: Collection[int] = ()) -> None:
+        self.backend, self._slots, self._ends = backend, slots, frozenset(ends)
+        self._feed = b""
         self.profile = Profile()
         self.use_wire(wire)
         now = time.perf_counter()
@@ -206,7 +223,7 @@ class Worker:
     def use_wire(self, wire: WireType) -> None:
         """What hidden states are sent as from now on."""
         self.wire = wire
-        self.backend.tune(wire, batched=self.profile.batched)
+        self.backend.tune(wire, batched=self.profile.batched, ends=self._ends)
 
     def measure(self) -> Profile:
         """See what rows take, and whether rows of several slots are better run together. Before any frame."""
@@ -235,7 +252,8 @@ class Worker:
                 done = self.backend.run_frame(data, wait_us)
                 if done is not None:
                     self._idle_since[False] = time.perf_counter()
-                    return done
+                    out_data, self._feed = done
+                    return out_data
             except DwarfStarError as error:
                 fault = error
         frame = frames.decode(data)
@@ -250,6 +268,11 @@ class Worker:
         now = self._idle_since[prompt] = time.perf_counter()
         out.timings = (*frame.timings, (int(1e6 * (now - started)), wait_us))
         return frames.encode(out)
+
+    def take_feed(self) -> bytes:
+        """What the first stage goes on with after the frame of steps that was run last; empty: nothing."""
+        feed, self._feed = self._feed, b""
+        return feed
 
     def _step(self, frame: StepFrame) -> StepFrame | ResultFrame:
         backend = self.backend
@@ -276,12 +299,31 @@ class Worker:
                 if (sampled := backend.draw(row, slot, position + row, guess, frame.prompt)) is not None:
                     drawn.append(sampled)
         if backend.last:
-            return ResultFrame(frame.epoch, frame.number, drawn, frame.timings)
+            return ResultFrame(frame.epoch, frame.number, drawn, frame.timings, self._go_on(frame, drawn))
         frame.payload = Payload(self.wire)
         out = outs[0] if len(outs) == 1 else np.concatenate(outs)
         frame.data = out if self.wire is WireType.F32 else native.encode(self.wire, out)
         frame.cols = backend.width
         return frame
+
+    def _go_on(self, frame: StepFrame, drawn: list[SampledRow]) -> int:
+        """Let the rows behind tokens that end no text go on, as ``ds_stage::go_on`` does; the result's rounds."""
+        going = [row for row in drawn if row.token not in self._ends]
+        if frame.prompt or not frame.rounds or not going or Want.CHECKED in frame.wants:
+            return 0
+        position = dict(zip(frame.slots.tolist(), frame.positions.tolist(), strict=True))
+        self._feed = frames.encode_tokens(
+            frame.epoch,
+            frame.number,
+            (),
+            [row.slot for row in going],
+            [position[row.slot] + 1 for row in going],
+            [row.token for row in going],
+            [Want.DRAWN] * len(going),
+            False,
+            frame.rounds - 1,
+        )
+        return frame.rounds
 
     def _input(self, frame: StepFrame, n: int) -> Rows:
         if self.backend.first:
@@ -306,6 +348,9 @@ class Worker:
             case SetSampler(slot, spec):
                 if self.backend.last:
                     self.backend.set_sampler(slot, SamplerSpec.decode(spec))
+            case Halt(slot):
+                if self.backend.last:
+                    self.backend.halt(slot)
 
     def close(self) -> None:
         self.backend.close()

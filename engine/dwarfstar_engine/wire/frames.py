@@ -6,8 +6,10 @@ travel in the same frame and are applied first, in order. The last stage answers
 cannot run a frame sends a **fault** frame instead, which later stages pass on.
 
 Rows of a slot replace what it held from their position on, so a slot is given away, and wrong guesses are taken back,
-by sending what is right. A row that was guessed (``Want.CHECKED``) is answered only if its token is the one that was
-drawn for its position; else it was for nothing. Frames of a **prompt** may be overtaken by others inside a stage.
+by sending what is right. A frame of steps may go round by itself for a number of **rounds**: the last stage sends the
+rows behind the tokens it drew to the first one, under the same number, without those that ended their text, and its
+result says so. A row that was guessed (``Want.CHECKED``) is answered only if its token is the one that was drawn for
+its position; else it was for nothing. Frames of a **prompt** may be overtaken by others inside a stage.
 
 Layout, little endian: header (44 bytes) · positions i32[n] · tokens i32[n] · slots u16[n] · wants u8[n] · timings ·
 operations · zeros to a multiple of 16 · payload · CRC32C over all before it. Result and fault frames have timings and a
@@ -40,6 +42,7 @@ from dwarfstar_engine.wire.ops import (
     MAX_POSITION,
     MAX_SLOTS,
     CopySlot,
+    Halt,
     Op,
     SetSampler,
     decode_ops,
@@ -53,6 +56,7 @@ __all__ = [
     "MAX_FRAME_BYTES",
     "MAX_OPS",
     "MAX_POSITION",
+    "MAX_ROUNDS",
     "MAX_ROWS",
     "MAX_SAMPLER_BYTES",
     "MAX_SLOTS",
@@ -61,6 +65,7 @@ __all__ = [
     "FaultFrame",
     "Frame",
     "FrameKind",
+    "Halt",
     "Op",
     "Payload",
     "ResultFrame",
@@ -78,16 +83,17 @@ __all__ = [
 MAX_ROWS = 4096  # twice the largest chunk the settings allow; a longer prompt is cut into chunks
 MAX_COLS = 1 << 16  # four times the width of the widest model of today
 MAX_TIMINGS = 256  # stages of a ring; each has at least one layer, and models have fewer
+MAX_ROUNDS = 32  # a frame goes round by itself: what its stage may be wrong about is bounded by that
 MAX_FRAME_BYTES = 160 << 20  # 2048 rows of 16384 f32, and room for operations
 MAX_FAULT_CODE_BYTES = 64  # codes are identifiers
 MAX_FAULT_MESSAGE_BYTES = 4096  # one sentence, perhaps with a path in it
-FRAME_VERSION = 2  # of this layout and of the activation codecs
+FRAME_VERSION = 3  # of this layout and of the activation codecs
 _ALIGNMENT = 16  # of the payload inside the frame, so that vector code may read it in place
 _FEW_ROWS = 16  # below this, checking ranges over a Python list is quicker than by numpy
 
 _MAGIC = b"DSf\x1a"
 # magic, version, kind, payload type, zero, epoch, flags, timings, number,
-# rows, cols, operations, zero, bytes of operations, bytes of payload
+# rows, cols, operations, rounds, bytes of operations, bytes of payload
 _HEADER = struct.Struct("<4sBBBBIHHQIIHHII")
 _CRC = struct.Struct("<I")
 _RESIDUE = 0x48674BC7  # CRC32C of any bytes followed by their own CRC32C, little endian
@@ -134,7 +140,7 @@ class StepFrame:
 
     slots: u16[n]; positions, tokens: i32[n]; wants: u8[n], of ``Want``. prompt: the rows are of one prompt.
     data: for F32, F16, Q8 n encoded rows of ``cols`` values, contiguous; empty for NONE, towards the first stage.
-    timings: per stage passed, (compute, wait for the frame) in µs.
+    timings: per stage passed, (compute, wait for the frame) in µs. rounds: that it may go by itself after this one.
     """
 
     epoch: int
@@ -149,6 +155,7 @@ class StepFrame:
     cols: int = 0
     timings: Timings = ()
     prompt: bool = False
+    rounds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +170,16 @@ class SampledRow:
 
 @dataclass(slots=True)
 class ResultFrame:
-    """The last stage's answer to a step frame: a row for every wanted one but wrong guesses, in the step's order."""
+    """The last stage's answer to a step frame: a row for every wanted one but wrong guesses, in the step's order.
+
+    rounds: above 0 if the last stage has sent the rows behind these on, but for those that end their text.
+    """
 
     epoch: int
     number: int
     rows: list[SampledRow]
     timings: Timings = ()
+    rounds: int = 0
 
 
 @dataclass(slots=True)
@@ -196,7 +207,7 @@ def encode(frame: Frame) -> bytes:
             assert 0 <= row.slot < MAX_SLOTS and len(row.top) <= MAX_LOGPROBS
             parts.append(_RESULT_ROW.pack(row.slot, len(row.top), row.token, row.logprob))
             parts.extend(_TOP.pack(token, logprob) for token, logprob in row.top)
-        return _encode_other(FrameKind.RESULT, frame, len(rows), 0, b"".join(parts), frame.timings)
+        return _encode_other(FrameKind.RESULT, frame, len(rows), 0, b"".join(parts), frame.timings, frame.rounds)
     code = _cut_text(frame.code, MAX_FAULT_CODE_BYTES)
     message = _cut_text(frame.message, MAX_FAULT_MESSAGE_BYTES)
     return _encode_other(FrameKind.FAULT, frame, len(code), len(message), code + message, ())
@@ -211,6 +222,7 @@ def encode_tokens(
     tokens: Sequence[int],
     wants: Sequence[int],
     prompt: bool,
+    rounds: int = 0,
 ) -> bytes:
     """The bytes of a step frame for the first stage, from plain numbers: what ``encode`` of a StepFrame gives, in a
     third of the time. It lies between a result and the next frame of its stream."""
@@ -219,7 +231,7 @@ def encode_tokens(
     op_data = encode_ops(ops) if ops else b""
     padding = -(_HEADER.size + n * _ROW_BYTES + len(op_data)) % _ALIGNMENT
     header = _HEADER.pack(
-        _MAGIC, FRAME_VERSION, FrameKind.STEP, 0, 0, epoch, prompt, 0, number, n, 0, len(ops), 0, len(op_data), 0
+        _MAGIC, FRAME_VERSION, FrameKind.STEP, 0, 0, epoch, prompt, 0, number, n, 0, len(ops), rounds, len(op_data), 0
     )
     rows = struct.pack(f"<{2 * n}i{n}H{n}B", *positions, *tokens, *slots, *wants)
     body = b"".join((header, rows, op_data, bytes(padding)))
@@ -266,6 +278,7 @@ def _encode_step(frame: StepFrame) -> bytes:
     assert n <= MAX_ROWS and len(frame.slots) == n == len(frame.wants), "one slot, position and want per row"
     assert frame.positions.dtype == frame.tokens.dtype == np.int32 and len(frame.tokens) == n
     assert frame.slots.dtype == np.uint16 and frame.wants.dtype == np.uint8
+    assert 0 <= frame.rounds <= MAX_ROUNDS
     assert len(ops) <= MAX_OPS and len(timings) <= MAX_TIMINGS and frame.cols <= MAX_COLS
     payload_bytes = len(data) if isinstance(data, bytes) else data.nbytes
     problem = _payload_problem(frame.payload, n, frame.cols, payload_bytes)
@@ -276,7 +289,7 @@ def _encode_step(frame: StepFrame) -> bytes:
     _check_size(_HEADER.size + middle + padding + payload_bytes + _CRC.size)
     header = _HEADER.pack(
         _MAGIC, FRAME_VERSION, FrameKind.STEP, frame.payload, 0, frame.epoch, frame.prompt, len(timings),
-        frame.number, n, frame.cols, len(ops), 0, len(op_data), payload_bytes,
+        frame.number, n, frame.cols, len(ops), frame.rounds, len(op_data), payload_bytes,
     )  # fmt: skip
     rows = (frame.positions.tobytes(), frame.tokens.tobytes(), frame.slots.tobytes(), frame.wants.tobytes())
     head = b"".join((header, *rows, _encode_timings(timings), op_data, bytes(padding)))
@@ -285,7 +298,7 @@ def _encode_step(frame: StepFrame) -> bytes:
 
 
 def _decode_step(data: bytes, header: tuple[int, ...]) -> StepFrame:
-    _, _, _, payload, _, epoch, flags, timing_count, number, n, cols, op_count, _, op_bytes, payload_bytes = header
+    _, _, _, payload, _, epoch, flags, timing_count, number, n, cols, op_count, rounds, op_bytes, payload_bytes = header
     if n > MAX_ROWS or cols > MAX_COLS or op_count > MAX_OPS or timing_count > MAX_TIMINGS:
         raise FrameError(
             f"A frame is out of bounds: {n} rows of {cols}, {op_count} operations, {timing_count} timings."
@@ -299,8 +312,10 @@ def _decode_step(data: bytes, header: tuple[int, ...]) -> StepFrame:
     payload_at = ops_end + -ops_end % _ALIGNMENT
     if payload_at + payload_bytes + _CRC.size != len(data):
         raise FrameError(f"A frame of {len(data)} bytes does not have the length that its counts give.")
-    if payload > Payload.Q8 or flags > _PROMPT:
-        raise FrameError(f"A frame has payload type {payload} and flags {flags}, unknown; run one release everywhere.")
+    if payload > Payload.Q8 or flags > _PROMPT or rounds > MAX_ROUNDS:
+        raise FrameError(
+            f"A frame has payload type {payload}, flags {flags}, {rounds} rounds: unknown; run one release everywhere."
+        )
     if problem := _payload_problem(payload, n, cols, payload_bytes):
         raise FrameError(problem)
     positions = np.frombuffer(data, np.int32, n, _HEADER.size)
@@ -312,7 +327,7 @@ def _decode_step(data: bytes, header: tuple[int, ...]) -> StepFrame:
     body = memoryview(data)[payload_at : payload_at + payload_bytes]
     return StepFrame(
         epoch, number, decode_ops(data, ops_at, ops_end, op_count), slots, positions, tokens, wants,
-        _PAYLOADS[payload], body, cols, _decode_timings(data, timings_at, timing_count), bool(flags & _PROMPT),
+        _PAYLOADS[payload], body, cols, _decode_timings(data, timings_at, timing_count), bool(flags & _PROMPT), rounds,
     )  # fmt: skip
 
 
@@ -345,23 +360,29 @@ def _rows_in_range(
 
 
 def _encode_other(
-    kind: FrameKind, frame: ResultFrame | FaultFrame, rows: int, cols: int, payload: bytes, timings: Timings
+    kind: FrameKind,
+    frame: ResultFrame | FaultFrame,
+    rows: int,
+    cols: int,
+    payload: bytes,
+    timings: Timings,
+    rounds: int = 0,
 ) -> bytes:
     assert len(timings) <= MAX_TIMINGS
     _check_size(_HEADER.size + len(timings) * _TIMING_BYTES + len(payload) + _CRC.size)
     head = _HEADER.pack(
         _MAGIC, FRAME_VERSION, kind, Payload.NONE, 0, frame.epoch, 0, len(timings), frame.number,
-        rows, cols, 0, 0, 0, len(payload),
+        rows, cols, 0, rounds, 0, len(payload),
     )  # fmt: skip
     body = b"".join((head, _encode_timings(timings), payload))
     return body + _CRC.pack(native.crc32c(body))
 
 
 def _decode_result(data: bytes, header: tuple[int, ...]) -> ResultFrame:
-    _, _, _, _, _, epoch, _, timing_count, number, n, _, _, _, _, payload_bytes = header
+    _, _, _, _, _, epoch, _, timing_count, number, n, _, _, rounds, _, payload_bytes = header
     at, end = _other_payload(data, timing_count, payload_bytes)
-    if n > MAX_ROWS:
-        raise FrameError(f"A result has {n} rows, more than the {MAX_ROWS} of any frame.")
+    if n > MAX_ROWS or rounds > MAX_ROUNDS:
+        raise FrameError(f"A result has {n} rows and {rounds} rounds, more than any frame.")
     rows: list[SampledRow] = []
     for _ in range(n):
         if at + _RESULT_ROW.size > end:
@@ -376,7 +397,7 @@ def _decode_result(data: bytes, header: tuple[int, ...]) -> ResultFrame:
         at = top_end
     if at != end:
         raise FrameError("A result is longer than its rows.")
-    return ResultFrame(epoch, number, rows, _decode_timings(data, _HEADER.size, timing_count))
+    return ResultFrame(epoch, number, rows, _decode_timings(data, _HEADER.size, timing_count), rounds)
 
 
 def _decode_fault(data: bytes, header: tuple[int, ...]) -> FaultFrame:

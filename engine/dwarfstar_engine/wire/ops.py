@@ -20,7 +20,7 @@ MAX_OPS = 2 * MAX_SLOTS  # each slot filled by a copy and given a sampler in one
 _HEAD = struct.Struct("<BH")  # kind, slot; then by kind:
 _TARGET = struct.Struct("<Hi")  # target, position
 _LENGTH = struct.Struct("<I")
-_COPY, _SAMPLER = 1, 2
+_COPY, _SAMPLER, _HALT = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,14 @@ class SetSampler:
     spec: bytes
 
 
-Op = CopySlot | SetSampler
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """Draw nothing any more for a slot until it has another sampler: rows that go on by themselves end."""
+
+    slot: int
+
+
+Op = CopySlot | SetSampler | Halt
 
 
 def encode_ops(ops: tuple[Op, ...]) -> bytes:
@@ -58,6 +65,9 @@ def _encode(op: Op) -> bytes:
             _assert_cell(slot, 0)
             assert len(spec) <= MAX_SAMPLER_BYTES
             return _HEAD.pack(_SAMPLER, slot) + _LENGTH.pack(len(spec)) + spec
+        case Halt(slot):
+            _assert_cell(slot, 0)
+            return _HEAD.pack(_HALT, slot)
 
 
 def _assert_cell(slot: int, position: int) -> None:
@@ -97,6 +107,8 @@ def _decode(view: memoryview, at: int) -> tuple[Op, int]:
             raise FrameError(f"A frame sets a sampler of {length} bytes, more than it may or does hold.")
         op = SetSampler(slot, bytes(view[at : at + length]))
         at += length
+    elif kind == _HALT:
+        op = Halt(slot)
     else:
         raise FrameError(f"A frame has the unknown operation {kind}; run one release everywhere.")
     if max(slot, target) >= MAX_SLOTS or not 0 <= position <= MAX_POSITION:

@@ -534,21 +534,25 @@ class LinkProfile(_message.Message):
     ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
     MB_S_FIELD_NUMBER: _builtins.int
     WIRE_TYPE_FIELD_NUMBER: _builtins.int
+    FEEDS_FIELD_NUMBER: _builtins.int
     round_trip_ms: _builtins.float
     mb_s: _builtins.float
     """1e6 bytes"""
     wire_type: _builtins.int
     """what hidden states are sent as"""
+    feeds: _builtins.bool
+    """of the last stage: it reaches the first one, so rows may go on without the coordinator"""
     def __init__(
         self,
         *,
         round_trip_ms: _builtins.float = ...,
         mb_s: _builtins.float = ...,
         wire_type: _builtins.int = ...,
+        feeds: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mb_s", b"mb_s", "round_trip_ms", b"round_trip_ms", "wire_type", b"wire_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feeds", b"feeds", "mb_s", b"mb_s", "round_trip_ms", b"round_trip_ms", "wire_type", b"wire_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -738,6 +742,7 @@ class StageOptions(_message.Message):
     FLASH_ATTENTION_FIELD_NUMBER: _builtins.int
     KV_TYPE_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
+    ENDS_FIELD_NUMBER: _builtins.int
     context: _builtins.int
     """tokens of one slot"""
     slots: _builtins.int
@@ -749,6 +754,10 @@ class StageOptions(_message.Message):
     kv_type: _builtins.str
     exact: _builtins.bool
     """rows of several slots run together only if that changes no bit"""
+    @_builtins.property
+    def ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """tokens behind which no row goes on by itself"""
+
     def __init__(
         self,
         *,
@@ -759,10 +768,11 @@ class StageOptions(_message.Message):
         flash_attention: _builtins.str = ...,
         kv_type: _builtins.str = ...,
         exact: _builtins.bool = ...,
+        ends: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "context", b"context", "exact", b"exact", "flash_attention", b"flash_attention", "kv_type", b"kv_type", "slots", b"slots", "wire_type", b"wire_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "context", b"context", "ends", b"ends", "exact", b"exact", "flash_attention", b"flash_attention", "kv_type", b"kv_type", "slots", b"slots", "wire_type", b"wire_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -777,20 +787,24 @@ class Link(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     NEXT_HOP_FIELD_NUMBER: _builtins.int
+    FEED_HOP_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     epoch: _builtins.int
     next_hop: _builtins.str
     """host:port of the next stage; empty: the coordinator, which follows the last"""
+    feed_hop: _builtins.str
+    """of the last stage: the first stage; empty: there is no other"""
     def __init__(
         self,
         *,
         term: _builtins.int = ...,
         epoch: _builtins.int = ...,
         next_hop: _builtins.str = ...,
+        feed_hop: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "next_hop", b"next_hop", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "feed_hop", b"feed_hop", "next_hop", b"next_hop", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
