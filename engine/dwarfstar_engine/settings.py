@@ -39,6 +39,10 @@ class Settings(BaseModel):
     """Address the coordinator and the stages of this machine listen on for other nodes."""
     control_port: int = Field(default=8477, ge=0, le=65535)
     """Port of the coordinator's control and data plane; 0 takes a free one."""
+    tls_cert: Path | None = None
+    """Certificate of the HTTP API, PEM, its issuers' behind it; with ``tls_key`` the API is HTTPS."""
+    tls_key: Path | None = None
+    """Private key of ``tls_cert``, PEM, without a passphrase."""
     max_body_mib: int = Field(default=4, ge=1, le=256)
     """Largest HTTP request body, MiB."""
 
@@ -91,6 +95,13 @@ class Settings(BaseModel):
             raise ValueError(f"with flash_attention off llama.cpp has no {self.kv} cache: leave one of them out")
         return self
 
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("--tls-cert", "--tls-key") if self.tls_key is None else ("--tls-key", "--tls-cert")
+            raise ValueError(f"{given} needs {missing} as well: give both files, or neither for HTTP without TLS")
+        return self
+
     @property
     def models_dir(self) -> Path:
         return self.models or self.home / "models"
@@ -133,7 +144,9 @@ def load_settings(
         key = str(first["loc"][0])
         where = next((name for name, values in reversed(sources) if key in values), "{key}")
         shown = where.format(key=key, config=config, variable=ENV_PREFIX + key.upper(), option=key.replace("_", "-"))
-        raise SettingsError(f"{shown} {_problem(first['type'], first['msg'])} (given: {first['input']!r})") from None
+        # What is no setting may be a key that somebody put there, and stderr goes to logs.
+        given_as = "" if first["type"] == "extra_forbidden" else f" (given: {first['input']!r})"
+        raise SettingsError(f"{shown} {_problem(first['type'], first['msg'])}{given_as}") from None
 
 
 def _problem(kind: str, said: str) -> str:

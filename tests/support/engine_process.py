@@ -113,6 +113,12 @@ class EngineProcess:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether the engine's own process is gone."""
+        assert self._process is not None
+        return self._process.poll() is not None
+
     def processes(self) -> list[psutil.Process]:
         """Every process of this engine that lives now."""
         return [process for process in psutil.process_iter() if self._ours(process)]

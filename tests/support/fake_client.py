@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -52,13 +53,13 @@ class Client:
 
 
 @asynccontextmanager
-async def serve(engine: FakeEngine, **settings: Any) -> AsyncIterator[str]:
+async def serve(engine: FakeEngine, *, tls: ssl.SSLContext | None = None, **settings: Any) -> AsyncIterator[str]:
     """The API on a free loopback port; yields its URL. Connections made before it runs wait in the backlog."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = http_server(create_app(engine, **settings))
+    server = http_server(create_app(engine, **settings), tls)
     running = asyncio.create_task(server.serve([listener]))
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         await running

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from dwarfstar_engine.api import body as body_module
-from dwarfstar_engine.api.keys import ApiKeys
-from dwarfstar_engine.errors import Overloaded, RequestError, SettingsError
+from dwarfstar_engine.errors import Overloaded, RequestError
 from dwarfstar_engine.serving import Request
+from support.api_keys import gate
 from support.fake_engine import FakeEngine, http_client
 
 USER = {"role": "user", "content": "Hi"}
@@ -222,7 +222,7 @@ async def test_what_the_template_refuses() -> None:
 
 
 async def test_keys() -> None:
-    async with http_client(FakeEngine([b"x"]), api_keys=ApiKeys(["first", "second"])) as client:
+    async with http_client(FakeEngine([b"x"]), gate=gate("first", "second")) as client:
         headers: Any
         for headers in (
             {}, {"authorization": "first"}, {"authorization": "Basic first"}, {"authorization": "Bearer"},
@@ -240,11 +240,3 @@ async def test_keys() -> None:
         for key in ("Bearer first", "bearer  second "):
             response = await client.post(TEXT, json={"prompt": "a"}, headers={"authorization": key})
             assert response.status_code == 200
-
-
-def test_keys_are_not_shown() -> None:
-    keys = ApiKeys(["hunter2"])
-    assert "hunter2" not in repr(keys)
-    for bad in ([], [""], ["a", " "], ["é"]):
-        with pytest.raises(SettingsError, match="API key"):
-            ApiKeys(bad)

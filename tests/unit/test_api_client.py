@@ -11,9 +11,9 @@ import httpx
 import openai
 import pytest
 
-from dwarfstar_engine.api.keys import ApiKeys
 from dwarfstar_engine.errors import Overloaded, StageError
 from dwarfstar_engine.serving import Request
+from support.api_keys import gate
 from support.fake_client import serve
 from support.fake_engine import FakeEngine, Step
 
@@ -139,7 +139,7 @@ async def test_an_error_in_a_stream_is_raised() -> None:
 
 async def test_keys() -> None:
     engine = FakeEngine(HELLO)
-    async with talk(engine, key="right", api_keys=ApiKeys(["right"])) as client:
+    async with talk(engine, key="right", gate=gate("right")) as client:
         assert (await client.completions.create(model="m", prompt="a")).choices[0].text == "Hello wörld"
         with pytest.raises(openai.AuthenticationError, match="API key"):
             await client.with_options(api_key="wrong").models.list()

@@ -74,6 +74,8 @@ def test_settings_are_frozen(tmp_path: Path) -> None:
         ({}, {"DWARFSTAR_SLOTS": "many"}, "", ("environment", "DWARFSTAR_SLOTS", "many")),
         ({}, {}, "context = 3\n", ("context", "config.toml", "3")),
         ({}, {}, "colour = 'red'\n", ("colour", "config.toml")),
+        ({"tls_cert": "a.pem"}, {}, "", ("--tls-cert", "--tls-key")),
+        ({}, {"DWARFSTAR_TLS_KEY": "a.pem"}, "", ("--tls-cert", "--tls-key")),
         ({"port": -1}, {"DWARFSTAR_PORT": "x"}, "port = 99999\n", ("--port", "-1")),
     ],
 )
@@ -112,6 +114,12 @@ def test_bounds(tmp_path: Path, key: str, good: tuple[Any, ...], bad: tuple[Any,
     for value in bad:
         with pytest.raises(SettingsError):
             load(tmp_path, {key: value})
+
+
+def test_what_is_no_setting_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="api_key in") as refused:
+        load(tmp_path, file="api_key = 'ds-secret'\n")
+    assert "secret" not in refused.value.message
 
 
 @pytest.mark.parametrize("content", [b"port = \n", b"\xff\xfe", b"x" * (MAX_CONFIG_BYTES + 1)])

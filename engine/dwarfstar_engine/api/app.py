@@ -25,7 +25,7 @@ from dwarfstar_engine.api import errors
 from dwarfstar_engine.api.body import parse, read_body
 from dwarfstar_engine.api.chat import ChatFormat
 from dwarfstar_engine.api.completions import TextFormat
-from dwarfstar_engine.api.keys import KeyCheck, authorize
+from dwarfstar_engine.api.keys import Gate
 from dwarfstar_engine.api.prepare import plan_chat, plan_text
 from dwarfstar_engine.api.priority import priority_of
 from dwarfstar_engine.api.reply import Reply
@@ -53,7 +53,8 @@ def _fresh_id() -> str:
 def create_app(
     engine: Engine,
     *,
-    api_keys: KeyCheck | None = None,
+    gate: Gate | None = None,
+    health_details: bool = True,
     max_body_bytes: int = MAX_BODY_BYTES,
     request_timeout_s: float = REQUEST_TIMEOUT_S,
     clock: Callable[[], float] = time.time,
@@ -61,7 +62,8 @@ def create_app(
 ) -> FastAPI:
     """The API in front of ``engine``.
 
-    api_keys: who may use /v1 (see :class:`~dwarfstar_engine.api.keys.ApiKeys`); None lets everyone in.
+    gate: who may use it, /health excepted; None lets everyone in.
+    health_details: whether /health, which is open to all, says more than "ok" or "unavailable".
     max_body_bytes: larger request bodies are refused with 413.
     request_timeout_s: the longest a request may take; it may ask for less with the body field ``timeout``.
     clock: unix time in seconds. fresh_id: a new unguessable id, of letters and digits.
@@ -70,7 +72,8 @@ def create_app(
     errors.install(app)
 
     async def authorized(request: Request) -> None:
-        authorize(request, api_keys)
+        if gate is not None:
+            gate.admit(request)
 
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(authorized)])
 
@@ -125,7 +128,7 @@ def create_app(
     async def health() -> Response:
         told = dict(engine.health())
         status = HTTPStatus.OK if told.get("status") == "ok" else HTTPStatus.SERVICE_UNAVAILABLE
-        return errors.json_response(told, status=status)
+        return errors.json_response(told if health_details else {"status": told.get("status")}, status=status)
 
     app.include_router(v1)
     return app

@@ -1,52 +1,182 @@
-"""API keys: who may use the HTTP API.
+"""Who may use the HTTP API: the gate before each endpoint but /health.
 
-Keys are kept as digests and compared in constant time, all of them each time, so that neither a wrong key's
-likeness to a right one nor its place in the list shows in the time taken. They appear in no log and no ``repr``.
+Theory. Bound elsewhere than loopback, the gate is closed: a request needs a key that is in the book now. On loopback
+it is open, but a key that is given must be right as soon as there are keys, so that a wrong one is found before the
+engine is bound elsewhere. A request passes the gate once, before its body is read; tokens do not. A key that is
+withdrawn lets nothing in from then on; what it let in before goes on to its end.
+
+``LiveKeys`` follows the file: at most every LOOK_S, with the first request after that, it asks whether the file is
+another one, and reads it if so. Without requests nobody looks. While the file cannot be read, the keys known before
+count: an editor's half-written file must neither lock everybody out nor let anybody in.
+
+Bounds. MAX_AUTHORIZATION characters of the header are looked at. Refusals are logged once a source in a while, a few a
+minute in all (:class:`Refusals`). No key, right or wrong, is in a log, a message or a ``repr``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Callable, Iterable
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 
 from starlette.requests import Request
 
 from dwarfstar_engine.api.errors import KeyRefused
-from dwarfstar_engine.errors import SettingsError
+from dwarfstar_engine.api.keybook import Ended, KeyBook, KeyStore, Known, Signature, Unknown, judge
+from dwarfstar_engine.errors import TrustError
 
-KeyCheck = Callable[[str], bool]
-"""Whether a key may be used. Must take the same time for any key of the same length."""
+log = logging.getLogger("dwarfstar.keys")
 
+LOOK_S = 1.0  # how long a withdrawn key may still work; a look costs a few microseconds
+MAX_AUTHORIZATION = 1024  # characters; ours have 53, and longer ones are nobody's key
+TELL_EVERY_S = 60.0  # between two lines about one source
+MAX_SOURCES = 64  # remembered; beyond it the one refused longest ago is forgotten
+MAX_LINES = 30  # in TELL_EVERY_S, of all sources: a network full of addresses must not fill the disk
+MAX_NOTES = 256  # keys whose day of use is remembered: twice as many as there are, as some are replaced
 
-class ApiKeys:
-    """A :data:`KeyCheck` over a fixed set of keys. Raises SettingsError for an empty or non-ASCII key."""
-
-    __slots__ = ("_digests",)
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        keys = tuple(keys)
-        if not keys or not all(key.strip() and key.isascii() for key in keys):
-            raise SettingsError("an API key must be non-empty ASCII text: a header can carry nothing else")
-        self._digests = tuple(_digest(key) for key in keys)
-
-    def __call__(self, key: str) -> bool:
-        given, right = _digest(key), False
-        for digest in self._digests:
-            right |= hmac.compare_digest(given, digest)
-        return right
+NO_KEY = "this server needs an API key: send it as 'Authorization: Bearer KEY'"
+UNKNOWN_KEY = "the API key is not one this server knows: check the key your client sends"
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+class LiveKeys:
+    """The book of ``store`` as it is, or was at most LOOK_S ago. monotonic: a clock in s.
+
+    Raises TrustError when it is made, if the file cannot be read then.
+    """
+
+    def __init__(self, store: KeyStore, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._monotonic = store, monotonic
+        self._seen: Signature | None = store.signature()
+        self._book = store.read()
+        self._look_at = monotonic() + LOOK_S
+        self._complaint = ""
+
+    def __call__(self) -> KeyBook:
+        now = self._monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self._look()
+        return self._book
+
+    def _look(self) -> None:
+        try:
+            signature = self._store.signature()  # before the file is read: what changes meanwhile is seen next time
+            if signature != self._seen:
+                self._book = self._store.read()
+                self._seen = signature
+            self._complaint = ""
+        except TrustError as error:
+            if error.message != self._complaint:
+                self._complaint = error.message
+                log.error("%s Until then the keys known before count.", error.message)
 
 
-def authorize(request: Request, check: KeyCheck | None) -> None:
-    """Let the request pass or raise KeyRefused. With no ``check`` everyone passes."""
-    if check is None:
-        return
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        raise KeyRefused("this server needs an API key: send it as 'Authorization: Bearer KEY'")
-    if not check(key.strip()):
-        raise KeyRefused("the API key is not one this server knows: check the key your client sends")
+@dataclass(slots=True)
+class Refusals:
+    """Which refusals are worth a line in the log. Pure: ``now`` is a monotonic time, in s."""
+
+    told: OrderedDict[str, float] = field(default_factory=OrderedDict)  # source → when, longest ago first
+    begin: float = 0.0
+    lines: int = 0
+
+    def worth_a_line(self, source: str, now: float) -> bool:
+        if now - self.begin >= TELL_EVERY_S:
+            self.begin, self.lines = now, 0
+        at = self.told.get(source)
+        if self.lines >= MAX_LINES or (at is not None and now - at < TELL_EVERY_S):
+            return False
+        self.lines += 1
+        self.told[source] = now
+        self.told.move_to_end(source)
+        if len(self.told) > MAX_SOURCES:
+            self.told.popitem(last=False)
+        return True
+
+
+def credentials(headers: Sequence[str]) -> str | None:
+    """The key in the request's Authorization headers, or None if there is none.
+
+    Raises KeyRefused for what is too long, or given twice: it would be a matter of taste which of them counts.
+    """
+    if not headers:
+        return None
+    if len(headers) > 1 or len(headers[0]) > MAX_AUTHORIZATION:
+        raise KeyRefused(UNKNOWN_KEY)
+    scheme, _, key = headers[0].partition(" ")
+    return (key.strip() or None) if scheme.lower() == "bearer" else None
+
+
+class Gate:
+    """Lets requests in, or raises KeyRefused.
+
+    keys: the book that counts now. required: whether a request without a key is refused. clock: the time, in UTC.
+    note: is told, in a thread, the hash of each key that is used on a new day, and the day.
+    """
+
+    def __init__(
+        self,
+        keys: Callable[[], KeyBook],
+        *,
+        required: bool,
+        clock: Callable[[], datetime],
+        monotonic: Callable[[], float] = time.monotonic,
+        note: Callable[[str, date], None] | None = None,
+    ) -> None:
+        self._keys, self._required, self._clock, self._monotonic, self._note = keys, required, clock, monotonic, note
+        self._refusals = Refusals()
+        self._noted: dict[str, date] = {}
+        self._noting: set[asyncio.Future[None]] = set()
+
+    def admit(self, request: Request) -> None:
+        """Let the request pass. Raises KeyRefused. Called on the event loop; it waits for nothing but LiveKeys."""
+        try:
+            self.check(request.headers.getlist("authorization"))
+        except KeyRefused as error:
+            source = request.client.host if request.client else "an unknown address"
+            if self._refusals.worth_a_line(source, self._monotonic()):
+                log.warning("refused a request of %s: %s", source, error.message)
+            raise
+
+    def check(self, headers: Sequence[str]) -> None:
+        """``admit`` by the Authorization headers alone, without a line in the log."""
+        book, now = self._keys(), self._clock()
+        if not self._required and not book.keys:
+            return
+        key = credentials(headers)
+        if key is None:
+            if self._required:
+                raise KeyRefused(NO_KEY)
+            return
+        match judge(book, key, now):
+            case Known(held):
+                self._used(held.hash, held.used, now.astimezone(UTC).date())
+            case Ended(_, at):
+                raise KeyRefused(
+                    f"this API key ended at {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC: ask for a new one, which "
+                    "`dwarfstar key add` makes"
+                )
+            case Unknown():
+                raise KeyRefused(UNKNOWN_KEY)
+
+    def _used(self, hashed: str, known: date | None, day: date) -> None:
+        """Note the day, once."""
+        if self._note is None or known == day or self._noted.get(hashed) == day:
+            return
+        if len(self._noted) >= MAX_NOTES:
+            self._noted.clear()
+        self._noted[hashed] = day
+        noting = asyncio.get_running_loop().run_in_executor(None, _quietly, self._note, hashed, day)
+        self._noting.add(noting)
+        noting.add_done_callback(self._noting.discard)
+
+
+def _quietly(note: Callable[[str, date], None], hashed: str, day: date) -> None:
+    """A day that cannot be kept, on a full disk say, is no reason to refuse who has a right key."""
+    try:
+        note(hashed, day)
+    except TrustError as error:
+        log.info("the day an API key was used is not kept: %s", error.message)

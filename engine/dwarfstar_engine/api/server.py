@@ -8,6 +8,7 @@ another protocol for what it is in HTTP/1.1, its body included.
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
 import httptools
@@ -71,8 +72,11 @@ class Protocol(HttpToolsProtocol):
             super().on_message_complete()
 
 
-def http_server(app: FastAPI) -> uvicorn.Server:
-    """A server of ``app`` for the running event loop; it logs nothing of its own and knows HTTP only."""
+def http_server(app: FastAPI, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    """A server of ``app`` for the running event loop; it logs nothing of its own and knows HTTP only.
+
+    tls: what it encrypts with; None: it does not.
+    """
     config = uvicorn.Config(
         app,
         http=Protocol,
@@ -81,7 +85,8 @@ def http_server(app: FastAPI) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # who a client is, is not looked at
+        proxy_headers=False,  # anybody may claim to be a proxy
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        ssl_context_factory=None if tls is None else lambda config, default: tls,
     )
     return uvicorn.Server(config)

@@ -3,26 +3,63 @@
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.api.keybook import PREFIX
+from dwarfstar_engine.api.tls import client_context
+from dwarfstar_engine.cli import running
+from dwarfstar_engine.errors import DwarfStarError, SettingsError
 
 CONNECT_S = 5.0
+HOW_TO_GIVE_A_KEY = "here: with --api-key or DWARFSTAR_API_KEY; `dwarfstar key add NAME` makes one"
 READ_S = 120.0  # a long prompt on a slow cluster; between tokens it is never so long
 
 
-def stream(api_url: str, messages: list[dict[str, str]], key: str | None, options: dict[str, Any]) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom to talk to. ``verify``: what its certificate is checked with; True: the public authorities."""
+
+    api_url: str
+    key: str | None = field(default=None, repr=False)
+    verify: ssl.SSLContext | bool = True
+
+
+def target(url: str | None, key: str | None, home: Path, environment: Mapping[str, str]) -> Target:
+    """The endpoint ``url``, or the engine that runs from ``home``. Raises DwarfStarError if there is none.
+
+    The key is the one given, else DWARFSTAR_API_KEY, else OPENAI_API_KEY. The last one is usually OpenAI's own: the
+    engine here gets it only if it looks like one of ours, as it would refuse another.
+    """
+    key = key or environment.get("DWARFSTAR_API_KEY")
+    other = environment.get("OPENAI_API_KEY", "")
+    if not key and (url or other.startswith(PREFIX)):
+        key = other
+    key = (key or "").strip() or None
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise SettingsError("the API key has characters that no key has: give it as `dwarfstar key add` printed it")
+    if url:
+        return Target(url.rstrip("/"), key)
+    engine = running.require(home)
+    verify = client_context(Path(engine.certificate)) if engine.certificate else True
+    return Target(engine.api_url.rstrip("/"), key, verify)
+
+
+def stream(target: Target, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
     """The pieces of the answer as they come. Raises DwarfStarError with the server's own sentence."""
     body = {"model": "default", "messages": messages, "stream": True, **options}
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
+    api_url = target.api_url
     try:
         with (
-            httpx.Client(timeout=httpx.Timeout(CONNECT_S, read=READ_S)) as client,
+            httpx.Client(timeout=httpx.Timeout(CONNECT_S, read=READ_S), verify=target.verify) as client,
             client.stream("POST", f"{api_url}/v1/chat/completions", json=body, headers=headers) as answer,
         ):
             if answer.status_code != 200:
@@ -45,15 +82,17 @@ def stream(api_url: str, messages: list[dict[str, str]], key: str | None, option
 def _refusal(answer: httpx.Response) -> DwarfStarError:
     try:
         error = answer.json()["error"]
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            return DwarfStarError(f"{error['message']} ({HOW_TO_GIVE_A_KEY})", code="invalid_api_key")
         return DwarfStarError(str(error["message"]), code=str(error.get("code") or "error"))
     except (ValueError, KeyError, TypeError):
         return DwarfStarError(f"the engine answered with HTTP status {answer.status_code}")
 
 
-def ask(api_url: str, messages: list[dict[str, str]], key: str | None, options: dict[str, Any]) -> str:
+def ask(target: Target, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
     """Print the answer as it comes; afterwards, on a terminal, its speed. Returns the text."""
     started, first, pieces = time.perf_counter(), 0.0, []
-    for text in stream(api_url, messages, key, options):
+    for text in stream(target, messages, options):
         first = first or time.perf_counter()
         pieces.append(text)
         sys.stdout.write(text)
@@ -65,7 +104,7 @@ def ask(api_url: str, messages: list[dict[str, str]], key: str | None, options: 
     return "".join(pieces)
 
 
-def converse(api_url: str, key: str | None, options: dict[str, Any], messages: list[dict[str, str]]) -> None:
+def converse(target: Target, options: dict[str, Any], messages: list[dict[str, str]]) -> None:
     """Go on with ``messages``, prompts read until the end of input. A refused prompt is said and not kept."""
     interactive = sys.stdin.isatty()
     while True:
@@ -78,7 +117,7 @@ def converse(api_url: str, key: str | None, options: dict[str, Any], messages: l
         if not (prompt := line.strip()):
             continue
         try:
-            answer = ask(api_url, [*messages, {"role": "user", "content": prompt}], key, options)
+            answer = ask(target, [*messages, {"role": "user", "content": prompt}], options)
         except DwarfStarError as error:
             if not interactive:
                 raise

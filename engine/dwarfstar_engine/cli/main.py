@@ -17,6 +17,7 @@ import typer
 import dwarfstar_engine
 from dwarfstar_engine.cli import chat as chat_module
 from dwarfstar_engine.cli import remote, running
+from dwarfstar_engine.cli.keys import keys_app
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.source import find_model
 from dwarfstar_engine.settings import Settings, load_settings
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(keys_app, name="key")
 # ``dwarfstar [MODEL] [OPTIONS]`` has no command word, so it is a program of its own.
 starter = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -87,6 +89,8 @@ def start(
     wait_nodes: Annotated[int | None, typer.Option(help="Nodes to wait for before the first plan.")] = None,
     host: Annotated[str | None, typer.Option(help="Address of the HTTP API.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the HTTP API; 0 takes a free one.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate of the HTTP API, PEM: makes it HTTPS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert, PEM.")] = None,
     control_host: Annotated[str | None, typer.Option(help="Address other nodes reach this machine at.")] = None,
     control_port: Annotated[int | None, typer.Option(help="Port other nodes attach to; 0 takes a free one.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of one request, prompt and answer.")] = None,
@@ -113,7 +117,8 @@ def start(
 ) -> None:
     """Serve a model. Without a model and without --demo: show the status of the running engine."""
     settings = _settings(
-        host=host, port=port, control_host=control_host, control_port=control_port, context=context, slots=slots,
+        host=host, port=port, tls_cert=tls_cert, tls_key=tls_key,
+        control_host=control_host, control_port=control_port, context=context, slots=slots,
         chunk=chunk, wire=wire, kv=kv, prefix_cache=prefix_cache, speculation=speculation, batching=batching,
         draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, effective_vram=effective_vram,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
@@ -202,11 +207,16 @@ def chat(
     seed: Annotated[int | None, typer.Option()] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     url: Annotated[str | None, typer.Option(help="Another endpoint than the engine running here.")] = None,
-    key: Annotated[str | None, typer.Option(envvar="DWARFSTAR_API_KEY", help="API key of that endpoint.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", "--key", help="API key; default: DWARFSTAR_API_KEY or OPENAI_API_KEY.", metavar="KEY"
+        ),
+    ] = None,
     home: Home = None,
 ) -> None:
     """Talk to the model."""
-    api_url = url or running.require(_settings(home=home).home).api_url
+    target = chat_module.target(url, key, _settings(home=home).home, os.environ)
     options = {
         name: value
         for name, value in (("temperature", temperature), ("seed", seed), ("max_tokens", max_tokens))
@@ -214,9 +224,9 @@ def chat(
     }
     first = [{"role": "system", "content": system}] if system else []
     if prompt is None:
-        chat_module.converse(api_url.rstrip("/"), key, options, first)
+        chat_module.converse(target, options, first)
     else:
-        chat_module.ask(api_url.rstrip("/"), [*first, {"role": "user", "content": prompt}], key, options)
+        chat_module.ask(target, [*first, {"role": "user", "content": prompt}], options)
 
 
 @app.command()
@@ -275,7 +285,8 @@ def version() -> None:
 def _names_command(arguments: list[str]) -> bool:
     """Whether the first word is a command; else it is ``dwarfstar [MODEL] [OPTIONS]``."""
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-    return bool(arguments) and (arguments[0] in commands or arguments[0] == "--help")
+    groups = {group.name for group in app.registered_groups}
+    return bool(arguments) and (arguments[0] in commands | groups or arguments[0] == "--help")
 
 
 def run() -> None:

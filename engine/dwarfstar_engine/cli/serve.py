@@ -22,12 +22,13 @@ import grpc.aio
 from dwarfstar_engine.api.app import create_app
 from dwarfstar_engine.api.server import http_server
 from dwarfstar_engine.cli import running, telling
+from dwarfstar_engine.cli.door import Door, open_door
 from dwarfstar_engine.errors import SettingsError
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_bytes
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
 from dwarfstar_engine.node.drafter import Drafter, DraftOptions
-from dwarfstar_engine.node.facts import GIB, cores, default_threads, measure, reached_host
+from dwarfstar_engine.node.facts import GIB, cores, default_threads, is_any, measure, reached_host
 from dwarfstar_engine.node.local import LocalNode
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
 from dwarfstar_engine.node.tokens import TokenStore
@@ -83,6 +84,9 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
     listener = _bind(settings.host, settings.port, "")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
+        door = open_door(settings, listener.getsockname(), utc_now())
+        for line in door.notes:
+            say(line)
         stopping = asyncio.Event()
         _on_signals(stopping.set)
         pinned = _pin(start.pin, local)
@@ -100,9 +104,8 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         joining, join = await _joining(authority, trust, settings, coordinator.address)
         stack.push_async_callback(joining.stop, 0.5)
         stack.callback(running.withdraw, settings.home)
-        host, port = listener.getsockname()[:2]
-        coordinator.api_url = f"http://{_shown_host(host)}:{port}"
-        running.announce(settings.home, coordinator.address, coordinator.api_url, join)
+        coordinator.api_url = door.url
+        running.announce(settings.home, coordinator.address, door.url, join, door.certificate)
         nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, authority)
         for node in nodes:
             stack.push_async_callback(node.stop)
@@ -111,8 +114,8 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         if not local:
             tasks.append(asyncio.create_task(_own_node(settings, authority, coordinator.address), name="node"))
         stack.push_async_callback(_cancel, tasks)
-        http = asyncio.create_task(_http(coordinator, listener, settings, stopping), name="http")
-        teller = asyncio.create_task(telling.tell(coordinator, say, started, settings.home))
+        http = asyncio.create_task(_http(coordinator, listener, settings, door, stopping), name="http")
+        teller = asyncio.create_task(telling.tell(coordinator, say, started, settings.home, door.curl))
         stack.push_async_callback(_cancel, [teller])
         stopped = asyncio.create_task(stopping.wait())
         done, _ = await asyncio.wait([stopped, http, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -159,7 +162,8 @@ def _bind(host: str, port: int, prefix: str) -> socket.socket:
     option = f"--{prefix}host"
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
+        both = family == socket.AF_INET6 and is_any(host) and socket.has_dualstack_ipv6()  # as the address says
+        return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
     except OSError as error:
         code, problem = "bad_host", (error.strerror or str(error)).split(" (", 1)[0]
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
@@ -283,11 +287,17 @@ async def _own_node(settings: Settings, authority: Authority, address: str) -> N
     await NodeDaemon(node_id, options).run(address)
 
 
-async def _http(coordinator: Coordinator, listener: socket.socket, settings: Settings, stopping: asyncio.Event) -> None:
+async def _http(
+    coordinator: Coordinator, listener: socket.socket, settings: Settings, door: Door, stopping: asyncio.Event
+) -> None:
     app = create_app(
-        coordinator, max_body_bytes=settings.max_body_mib << 20, request_timeout_s=settings.request_timeout_s
+        coordinator,
+        gate=door.gate,
+        health_details=not door.public,
+        max_body_bytes=settings.max_body_mib << 20,
+        request_timeout_s=settings.request_timeout_s,
     )
-    server = http_server(app)
+    server = http_server(app, door.tls)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     serving = asyncio.create_task(server._serve([listener]))
     await stopping.wait()

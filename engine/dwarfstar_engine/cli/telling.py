@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dwarfstar_engine.cli.door import home_option
 from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_bytes
 from dwarfstar_engine.node.facts import GIB
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
@@ -39,8 +39,11 @@ def opening(source: Source, settings: Settings, local: int, lent_gib: float | No
     yield f"{nodes}, each lending {lent_gib:.2f} GiB{fits}"
 
 
-async def tell(coordinator: Coordinator, say: Callable[[str], None], started: float, home: Path) -> None:
-    """Say what changes, until cancelled. ``started``: monotonic time the program began."""
+async def tell(coordinator: Coordinator, say: Callable[[str], None], started: float, home: Path, curl: str) -> None:
+    """Say what changes, until cancelled.
+
+    started: monotonic time the program began. curl: the options with which curl gets in.
+    """
     told, invited, told_at = "", False, 0.0
     while True:
         status, now = coordinator.status(), time.monotonic()
@@ -53,7 +56,7 @@ async def tell(coordinator: Coordinator, say: Callable[[str], None], started: fl
             told, told_at = line, now
         if status.state == "serving" and not invited:
             invited = True
-            for line in _invitation(status.coordinator.api_url, home):
+            for line in _invitation(status.coordinator.api_url, home, curl):
                 say(line)
         await asyncio.sleep(LOOK_S)
 
@@ -71,11 +74,11 @@ def _line(status: StatusView, loading: str, *, served: bool) -> str:
     return "" if status.reason == "starting" else f"not serving{'' if served else ' yet'}: {status.reason}"
 
 
-def _invitation(api_url: str, home: Path) -> Iterator[str]:
+def _invitation(api_url: str, home: Path, curl: str) -> Iterator[str]:
     yield "ready. Try it from another terminal:"
     yield (
-        f"curl {api_url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"curl {api_url}/v1/chat/completions {curl}-H 'Content-Type: application/json' "
         """-d '{"messages": [{"role": "user", "content": "Hello!"}]}'"""
     )
-    where = "" if home == Settings().home else f" --home {shlex.quote(str(home))}"
+    where = home_option(home)
     yield f"or: dwarfstar chat{where}. What runs where: dwarfstar status{where}. To end it: Ctrl-C"

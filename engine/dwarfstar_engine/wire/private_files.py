@@ -55,7 +55,9 @@ def read_private(path: Path, limit: int) -> bytes:
     """At most ``limit`` bytes of a file that nobody else may read. Raises TrustError."""
     with _trouble(path, "read"), path.open("rb") as file:
         if os.name == "posix" and os.fstat(file.fileno()).st_mode & _OTHERS:
-            raise TrustError(f"{path} may be read by other users: run chmod 600 on it, or join again with a new key.")
+            raise TrustError(
+                f"{path} may be read by other users: run chmod 600 on it, and replace what it holds if they could."
+            )
         return _bounded(path, file.read(limit + 1), limit)
 
 
@@ -123,4 +125,4 @@ def _trouble(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise TrustError(f"{path} cannot be {verb} ({error.strerror}): check its folder, or join again.") from None
+        raise TrustError(f"{path} cannot be {verb} ({error.strerror}): check its folder and who owns it.") from None
