@@ -86,6 +86,12 @@ class Settings(BaseModel):
     """Nodes to wait for before the first plan."""
     rejoin_s: float = Field(default=10.0, ge=0, le=3600)
     """Seconds a lost node is waited for before the model is planned on those that are left."""
+    on_loss: Literal["rescue", "fail"] = "rescue"
+    """When a node or stage is lost: carry its streams over to what is left, or end them with an error at once."""
+    rescue_s: float = Field(default=60.0, ge=1, le=3600)
+    """Seconds a stream waits for the pipeline to be back before it ends with an error."""
+    replan: bool = True
+    """Plan anew with nodes that came later, when nobody is served."""
     frame_deadline_s: float = Field(default=60.0, ge=1, le=3600)
     """A frame that is longer on its way is stuck: its pipeline is given up and brought up again."""
 

@@ -1,4 +1,4 @@
-"""Processes killed and stopped under a request: a clean error at once, and the next request works."""
+"""Processes killed and stopped under a request that is not to be rescued: a clean error at once, and the next works."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ import httpx
 import pytest
 
 from dwarfstar_engine.stage import toy
-from process.conftest import TOKENS
-from process.prompts import PROMPTS
-from process.reference import Answer
 from support.engine_process import EngineProcess, until
 
 pytestmark = pytest.mark.process
@@ -31,7 +28,7 @@ FRAME_DEADLINE_S = 3
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     home = tmp_path_factory.mktemp("slow") / "home"
     settings = {"DWARFSTAR_FRAME_DEADLINE_S": str(FRAME_DEADLINE_S), "DWARFSTAR_REJOIN_S": "600"}
-    with EngineProcess(home, MODEL, "--local-nodes", "3", variables=settings) as engine:
+    with EngineProcess(home, MODEL, "--local-nodes", "3", "--on-loss", "fail", variables=settings) as engine:
         yield engine.wait_serving()
 
 
@@ -40,8 +37,10 @@ def works(engine: EngineProcess) -> None:
     engine.wait_serving()
     answer = engine.post(TEXT, {"prompt": PROMPT, "max_tokens": 20, "temperature": 0}).raise_for_status().json()
     assert answer["choices"][0]["text"] == bytes(toy.expected(PROMPT.encode(), 20, LAYERS)).decode()
-    assert [stage.node for stage in engine.status().stages] == ["node1", "node2", "node3"]
     engine.wait_idle()
+    nodes = ["node1", "node2", "node3"]  # meanwhile those left may have served; who came back gets its share
+    until(lambda: [stage.node for stage in engine.status().stages] == nodes, "all nodes have their share")
+    engine.wait_serving()
 
 
 def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -116,20 +115,6 @@ def test_a_stopped_stage_is_replaced(slow: EngineProcess) -> None:
     assert error["type"] == "server_error"
     works(slow)
     assert pid not in [process.pid for process in slow.processes()]
-
-
-def test_a_real_model(demo: EngineProcess, reference: list[Answer]) -> None:
-    body = {"prompt": PROMPTS[0], "max_tokens": 3000, "temperature": 0, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", demo.url + TEXT, json=body, timeout=60.0) as answer:
-        said = events(answer.iter_lines())
-        next(said)
-        demo.kill(demo.stage(2).pid)
-        *_, last = said
-    assert last["error"]["type"] == "server_error"
-    demo.wait_serving()
-    again = demo.post(TEXT, {**body, "stream": False, "max_tokens": TOKENS}).raise_for_status().json()
-    assert again["choices"][0]["text"] == reference[0].text
-    demo.wait_idle()
 
 
 def test_a_killed_engine_leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> None:

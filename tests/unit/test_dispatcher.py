@@ -237,6 +237,35 @@ async def test_a_failure_ends_every_request_and_may_be_retried() -> None:
     assert dispatcher.oldest_age_s(1e9) == 0.0
 
 
+@pytest.mark.parametrize("seed", range(12))
+async def test_streams_go_on_in_another_ring(seed: int) -> None:
+    """A ring breaks at some moment; the next one carries its streams on, and nobody sees more than a pause."""
+    rng = random.Random(seed)
+    wanted = [request(prompt_of(rng), rng.choice([3, 20, None])) for _ in range(5)]
+    first, second = Ring(seed), Ring(seed + 1, slots=2, in_flight=2)
+    sinks = [Queue() for _ in wanted]
+    async with running(first) as dispatcher:
+        streams = [dispatcher.generate(one, sink) for one, sink in zip(wanted, sinks, strict=True)]
+        streams[4].cancel()
+        for _ in range(rng.randrange(120)):
+            await asyncio.sleep(0)
+    first.stopped = True
+    left = dispatcher.suspend("a stage was lost", RETRY_S)
+    assert dispatcher.suspend("again", RETRY_S) == [] and streams[4] not in left
+    with pytest.raises(StageError, match="a stage was lost"):
+        dispatcher.generate(wanted[0], Queue())
+    async with running(second) as dispatcher:
+        for stream in left:
+            dispatcher.carry(stream)
+        await until(second.idle)
+    for one, sink, stream in zip(wanted[:4], sinks, streams, strict=False):
+        tokens = [sink.items.get_nowait() for _ in range(sink.items.qsize())]
+        text, finish = reference(list(one.prompt), one.max_tokens)
+        assert [token.id for token in tokens if isinstance(token, Token)] == text == stream.answer
+        assert isinstance(tokens[-1], Token) and tokens[-1].finish == finish
+        stream.cancel()  # it is over: nothing happens
+
+
 async def test_a_fault_frame_is_told() -> None:
     ring = Ring()
     async with running(ring) as dispatcher:
@@ -325,7 +354,8 @@ async def test_the_next_frame_leaves_before_the_token_is_delivered() -> None:
     ring.dispatcher._flush = slow
     delivering = asyncio.create_task(ring.dispatcher.on_frame(result))
     await until(lambda: len(ring.sent) == 2)
-    (sink,) = ring.dispatcher._sinks.values()
+    (stream,) = ring.dispatcher._streams.values()
+    sink = stream.sink
     assert isinstance(sink, Queue) and sink.items.empty() and not delivering.done()
     gate.set()
     await delivering

@@ -32,7 +32,7 @@ from dwarfstar_engine.wire.frames import (
     StepFrame,
     Want,
 )
-from dwarfstar_engine.wire.sampler_spec import MAX_PROMPT_TAIL, MAX_SAMPLER_BYTES
+from dwarfstar_engine.wire.sampler_spec import MAX_ANSWER, MAX_PROMPT_TAIL, MAX_SAMPLER_BYTES
 
 COLS = 6
 HEADER_BYTES = 44
@@ -138,6 +138,7 @@ specs = st.builds(
     logit_bias=st.lists(st.tuples(tokens, finite), max_size=5).map(tuple),
     logprobs=st.integers(-1, MAX_LOGPROBS),
     prompt_tail=st.lists(tokens, max_size=9).map(tuple),
+    answer=st.lists(tokens, max_size=9).map(tuple),
 )
 
 
@@ -338,7 +339,8 @@ def test_a_sampler_spec_survives_the_trip(spec: SamplerSpec) -> None:
 
 
 def test_the_largest_sampler_spec_fits_its_bound() -> None:
-    spec = SamplerSpec(1, logit_bias=((1, 1.0),) * MAX_LOGIT_BIAS, prompt_tail=(1,) * MAX_PROMPT_TAIL)
+    biases, tail, said = ((1, 1.0),) * MAX_LOGIT_BIAS, (1,) * MAX_PROMPT_TAIL, (1,) * MAX_ANSWER
+    spec = SamplerSpec(1, logit_bias=biases, prompt_tail=tail, answer=said)
     assert len(spec.encode()) == MAX_SAMPLER_BYTES
 
 
@@ -353,9 +355,10 @@ def test_the_largest_sampler_spec_fits_its_bound() -> None:
         (64, "<b", -2),
         (66, "<H", 2),
         (68, "<H", 2),
-        (70, "<i", -1),  # the bias's token
-        (74, "<Q", 0x7FF8_0000_0000_0000),
-        (82, "<i", -1),  # the tail's token
+        (70, "<I", 1),  # tokens said
+        (74, "<i", -1),  # the bias's token
+        (78, "<Q", 0x7FF8_0000_0000_0000),
+        (86, "<i", -1),  # the tail's token
     ],
 )
 def test_a_sampler_spec_out_of_bounds_is_refused(at: int, layout: str, value: int) -> None:
@@ -376,6 +379,8 @@ def test_the_spec_of_a_request_fixes_what_the_request_left_open() -> None:
     prompt = tuple(range(MAX_PROMPT_TAIL + 10))
     plain = SamplerSpec.of(Sampling(), prompt, fresh_seed=11)
     assert (plain.seed, plain.logprobs, plain.prompt_tail) == (11, -1, ())
+    said = SamplerSpec.of(Sampling(repeat_penalty=1.1, repeat_last_n=3, presence_penalty=1.0), prompt, 11, [7, 8])
+    assert said.prompt_tail == (prompt[-1], 7, 8) and said.answer == (7, 8)
     repeat = SamplerSpec.of(Sampling(seed=-1, repeat_penalty=1.1, repeat_last_n=3, logprobs=0), prompt, fresh_seed=11)
     assert (repeat.seed, repeat.logprobs, repeat.prompt_tail) == (2**64 - 1, 0, prompt[-3:])
     for last_n in (-1, MAX_PROMPT_TAIL + 1):

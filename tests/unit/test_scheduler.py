@@ -331,6 +331,57 @@ def test_a_newcomer_does_not_wait_for_lanes_that_go_by_themselves_and_is_dealt_i
     assert lanes.count(3) > 3 and lanes.count(2) > 1  # 3, 3, 2
 
 
+@given(
+    seed=st.integers(0, 2**32),
+    stages=st.integers(1, 3),
+    sequences=st.integers(1, 5),
+    rounds=st.sampled_from([0, 4, 32]),
+    mode=st.sampled_from(["auto", "off"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_texts_go_on_in_another_pipeline(seed: int, stages: int, sequences: int, rounds: int, mode: Mode) -> None:
+    """The pipeline breaks at any moment, twice; a new one, of other stages, is given what was said so far."""
+    rng = random.Random(seed)
+    requests = {
+        number: request([rng.randrange(97, 123) for _ in range(rng.randint(1, 20))], rng.choice([1, 7, 30]))
+        for number in range(sequences)
+    }
+    texts: dict[int, list[int]] = {number: [] for number in requests}
+    finished: set[int] = set()
+    for attempt in range(3):
+        limits = Limits(2, 60, 1 + (stages + attempt) % 3, chunk=7, rounds=rounds)
+        scheduler = Scheduler(limits, EOG, Speculation("auto", Linear()) if mode == "auto" else None)
+        ring = Ring(scheduler, rng)
+        for number in requests.keys() - finished:
+            scheduler.submit(number, requests[number], texts[number])
+        breaks_after = rng.randrange(200) if attempt < 2 else 10**6
+        for _ in range(breaks_after):
+            ring.pump()
+            if not ring.turn() and not ring.answers:
+                break
+            while ring.answers:
+                for output in ring.land():
+                    texts[output.sequence].append(output.token.id)
+                    finished |= {output.sequence} if output.token.finish else set()
+    assert texts == {n: reference(list(r.prompt), r.max_tokens or 0) for n, r in requests.items()}
+    assert scheduler.active == scheduler.in_flight == scheduler._prompts == scheduler._steps == 0
+
+
+def test_an_answer_is_replayed_by_steps_behind_its_prompt() -> None:
+    scheduler = Scheduler(Limits(slots=1, context=100, stages=2, chunk=50), frozenset())
+    ring = Ring(scheduler)
+    text = toy.expected([97, 98], 20, LAYERS)
+    scheduler.submit(1, request([97, 98], 20), text[:18])
+    assert ring.finish()[1] == text[18:]
+    assert [(step.prompt, len(step.slots), sum(step.wants)) for step in ring.steps] == [
+        (True, 2, 0),  # llama.cpp has other bits for a prompt's rows
+        (False, 8, 0),
+        (False, 8, 0),
+        (False, 2, 1),
+        (False, 1, 1),
+    ]
+
+
 def test_prompt_chunks_follow_each_other_without_waiting() -> None:
     scheduler = Scheduler(Limits(slots=1, context=100, stages=2, chunk=4), EOG)
     scheduler.submit(1, request(range(97, 107), 1))

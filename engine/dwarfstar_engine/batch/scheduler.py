@@ -42,6 +42,7 @@ from dwarfstar_engine.serving import Request, Token
 MAX_QUEUED = 256  # requests waiting for a slot; beyond it a client is better told to come back
 STEP_ROWS = 64  # rows of a frame of steps: a stage takes no more
 TURN = 2048  # tokens of a prompt that are read before another prompt that waits gets its turn
+REPLAY_ROWS = 8  # of an answer, in a frame: stages work at the same time, and others wait no longer for each
 DRAFTED = 8  # guesses that a draft model is asked to have ready
 SOON = 4  # rounds: lanes that end so soon are not waited for, they begin anew with this one
 GUESSING = 3  # rounds a sequence may go by itself while there is nothing to guess: then it is looked at again
@@ -171,6 +172,7 @@ class Scheduler:
         self._flights: dict[int, _Flight] = {}  # by frame
         self._leaving: dict[int, _Sequence] = {}  # cancelled, and a row of theirs still goes round
         self._halts: list[int] = []  # slots of these that the last stage is to be told of
+        self._replays: deque[_Sequence] = deque()  # their prompts are read; their answers are to be, by steps
         self._steps = self._prompts = 0  # frames in flight
         self._number = 0
 
@@ -188,10 +190,14 @@ class Scheduler:
 
     # --- requests ---
 
-    def submit(self, sequence: int, request: Request) -> None:
-        """Queue a request under a fresh id. Its prompt must be shorter than the context. Raises Overloaded."""
+    def submit(self, sequence: int, request: Request, answer: Seq[int] = ()) -> None:
+        """Queue a request under a fresh id. Its prompt must be shorter than the context. Raises Overloaded.
+
+        answer: tokens it was given in another pipeline; their rows are computed again, and it goes on behind them. Such
+        a request is not refused.
+        """
         assert 0 < len(request.prompt) < self.limits.context and sequence not in self._waiting
-        if len(self._waiting) >= self.limits.queued and not self._may_start():
+        if not answer and len(self._waiting) >= self.limits.queued and not self._may_start():
             raise Overloaded(
                 f"{len(self._waiting)} requests are waiting already: try again later",
                 retry_after_s=1.0,
@@ -199,7 +205,7 @@ class Scheduler:
             )
         room = self.limits.context - len(request.prompt)
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
-        self._waiting[sequence] = _Sequence(sequence, request, limit, list(request.prompt))
+        self._waiting[sequence] = _Sequence(sequence, request, limit, [*request.prompt, *answer])
         heapq.heappush(self._queue, (-request.priority, next(self._arrivals), sequence))
 
     def cancel(self, sequence: int) -> None:
@@ -211,15 +217,12 @@ class Scheduler:
         if (running := self._running.get(sequence)) is not None:
             self._end(running)
 
-    def request(self, sequence: int) -> Request:
-        """The request of a running sequence, for setting its sampler up."""
-        return self._running[sequence].request
-
     def _end(self, sequence: _Sequence) -> None:
         del self._running[sequence.id]
         self._ready.pop(sequence.id, None)
-        if sequence in self._reading:
-            self._reading.remove(sequence)
+        for queue in (self._reading, self._replays):
+            if sequence in queue:
+                queue.remove(sequence)
         slot = sequence.slot
         assert slot is not None
         if sequence.place is not None:
@@ -247,6 +250,8 @@ class Scheduler:
             return self._step(halts=halts)
         if self._ready and (step := self._next_step()) is not None:
             return step
+        if self._replays and self._steps < lanes + len(self._running):
+            return self._next_replay()
         if self._prompts < lanes and (reading := self._next_prompt()) is not None:
             return self._next_chunk(reading)
         if self._steps < lanes and not self._prompts and (guesses := self._next_guesses()) is not None:
@@ -283,6 +288,24 @@ class Scheduler:
             owners=picked,
             sequences=sequences,
             rounds=rounds,
+        )
+
+    def _next_replay(self) -> Step:
+        """Rows of an answer that another pipeline gave, as steps: so they get the bits they had there."""
+        sequence = self._replays[0]
+        start = sequence.sent
+        rows = min(REPLAY_ROWS, len(sequence.tokens) - start)
+        sequence.sent += rows
+        ends = sequence.sent == len(sequence.tokens)
+        if ends:
+            self._replays.popleft()
+        return self._step(
+            slots=(_slot_number(sequence),) * rows,
+            positions=tuple(range(start, start + rows)),
+            tokens=tuple(sequence.tokens[start : start + rows]),
+            wants=(0,) * (rows - 1) + (DRAWN if ends else 0,),
+            owners=[sequence] if ends else [],
+            sequences=(sequence.id,) if ends else (),
         )
 
     # --- guesses ---
@@ -382,8 +405,9 @@ class Scheduler:
         if not self._queue or not self._slots.free:
             return False
         sequence = self._waiting.pop(heapq.heappop(self._queue)[2])
-        place = self._slots.find(sequence.tokens, cache=sequence.request.cache)
-        sequence.slot = self._slots.take(place, sequence.id, sequence.tokens)
+        prompt = sequence.tokens[: sequence.prompt]
+        place = self._slots.find(prompt, cache=sequence.request.cache)
+        sequence.slot = self._slots.take(place, sequence.id, prompt)
         sequence.place, sequence.kept, sequence.sent = place, place.keep, place.keep
         limits = self.limits
         sequence.chunk = limits.chunk or limits.costs.choose(sequence.prompt - sequence.sent)
@@ -395,7 +419,7 @@ class Scheduler:
         start, place, slot = sequence.sent, sequence.place, sequence.slot
         assert slot is not None
         rows = next_chunk(start, sequence.prompt, sequence.chunk)
-        ends = start + rows == sequence.prompt
+        ends, draws = start + rows == sequence.prompt, not sequence.generated
         sequence.sent += rows
         sequence.turn += rows
         sequence.place = None
@@ -410,9 +434,9 @@ class Scheduler:
             slots=(slot.number,) * rows,
             positions=tuple(range(start, start + rows)),
             tokens=tuple(sequence.tokens[start : start + rows]),
-            wants=(0,) * (rows - 1) + (DRAWN if ends else 0,),
+            wants=(0,) * (rows - 1) + (DRAWN if ends and draws else 0,),
             owners=[sequence] if ends else [],
-            sequences=(sequence.id,) if ends else (),
+            sequences=(sequence.id,) if ends and draws else (),
         )
 
     def _reread(self) -> Step | None:
@@ -472,6 +496,8 @@ class Scheduler:
         for slot, sequence in owners.items():
             if sequence.going == number and slot not in flight.owners:
                 self._came_back(sequence)
+            elif flight.kind == "prompt" and sequence.generated and sequence.id in self._running:
+                self._replays.append(sequence)
         outputs: list[Output] = []
         for slot, token in rows:
             drawn = owners.get(slot)

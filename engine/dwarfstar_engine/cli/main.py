@@ -106,6 +106,9 @@ def start(
     batching: Annotated[str | None, typer.Option(help="Tokens of several requests together: auto, or exact.")] = None,
     queue: Annotated[int | None, typer.Option(help="Requests that may wait for a slot.")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds a request may take at most.")] = None,
+    on_loss: Annotated[
+        str | None, typer.Option(help="When a node is lost: rescue its streams, or fail them at once.")
+    ] = None,
     effective_vram: Annotated[float | None, typer.Option(help="GiB each node lends.")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a stage on the GPU; -1: all.")] = None,
     split_mode: Annotated[
@@ -120,7 +123,8 @@ def start(
         host=host, port=port, tls_cert=tls_cert, tls_key=tls_key,
         control_host=control_host, control_port=control_port, context=context, slots=slots,
         chunk=chunk, wire=wire, kv=kv, prefix_cache=prefix_cache, speculation=speculation, batching=batching,
-        draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, effective_vram=effective_vram,
+        draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, on_loss=on_loss,
+        effective_vram=effective_vram,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, home=home, models=models,
     )  # fmt: skip

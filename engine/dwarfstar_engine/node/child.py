@@ -76,6 +76,12 @@ class Child:
         if self._on_exit is not None:
             self._on_exit(status)
 
+    def kill(self) -> None:
+        """End the child by force; ``on_exit`` tells when it is gone."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     async def stop(self) -> None:
         """End the child: its stdin closes, and after KILL_AFTER_S it is killed. Idempotent."""
         process = self._process

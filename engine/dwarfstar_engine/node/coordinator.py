@@ -1,9 +1,10 @@
 """The coordinator: knows the nodes, makes the plan, brings an epoch up, and serves requests on it.
 
 Theory. One task (``run``) brings epochs up, one after another: plan → assign → all stages ready → link → serving.
-Anything that breaks the epoch (a stage's or node's death, a lost hop, a stuck frame) sets ``_broken``; every request
-in flight gets an error at once, and ``run`` starts over with the nodes that are there. Nodes keep weights they still
-need, so an epoch that only lost a link is back within milliseconds.
+Anything that breaks the epoch (a stage's or node's death, a lost hop, a stuck frame) sets ``_broken``; streams wait
+(``streams``), or get an error at once, as set, and ``run`` starts over with the nodes that are there. Nodes keep
+weights they still need, so an epoch that only lost a link is back within milliseconds. A node that the plan does not
+use, as it came later, gets its share when nobody has asked anything for a while.
 
 The coordinator holds no weights. It is the engine behind the HTTP API (``serving.Engine``), and a hop of the ring:
 its frames go to the first stage, and the last stage's results come back to it.
@@ -15,6 +16,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
+from dwarfstar_engine.node.streams import Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
 from dwarfstar_engine.plan.proportional import Need, Plan, StagePlan, proportional, with_cuts
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
@@ -51,6 +54,8 @@ WATCH_S = 0.5
 RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
+REPLAN_IDLE_S = 2.0  # without a request, before a better plan is carried out: it may take loading
+WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
@@ -78,6 +83,10 @@ class Coordinator:
         self._stages: list[Stage] = []
         self._dispatcher: Dispatcher | None = None
         self._sender: RingSender | None = None
+        self._planned: Plan | None = None
+        self._idle_since = 0.0  # monotonic time of the last sign of a request
+        self._waiting = WaitingRoom(settings.rescue_s)
+        self._reviving = False  # a pipeline that served is being brought up again
         self._reason = "starting"
         self._code = "starting"
         self._changed = asyncio.Event()
@@ -117,6 +126,10 @@ class Coordinator:
 
     def generate(self, request: Request, sink: Sink) -> Generation:
         if self._dispatcher is None:
+            if self._reviving and len(self._waiting) < self.settings.queue + self.settings.slots:
+                stream = Stream(request, sink, secrets.randbits(64))
+                self._waiting.put(stream, time.monotonic())
+                return stream
             raise Unavailable(
                 f"the model is not being served: {self._reason}", code=self._code, retry_after_s=RETRY_AFTER_S
             )
@@ -195,8 +208,23 @@ class Coordinator:
         self._broken.set()
         self._changed.set()
         dispatcher, self._dispatcher = self._dispatcher, None
-        if dispatcher is not None:
-            dispatcher.fail(f"the pipeline broke during this request: {reason}; send it again", RETRY_AFTER_S)
+        if dispatcher is None:
+            return
+        told = f"the pipeline broke during this request: {reason}; send it again"
+        if self.settings.on_loss == "fail" or self._stopping:
+            dispatcher.fail(told, RETRY_AFTER_S)
+            return
+        self._reviving = True
+        streams = dispatcher.suspend(told, RETRY_AFTER_S)
+        self._waiting.rescue(streams, time.monotonic(), StageError(told, retry_after_s=RETRY_AFTER_S))
+        if len(self._waiting):
+            log.info("%d streams wait for the next epoch", len(self._waiting))
+
+    def _give_up(self, error: DwarfStarError) -> None:
+        """There will be no pipeline soon: who waits for one is told."""
+        self._reviving = False
+        if lost := self._waiting.fail(error):
+            log.warning("%d streams end: %s", lost, error.message)
 
     # --- bringing epochs up ---
 
@@ -209,15 +237,17 @@ class Coordinator:
                 await self._pause(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
                 self._changed.clear()
                 try:
-                    self._await_nodes()
-                    plan = self._plan()
+                    plan = self._plan_now()
                 except PlanError as error:
                     if self._reason != error.message:
                         log.info("no plan: %s", error.message)
                     self._reason, self._code = error.message, error.code
+                    if error.code != WAITING:
+                        self._give_up(Unavailable(error.message, code=error.code, retry_after_s=RETRY_AFTER_S))
                     await self._until_changed(error.retry_after_s)
                     continue
                 try:
+                    self._planned = plan
                     await self._bring_up(plan)
                     await self._broken.wait()
                     brief = time.monotonic() - self._served_at < STEADY_S
@@ -231,6 +261,7 @@ class Coordinator:
             watcher.cancel()
             self._stopping = True
             self._break("the engine is stopping")
+            self._give_up(StageError("the engine is stopping: send the request again", retry_after_s=RETRY_AFTER_S))
             await self._take_down()
 
     async def _pause(self, pause_s: float) -> None:
@@ -243,21 +274,24 @@ class Coordinator:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), at_most_s)
 
-    def _await_nodes(self) -> None:
-        """Raises PlanError while nodes are awaited: all before the first plan; later a lost one, for ``rejoin_s``."""
+    def _plan_now(self) -> Plan:
+        """A plan for the nodes that are here. Raises PlanError: nodes are awaited (code WAITING), all of them before
+        the first plan, later a lost one for ``rejoin_s`` if the model does not fit those left; or it does not fit."""
         here, wanted = len(self.members), self.settings.wait_nodes
-        if here >= wanted:
-            return
-        if not self._served_at:
-            raise PlanError(f"{here} of {wanted} nodes have joined", code="waiting_for_nodes")
-        left = self._gone_at + self.settings.rejoin_s - time.monotonic()
-        if left > 0:
+        if here < wanted and not self._served_at:
+            raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
+        try:
+            return self._plan()
+        except PlanError as error:
+            left = self._gone_at + self.settings.rejoin_s - time.monotonic()
+            if here >= wanted or left <= 0:
+                raise
             raise PlanError(
                 f"a node was lost ({here} of {wanted} are here): it is waited for, at most "
-                f"{self.settings.rejoin_s:.0f} s, before the model is planned on those left",
-                code="waiting_for_nodes",
+                f"{self.settings.rejoin_s:.0f} s, as the model does not fit the others: {error.message}",
+                code=WAITING,
                 retry_after_s=left,
-            )
+            ) from None
 
     def _plan(self) -> Plan:
         costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
@@ -347,6 +381,12 @@ class Coordinator:
         )
         self._dispatcher.always_draft = settings.speculation == "on"
         self._reason = self._code = ""
+        self._reviving = False
+        for stream in self._waiting.take():
+            try:
+                self._dispatcher.carry(stream)
+            except DwarfStarError as error:
+                stream.sink.fail(error)
         gc.collect()
         gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
@@ -407,9 +447,28 @@ class Coordinator:
                 log.warning("node %s has been silent for %.1f s", member.name, now - member.heard)
                 self.detach(member)
                 member.dismiss()
-            deadline_s = self.settings.frame_deadline_s
+            waited_s, settings = self.settings.rescue_s, self.settings
+            error = StageError(f"the pipeline was not back in {waited_s:.0f} s: {self._reason}", retry_after_s=waited_s)
+            self._waiting.expire(now, error)
+            self._improve(now)
+            deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
                 self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")
+
+    def _improve(self, now: float) -> None:
+        """Carry out a plan with nodes that came after the last one, when nobody is served."""
+        dispatcher = self._dispatcher
+        if dispatcher is None or dispatcher.scheduler.active or dispatcher.scheduler.queued:
+            self._idle_since = now
+        unused = self.members.keys() - {stage.member.id for stage in self._stages}
+        if now - self._idle_since < REPLAN_IDLE_S or not unused or not self.settings.replan:
+            return
+        try:
+            plan = self._plan()
+        except PlanError:
+            return  # it was possible before they came; it goes on as it is
+        if plan != self._planned and any(stage.node in unused for stage in plan.stages):
+            self._break("a better plan is possible")
 
     # --- what front ends see ---
 

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ from dwarfstar_engine.wire.trust import NodeFiles
 log = logging.getLogger("dwarfstar.node")
 
 HEARTBEAT_S = 1.0
+SILENT_S = 5.0  # a stage tells each second that it lives; one that is silent for so long is stopped or hangs
 RETRY_S = (0.2, 0.5, 1.0, 2.0)  # pauses between attempts to reach the coordinator; the last one repeats
 STEADY_S = 10.0  # a connection that lived so long was sound: the pauses begin anew
 ANSWER_S = 10.0  # until a coordinator that was reached has welcomed or refused us
@@ -85,6 +87,8 @@ class _Stage:
     link: pb.LinkProfile = field(default_factory=pb.LinkProfile)
     stats: dict[str, Any] = field(default_factory=dict)
     frames: int = 0
+    heard: float = math.inf  # the loop's time of its last event, once it is loaded
+    silent: bool = False  # it was ended for that
 
 
 class NodeDaemon:
@@ -182,8 +186,12 @@ class NodeDaemon:
             self._outbox.put_nowait(pb.NodeMessage(**what))
 
     async def _beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        last = loop.time()
         for number in itertools.count(1):
             await asyncio.sleep(HEARTBEAT_S)
+            awake, last = loop.time() - last < SILENT_S / 2, loop.time()
+            self._check_stage(last, awake)
             self._post(
                 heartbeat=pb.Heartbeat(
                     number=number,
@@ -192,6 +200,16 @@ class NodeDaemon:
                     stages=self._stage_reports(),
                 )
             )
+
+    def _check_stage(self, now: float, awake: bool) -> None:
+        """End a stage that is silent; ``_on_exit`` tells. awake: this process was not the one that slept."""
+        stage = self._stage
+        if stage is not None and not awake:
+            stage.heard = max(stage.heard, now)
+        if stage is not None and now - stage.heard > SILENT_S:
+            stage.heard = math.inf
+            stage.silent = True
+            stage.child.kill()
 
     def _stage_reports(self) -> list[pb.StageReport]:
         stage = self._stage
@@ -343,6 +361,8 @@ class NodeDaemon:
     def _on_event(self, stage: _Stage, event: dict[str, Any]) -> None:
         if stage is not self._stage:
             return
+        if stage.ready:
+            stage.heard = asyncio.get_running_loop().time()
         match event["event"]:
             case "listening":
                 stage.port = int(event["port"])
@@ -376,6 +396,8 @@ class NodeDaemon:
         if stage is not self._stage:
             return
         cause = f"signal {-status}" if status < 0 else f"status {status}"
+        if stage.silent:
+            cause += f", as it had not been heard of for {SILENT_S:.0f} s"
         words = f": {stage.child.last_words[-1][:MAX_WORDS]}" if stage.child.last_words else ""
         log.error("the stage process %d ended with %s%s", stage.child.pid, cause, words)
         self._stage = None

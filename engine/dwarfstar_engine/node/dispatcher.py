@@ -21,6 +21,7 @@ from dwarfstar_engine.batch.scheduler import DRAFTED, DRAWN, Scheduler, Step
 from dwarfstar_engine.batch.trial import Trial
 from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, StageError
 from dwarfstar_engine.node.drafter import Drafter
+from dwarfstar_engine.node.streams import Stream
 from dwarfstar_engine.serving import Request, Sink, Token
 from dwarfstar_engine.wire import frames
 from dwarfstar_engine.wire.frames import CopySlot, FaultFrame, Halt, Op, ResultFrame, SetSampler
@@ -58,18 +59,6 @@ class _Flight:
     rounds: int  # that it may go by itself
 
 
-class _Generation:
-    """See ``serving.Generation``."""
-
-    __slots__ = ("_dispatcher", "_sequence")
-
-    def __init__(self, dispatcher: Dispatcher, sequence: int) -> None:
-        self._dispatcher, self._sequence = dispatcher, sequence
-
-    def cancel(self) -> None:
-        self._dispatcher.cancel(self._sequence)
-
-
 class Dispatcher:
     """Puts frames into the ring by ``send`` and ``flush``; a fault frame goes to ``on_fault``, which calls ``fail``."""
 
@@ -88,7 +77,7 @@ class Dispatcher:
         self._send, self._flush, self._on_fault = send, flush, on_fault
         self._drafter = drafter
         self._trial = Trial()
-        self._sinks: dict[int, Sink] = {}
+        self._streams: dict[int, Stream] = {}
         self._ids = itertools.count(1)
         self._flights: dict[int, _Flight] = {}
         self._drawn: deque[tuple[float, int]] = deque(maxlen=RATE_TOKENS)  # when, and how many
@@ -97,8 +86,15 @@ class Dispatcher:
         self._pumping = False
         self._flushes: set[asyncio.Future[None]] = set()
 
-    def generate(self, request: Request, sink: Sink) -> _Generation:
+    def generate(self, request: Request, sink: Sink) -> Stream:
         """See ``serving.Engine.generate``."""
+        stream = Stream(request, sink, secrets.randbits(64))
+        self.carry(stream)
+        return stream
+
+    def carry(self, stream: Stream) -> None:
+        """Begin a stream, or go on with it. Raises as ``serving.Engine.generate``."""
+        request = stream.request
         context = self.scheduler.limits.context
         if len(request.prompt) >= context:
             raise ContextLengthError(
@@ -109,14 +105,14 @@ class Dispatcher:
         if self._error is not None:
             raise self._error
         sequence = next(self._ids)
-        self.scheduler.submit(sequence, request)
-        self._sinks[sequence] = sink
+        self.scheduler.submit(sequence, request, stream.answer)
+        self._streams[sequence] = stream
+        stream.leave = functools.partial(self.cancel, sequence)
         self._pump_apart()
-        return _Generation(self, sequence)
 
     def cancel(self, sequence: int) -> None:
         """Forget a sequence. Idempotent."""
-        if self._sinks.pop(sequence, None) is not None and self._error is None:
+        if self._streams.pop(sequence, None) is not None and self._error is None:
             self._forget(sequence)
             self.scheduler.cancel(sequence)
             self._pump_apart()
@@ -157,8 +153,8 @@ class Dispatcher:
         )
 
     def _sampler(self, sequence: int) -> bytes:
-        request = self.scheduler.request(sequence)
-        return SamplerSpec.of(request.sampling, request.prompt, secrets.randbits(64)).encode()
+        stream = self._streams[sequence]
+        return SamplerSpec.of(stream.request.sampling, stream.request.prompt, stream.seed, stream.answer).encode()
 
     async def on_frame(self, data: bytes) -> None:
         """A frame from the last stage. Raises FrameError if it is not one."""
@@ -181,14 +177,17 @@ class Dispatcher:
         )
         if self._pump():
             await self._flush()
-        sinks = self._sinks
+        streams = self._streams
         for output in outputs:
             token = output.token
-            sink = sinks.get(output.sequence) if token.finish is None else sinks.pop(output.sequence, None)
-            if sink is not None:
-                sink.put(token)
-            if token.finish is not None:
+            stream = streams.get(output.sequence)
+            if token.finish is not None and stream is not None:
+                del streams[output.sequence]
+                stream.leave = None
                 self._forget(output.sequence)
+            if stream is not None:
+                stream.answer.append(token.id)
+                stream.sink.put(token)
         if outputs:
             now = time.monotonic()
             self._drawn.append((now, len(outputs)))
@@ -233,12 +232,18 @@ class Dispatcher:
         """How long the oldest frame has been in the ring; 0 if none is."""
         return max((now - flight.sent_at for flight in self._flights.values()), default=0.0)
 
+    def suspend(self, reason: str, retry_after_s: float) -> list[Stream]:
+        """The pipeline broke: nothing is sent any more. What it carried, in the order of arrival; then nothing."""
+        if self._error is None:
+            self._error = StageError(reason, retry_after_s=retry_after_s)
+        self._flights.clear()
+        streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            stream.leave = None
+        return streams
+
     def fail(self, reason: str, retry_after_s: float) -> None:
         """The pipeline broke: every request gets an error; nothing is sent any more. Idempotent."""
-        if self._error is not None:
-            return
-        self._error = StageError(reason, retry_after_s=retry_after_s)
-        self._flights.clear()
-        sinks, self._sinks = self._sinks, {}
-        for sink in sinks.values():
-            sink.fail(self._error)
+        for stream in self.suspend(reason, retry_after_s):
+            assert self._error is not None
+            stream.sink.fail(self._error)

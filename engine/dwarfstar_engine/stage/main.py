@@ -19,6 +19,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -75,7 +76,7 @@ class StageProcess:
         port = server.add_secure_port(f"{host}:0", channel.server_credentials(self._trust))
         await server.start()
         self._pipe.emit("listening", port=port, pid=os.getpid())
-        self._stats_task = asyncio.create_task(self._stats())
+        threading.Thread(target=self._stats, name="stats", daemon=True).start()
         work: asyncio.Task[None] | None = None
         while True:
             command = await self._pipe.command()  # always awaited: its end is how we learn that the parent is gone
@@ -243,11 +244,12 @@ class StageProcess:
     def _busy_s(self) -> float:
         return self._worker.backend.busy_s if self._worker is not None else 0.0
 
-    async def _stats(self) -> None:
+    def _stats(self) -> None:
+        """Tell that this process lives. A thread, as the event loop's may compute for seconds on a slow machine."""
         process = psutil.Process()
         while True:
             busy, count = self._busy_s, self._frames
-            await asyncio.sleep(STATS_EVERY_S)
+            time.sleep(STATS_EVERY_S)
             self._pipe.emit(
                 "stats",
                 busy=round(min(1.0, (self._busy_s - busy) / STATS_EVERY_S), 4),

@@ -43,12 +43,12 @@ class Sampler:
                 llama.llama_sampler_accept(repeat, token)
             llama.llama_sampler_chain_add(chain, repeat)
         if spec.frequency_penalty or spec.presence_penalty:
-            llama.llama_sampler_chain_add(
-                chain,
-                llama.llama_sampler_init_penalties(
-                    vocab, slice_.options.context, 1.0, spec.frequency_penalty, spec.presence_penalty
-                ),
+            counts = llama.llama_sampler_init_penalties(
+                vocab, slice_.options.context, 1.0, spec.frequency_penalty, spec.presence_penalty
             )
+            for token in spec.answer:
+                llama.llama_sampler_accept(counts, token)
+            llama.llama_sampler_chain_add(chain, counts)
         if greedy:
             llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_greedy())
         else:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dwarfstar_engine.errors import FrameError
 from dwarfstar_engine.serving import MAX_LOGIT_BIAS, MAX_LOGPROBS, Sampling
 
 MAX_PROMPT_TAIL = 4096  # tokens a repeat penalty looks back; engines commonly default to 64
-_FIXED = struct.Struct("<QddddddiibxHH")
+_FIXED = struct.Struct("<QddddddiibxHHI")
 _BIAS = struct.Struct("<id")
-MAX_SAMPLER_BYTES = _FIXED.size + MAX_LOGIT_BIAS * _BIAS.size + MAX_PROMPT_TAIL * 4
+MAX_ANSWER = 1 << 17  # tokens of an answer that goes on elsewhere, as far as penalties look at it
+MAX_SAMPLER_BYTES = _FIXED.size + MAX_LOGIT_BIAS * _BIAS.size + (MAX_PROMPT_TAIL + MAX_ANSWER) * 4
 _MAX_TOKEN = (1 << 31) - 1  # token ids are int32 in llama.cpp; negative ones mean "none"
 
 
@@ -26,7 +28,8 @@ class SamplerSpec:
     """``serving.Sampling`` with the seed decided (64 bits, unsigned).
 
     repeat_last_n: 0 … MAX_PROMPT_TAIL. logprobs: -1 for none, else 0 … MAX_LOGPROBS.
-    prompt_tail: the prompt's last tokens for the repeat penalty, at most MAX_PROMPT_TAIL, oldest first.
+    prompt_tail: the last tokens before the next for the repeat penalty, at most MAX_PROMPT_TAIL, oldest first.
+    answer: what was drawn before, in another pipeline, for the penalties that count answers; at most MAX_ANSWER.
     """
 
     seed: int
@@ -41,11 +44,14 @@ class SamplerSpec:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int = -1
     prompt_tail: tuple[int, ...] = ()
+    answer: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, sampling: Sampling, prompt: tuple[int, ...], fresh_seed: int) -> SamplerSpec:
-        """The spec of a request. ``fresh_seed`` is taken if the request names none. A ``repeat_last_n`` below 0 or
-        over MAX_PROMPT_TAIL means MAX_PROMPT_TAIL."""
+    def of(
+        cls, sampling: Sampling, prompt: tuple[int, ...], fresh_seed: int, answer: Sequence[int] = ()
+    ) -> SamplerSpec:
+        """The spec of a request of which ``answer`` was drawn. ``fresh_seed`` is taken if the request names none. A
+        ``repeat_last_n`` below 0 or over MAX_PROMPT_TAIL means MAX_PROMPT_TAIL."""
         last_n = sampling.repeat_last_n
         if not 0 <= last_n <= MAX_PROMPT_TAIL:
             last_n = MAX_PROMPT_TAIL
@@ -62,7 +68,8 @@ class SamplerSpec:
             repeat_last_n=last_n,
             logit_bias=sampling.logit_bias,
             logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
-            prompt_tail=prompt[-last_n:] if last_n and sampling.repeat_penalty != 1.0 else (),
+            prompt_tail=(*prompt, *answer)[-last_n:] if last_n and sampling.repeat_penalty != 1.0 else (),
+            answer=tuple(answer[-MAX_ANSWER:]) if sampling.frequency_penalty or sampling.presence_penalty else (),
         )
 
     def encode(self) -> bytes:
@@ -72,21 +79,22 @@ class SamplerSpec:
         fixed = _FIXED.pack(
             self.seed, self.temperature, self.top_p, self.min_p, self.frequency_penalty, self.presence_penalty,
             self.repeat_penalty, self.top_k, self.repeat_last_n, self.logprobs,
-            len(self.logit_bias), len(self.prompt_tail),
+            len(self.logit_bias), len(self.prompt_tail), len(self.answer),
         )  # fmt: skip
         biases = b"".join(_BIAS.pack(token, bias) for token, bias in self.logit_bias)
-        return fixed + biases + struct.pack(f"<{len(self.prompt_tail)}i", *self.prompt_tail)
+        tokens = (*self.prompt_tail, *self.answer)
+        return fixed + biases + struct.pack(f"<{len(tokens)}i", *tokens)
 
     @classmethod
     def decode(cls, data: bytes) -> SamplerSpec:
         """The spec in ``data``. Raises FrameError if it is cut short, too long or out of bounds."""
         if not _FIXED.size <= len(data) <= MAX_SAMPLER_BYTES:
             raise FrameError(f"A sampler spec has {len(data)} bytes; run one release everywhere.")
-        seed, temperature, top_p, min_p, frequency, presence, repeat, top_k, last_n, logprobs, biases, tail = (
+        seed, temperature, top_p, min_p, frequency, presence, repeat, top_k, last_n, logprobs, biases, tail, said = (
             _FIXED.unpack_from(data)
         )
         bias_end = _FIXED.size + biases * _BIAS.size
-        if bias_end + 4 * tail != len(data):
+        if bias_end + 4 * (tail + said) != len(data):
             raise FrameError(f"A sampler spec of {len(data)} bytes does not have the length that its counts give.")
         spec = cls(
             seed=seed,
@@ -101,6 +109,7 @@ class SamplerSpec:
             logit_bias=tuple(_BIAS.iter_unpack(data[_FIXED.size : bias_end])),
             logprobs=logprobs,
             prompt_tail=struct.unpack_from(f"<{tail}i", data, bias_end),
+            answer=struct.unpack_from(f"<{said}i", data, bias_end + 4 * tail),
         )
         if problem := spec._problem():
             raise FrameError(problem)
@@ -112,14 +121,15 @@ class SamplerSpec:
             self.temperature, self.top_p, self.min_p, self.frequency_penalty, self.presence_penalty,
             self.repeat_penalty, *(bias for _, bias in self.logit_bias),
         )  # fmt: skip
-        tokens = (*self.prompt_tail, *(token for token, _ in self.logit_bias))
+        tokens = (*self.prompt_tail, *self.answer, *(token for token, _ in self.logit_bias))
         if not all(map(math.isfinite, numbers)):
             return "A sampler spec holds a number that is not finite."
         if any(not 0 <= token <= _MAX_TOKEN for token in tokens):
             return "A sampler spec names a token id that cannot be one."
-        if len(self.logit_bias) > MAX_LOGIT_BIAS or len(self.prompt_tail) > MAX_PROMPT_TAIL:
+        counts = len(self.logit_bias), len(self.prompt_tail), len(self.answer)
+        if counts[0] > MAX_LOGIT_BIAS or counts[1] > MAX_PROMPT_TAIL or counts[2] > MAX_ANSWER:
             return (
-                f"A sampler spec has {len(self.logit_bias)} biases and {len(self.prompt_tail)} prompt tokens: too many."
+                f"A sampler spec has {counts[0]} biases and {counts[1]} prompt tokens and {counts[2]} more: too many."
             )
         if not (-1 <= self.logprobs <= MAX_LOGPROBS and 0 <= self.repeat_last_n <= MAX_PROMPT_TAIL):
             return f"A sampler spec has logprobs {self.logprobs}, repeat_last_n {self.repeat_last_n}: out of bounds."

@@ -1,0 +1,86 @@
+"""Streams that outlive their pipeline.
+
+A stream is one request and what was said so far. It is carried by a dispatcher as long as its epoch lasts. When the
+epoch breaks, streams wait here for the next one, which computes their rows again, the prompt's as a prompt and each of
+the answer's as a step, so that the bits and with them the text are those of an undisturbed run.
+
+Bounds. A stream waits ``patience_s`` at most, then it gets the error it would have got at once. One that was carried
+over MAX_RESCUES times gets it too: perhaps it is what kills its stages. As many streams wait as were running, and
+requests that come meanwhile up to the bound of the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.serving import Request, Sink
+
+MAX_RESCUES = 3
+
+
+class Stream:
+    """See ``serving.Generation``. answer: the tokens delivered. seed: drawn once, so that a replay draws the same.
+
+    leave: has its carrier forget it; set by the carrier.
+    """
+
+    __slots__ = ("answer", "leave", "request", "rescues", "seed", "sink")
+
+    def __init__(self, request: Request, sink: Sink, seed: int) -> None:
+        self.request, self.sink, self.seed = request, sink, seed
+        self.answer: list[int] = []
+        self.rescues = 0
+        self.leave: Callable[[], None] | None = None
+
+    def cancel(self) -> None:
+        leave, self.leave = self.leave, None
+        if leave is not None:
+            leave()
+
+
+class WaitingRoom:
+    """Streams between two epochs. Times are monotonic, s."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._streams: dict[Stream, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def put(self, stream: Stream, now: float) -> None:
+        """Let a stream wait for the next epoch."""
+        self._streams[stream] = now
+        stream.leave = lambda: self._forget(stream)
+
+    def rescue(self, streams: list[Stream], now: float, error: DwarfStarError) -> None:
+        """Streams of an epoch that broke: those that were rescued too often get ``error``."""
+        for stream in streams:
+            stream.rescues += 1
+            if stream.rescues > MAX_RESCUES:
+                stream.leave = None
+                stream.sink.fail(error)
+            else:
+                self.put(stream, now)
+
+    def take(self) -> list[Stream]:
+        """All that wait, longest first; they wait no more."""
+        streams, self._streams = list(self._streams), {}
+        return streams
+
+    def fail(self, error: DwarfStarError, older_than: float | None = None) -> int:
+        """Give up those that came before ``older_than``, or all; how many."""
+        lost = [stream for stream, since in self._streams.items() if older_than is None or since < older_than]
+        for stream in lost:
+            self._forget(stream)
+            stream.leave = None
+            stream.sink.fail(error)
+        return len(lost)
+
+    def expire(self, now: float, error: DwarfStarError) -> int:
+        """Give up those that waited for too long; how many."""
+        return self.fail(error, now - self._patience_s) if self._streams else 0
+
+    def _forget(self, stream: Stream) -> None:
+        self._streams.pop(stream, None)

@@ -1,0 +1,185 @@
+"""Processes killed under streams: the streams pause, go on, and say what they would have said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from process.prompts import PROMPTS
+from support.engine_process import EngineProcess, until
+
+pytestmark = pytest.mark.process
+
+TEXT = "/v1/completions"
+TOKENS = 120
+STRIKE_AT = 25  # tokens of each stream
+DEADLINE_S = 120.0
+# Greedy, seeded, and with penalties that look at prompt and answer: what draws must be as it was.
+KINDS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0},
+    {"temperature": 0.9, "seed": 5},
+    {"temperature": 0, "frequency_penalty": 0.6, "presence_penalty": 0.4},
+    {"temperature": 0.8, "seed": 2**40, "repeat_penalty": 1.3, "top_k": 50},
+)
+REQUESTS = [
+    {"prompt": PROMPTS[index], "max_tokens": TOKENS, "ignore_eos": True, "stream": True, **KINDS[index % len(KINDS)]}
+    for index in range(8)
+]
+
+
+@dataclass
+class Heard:
+    """What one client got. gap_s: the longest pause between two tokens."""
+
+    text: str = ""
+    tokens: int = 0
+    error: dict[str, Any] | None = None
+    finish: str | None = None
+    gap_s: float = 0.0
+    last: float = field(default_factory=time.monotonic)
+
+
+async def listen(client: httpx.AsyncClient, body: dict[str, Any], heard: Heard) -> None:
+    async with client.stream("POST", TEXT, json=body) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for event in events(answer.aiter_lines()):
+            if "error" in event:
+                heard.error = event["error"]
+                continue
+            now = time.monotonic()
+            heard.gap_s, heard.last = max(heard.gap_s, now - heard.last) if heard.tokens else 0.0, now
+            for choice in event["choices"]:
+                heard.tokens += bool(choice["text"])
+                heard.text += choice["text"]
+                heard.finish = choice["finish_reason"] or heard.finish
+
+
+async def events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
+    async for line in lines:
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+async def crowd(
+    engine: EngineProcess, requests: list[dict[str, Any]], strike: Callable[[], None] | None = None, at: int = STRIKE_AT
+) -> list[Heard]:
+    """All requests at once; ``strike`` when each stream has said ``at`` tokens."""
+    heards = [Heard() for _ in requests]
+    async with httpx.AsyncClient(base_url=engine.url, timeout=DEADLINE_S) as client, asyncio.timeout(DEADLINE_S):
+        work = [asyncio.create_task(listen(client, *pair)) for pair in zip(requests, heards, strict=True)]
+        while strike is not None and min(heard.tokens for heard in heards) < at:
+            await asyncio.sleep(0.005)
+            assert not any(task.done() for task in work)
+        if strike is not None:
+            await asyncio.to_thread(strike)
+        await asyncio.gather(*work)
+    return heards
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    home = tmp_path_factory.mktemp("rescue") / "home"
+    options = ("--local-nodes", "3", "--threads", "1", "--slots", "8", "--context", "512")
+    with EngineProcess(home, "demo", *options) as engine:
+        yield engine.wait_serving()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine: EngineProcess) -> list[Heard]:
+    heards = asyncio.run(crowd(engine, REQUESTS))
+    assert all(heard.finish == "length" and heard.error is None for heard in heards)
+    return heards
+
+
+def all_back(engine: EngineProcess) -> None:
+    engine.wait_idle()
+    until(lambda: len(engine.status().stages) == 3, "every node has its share again")
+    engine.wait_serving()
+
+
+def check(heards: list[Heard], want: list[Heard]) -> None:
+    for heard, expected in zip(heards, want, strict=True):
+        assert heard.error is None
+        assert (heard.text, heard.finish) == (expected.text, expected.finish)
+
+
+def test_eight_streams_outlive_a_killed_stage(engine: EngineProcess, undisturbed: list[Heard]) -> None:
+    epoch = engine.status().epoch
+    heards = asyncio.run(crowd(engine, REQUESTS, lambda: engine.kill(engine.stage(1).pid)))
+    check(heards, undisturbed)
+    assert engine.status().epoch > epoch
+    all_back(engine)
+
+
+def test_eight_streams_outlive_a_killed_node(engine: EngineProcess, undisturbed: list[Heard]) -> None:
+    heards = asyncio.run(crowd(engine, REQUESTS, lambda: engine.kill(engine.node_pid("node2"))))
+    check(heards, undisturbed)
+    all_back(engine)
+
+
+def test_streams_outlive_a_stopped_stage(engine: EngineProcess, undisturbed: list[Heard]) -> None:
+    """A process that is alive and does nothing: its daemon finds out within the lost time-out."""
+    pid = engine.stage(2).pid
+    heards = asyncio.run(crowd(engine, REQUESTS[:2], lambda: engine.kill(pid, signal.SIGSTOP)))
+    check(heards, undisturbed[:2])
+    assert pid not in [process.pid for process in engine.processes()]
+    all_back(engine)
+
+
+def test_requests_that_come_meanwhile_wait_too(engine: EngineProcess, undisturbed: list[Heard]) -> None:
+    async def both() -> tuple[list[Heard], httpx.Response]:
+        late: list[asyncio.Task[httpx.Response]] = []
+        loop = asyncio.get_running_loop()
+
+        async def ask() -> httpx.Response:
+            async with httpx.AsyncClient(base_url=engine.url, timeout=DEADLINE_S) as client:
+                return await client.post(TEXT, json={**REQUESTS[0], "stream": False})
+
+        def strike() -> None:
+            engine.kill(engine.stage(0).pid)
+            until(lambda: engine.health()[0] == 503, "the loss is noticed")
+            loop.call_soon_threadsafe(lambda: late.append(loop.create_task(ask())))
+
+        heards = await crowd(engine, REQUESTS[1:3], strike)
+        return heards, await late[0]
+
+    heards, answer = asyncio.run(both())
+    check(heards, undisturbed[1:3])
+    assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == undisturbed[0].text
+    all_back(engine)
+
+
+def test_what_does_not_fit_any_more_is_said(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two nodes that are both needed; one is gone, and comes back."""
+    home = tmp_path_factory.mktemp("full") / "home"
+    options = ("--local-nodes", "2", "--threads", "1", "--slots", "1", "--context", "512", "--effective-vram", "0.15")
+    with EngineProcess(home, "demo", *options, variables={"DWARFSTAR_REJOIN_S": "0"}) as engine:
+        engine.wait_serving()
+        assert len(engine.status().stages) == 2
+        body = {**REQUESTS[0], "max_tokens": 450}
+        machine = (engine.node_pid("node2"), engine.stage(1).pid)
+
+        def stop() -> None:
+            for pid in machine:
+                engine.kill(pid, signal.SIGSTOP)
+
+        try:
+            (heard,) = asyncio.run(crowd(engine, [body], stop, 3))
+            assert heard.error is not None and heard.error["code"] == "model_too_large_for_remaining_capacity"
+            answer = engine.post(TEXT, {**body, "stream": False})
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "model_too_large_for_remaining_capacity"
+        finally:
+            for pid in machine:
+                engine.kill(pid, signal.SIGCONT)
+        engine.wait_serving()
+        again = engine.post(TEXT, {**body, "stream": False}).json()
+        assert again["choices"][0]["text"].startswith(heard.text)
