@@ -70,9 +70,9 @@ class Checks:
             if tokens != right:
                 raise Violation(f"request {request} got {tokens}, and an undisturbed run gives {right}")
 
-    def joined(self, leader: str, node: str, instance: str, genuine_silent_s: float, late_s: float) -> None:
+    def joined(self, leader: str, node: str, instance: str, genuine_silent_s: float, sure_s: float) -> None:
         """A coordinator let this connection in. genuine_silent_s: since it heard the real node on one that is open."""
-        if instance.startswith("clone") and genuine_silent_s < late_s:
+        if instance.startswith("clone") and genuine_silent_s < sure_s:
             raise Violation(f"{leader} let a copy of {node} in, {genuine_silent_s:.2f} s after it heard the real one")
 
     def alive(self, leader: str, node: str, silent_ticks: int, most: int) -> None:

@@ -1,4 +1,4 @@
-"""A node of the simulation: the driver of the machines under test, and a coordinator and a stage in their simplest form.
+"""A node of the simulation: the driver of the machines under test, and a coordinator and a stage, both simple.
 
 What is on disk survives a crash, the rest does not. A coordinator plans over the nodes it leads and knows as there, and
 builds a new epoch whenever that changes or something does not answer; tokens are then computed again from the prompt.
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sim.model import ANSWER, LAYERS, start, through
-
 from dwarfstar_engine.cluster import lease, membership
 from dwarfstar_engine.cluster.ids import InstanceId, NodeId
-from dwarfstar_engine.cluster.leadership import Leadership
 from dwarfstar_engine.cluster.membership import Membership, State
 from dwarfstar_engine.cluster.state import ClusterState, merge
+from sim.model import ANSWER, LAYERS, start, through
 
 if TYPE_CHECKING:
     from sim.world import World
@@ -24,6 +22,7 @@ WELCOME_TICKS = 6  # an attach that nobody answered is tried again
 STUCK_TICKS = 4  # a ring that is not ready, or a frame that is away for longer, is given up
 RETRY_TICKS = 2  # before a closed or refused connection is tried again
 TIMINGS, MEMBER_TIMINGS = lease.Timings(), membership.Timings()
+SURE_S = MEMBER_TIMINGS.late_s - TICK_S - MEMBER_TIMINGS.most_step_s  # a jump of its clock counts, a little
 MOST_SILENT = round((MEMBER_TIMINGS.late_s + 1.5) / TICK_S)
 
 
@@ -148,13 +147,15 @@ class Node:
     def member(self, event: membership.Event) -> None:
         if self.members is None:
             return
-        for effect in self.members.handle(event, self.now):
+        effects = self.members.handle(event, self.now)
+        before = frozenset(self.streams) if effects else frozenset()
+        for effect in effects:
             match effect:
                 case membership.Changed(node, _, _, new, _, _):
                     if new is State.JOINED:
                         instance = self.members.instance(node)
                         assert instance is not None
-                        self._joined(node, instance)
+                        self._joined(node, instance, before)
                         self.world.tell(self.id, node, ("welcome", instance))
                     self.dirty = True
                 case membership.Refuse() | membership.Close():
@@ -171,10 +172,10 @@ class Node:
             self.heard[event.instance] = self.ticks
             self.member(event)
 
-    def _joined(self, node: NodeId, instance: InstanceId) -> None:
+    def _joined(self, node: NodeId, instance: InstanceId, streams: frozenset[InstanceId]) -> None:
         genuine = self.world.nodes[node].instance
-        silent = self.ticks - self.heard.get(genuine, -99) if genuine in self.streams else 99
-        self.world.checks.joined(self.id, node, instance, silent * TICK_S, MEMBER_TIMINGS.late_s - TICK_S)
+        silent = self.ticks - self.heard.get(genuine, -99) if genuine in streams else 99
+        self.world.checks.joined(self.id, node, instance, silent * TICK_S, SURE_S)
 
     # --- as a stage ---
 
@@ -336,6 +337,3 @@ class Node:
             self.world.checks.ended(request, "answer", sequence.tokens)
         else:
             self._send(sequence, position + 1)
-
-
-__all__ = ["Leadership", "Node"]

@@ -1,7 +1,7 @@
 """One schedule of faults: drawn from a seed, played, judged.
 
-    python -m sim.schedule SEED         one schedule, again
-    python -m sim.schedule FIRST COUNT  many, with the rate
+python -m sim.schedule SEED         one schedule, again
+python -m sim.schedule FIRST COUNT  many, with the rate
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dwarfstar_engine.cluster import lease, membership
+from dwarfstar_engine.cluster.ids import InstanceId, NodeId
 from sim.checks import Violation
 from sim.node import Node
 from sim.world import FAULTS_S, HEALED_S, World
-
-from dwarfstar_engine.cluster import lease, membership
-from dwarfstar_engine.cluster.ids import InstanceId, NodeId
 
 ANSWERED_S = 10.0  # by then all requests have ended: an epoch may be stuck, found out, and built anew, twice
 

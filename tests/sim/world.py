@@ -1,7 +1,6 @@
-"""Virtual time, a network that loses, delays, doubles and reorders, and one schedule of faults, all drawn from one seed.
+"""Virtual time, a network that loses, delays, doubles and reorders, and nodes on it; all drawn from one seed.
 
-``run(seed)`` plays a schedule: nodes start, faults come until all is healed, and within ``HEALED_S`` from then on there
-must be one leader whom every node serves, and who answers. It ends as soon as there is. Raises Violation.
+``schedule`` brings the faults; within ``HEALED_S`` of healing there must be one leader whom every node serves.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from sim.checks import Checks, Violation
-from sim.node import TICK_S, Node
-
 from dwarfstar_engine.cluster import lease, membership
 from dwarfstar_engine.cluster.ids import InstanceId, NodeId
 from dwarfstar_engine.cluster.leadership import ROUNDS, Leadership
 from dwarfstar_engine.cluster.membership import Membership
 from dwarfstar_engine.cluster.state import ClusterState
+from sim.checks import Checks, Violation
+from sim.node import TICK_S, Node
 
 FAULTS_S = (2.0, 8.0)  # they come in between, and are healed soon after
 HEALED_S = 20.0  # by then the cluster answers: two lease times, two campaigns, an attach that has to be repeated

@@ -18,9 +18,9 @@ leader, and it only cannot hear it. So a partition in which nobody hears a leade
 each with the nodes it reaches.
 
 **A leader** asks all nodes it knows again every ``renew_s``, its own node included: one that was stopped for longer
-than a lease finds its own expired, and steps down before it does anything else. It drops nodes whose lease ran out, counted
-from when the request was sent. A refusal that shows a live leader with a higher (term, id) makes it step down; one that
-shows a higher term only (a node that served a leader now dead) makes it go on under a new term of its own.
+than a lease finds its own expired, and steps down before it does anything else. It drops nodes whose lease ran out,
+counted from when the request was sent. A refusal that shows a live leader with a higher (term, id) makes it step down;
+one that shows a higher term only (a node that served a leader now dead) makes it go on under a new term of its own.
 
 The data plane asks ``serving(now)`` before it obeys, ``leading(now)`` before it plans or accepts.
 """
@@ -96,11 +96,11 @@ class Leadership:
         # The node's side. The lease that runs is of the vote's term.
         self._vote = vote or Vote()
         self._leader: NodeId | None = None
+        self._last_leader: NodeId | None = None  # whose lease ran out last
         self._until = 0.0
         self._seen = 0  # number of the last request granted
         # The candidate's and leader's side. A campaign's term is voted for by its own node.
         self._highest = self._vote.term  # term heard of; decides nothing but the next campaign's
-        self._last_leader: NodeId | None = None
         self._due: float | None = None  # when the next campaign begins
         self._deadline = self._next_round = 0.0
         self._number = 0
@@ -173,6 +173,7 @@ class Leadership:
         if self._leader == self.me:
             self._step_down("it was stopped for longer than its lease", out)
         else:
+            self._last_leader = self._leader
             self._unserve("the lease ran out", out)
 
     def _request(self, r: LeaseRequest, t: float, out: list[Effect]) -> None:
@@ -230,7 +231,7 @@ class Leadership:
     def _unserve(self, cause: str, out: list[Effect]) -> None:
         assert self._leader is not None
         out.append(Unserve(self._vote.term, self._leader, cause))
-        self._last_leader, self._leader, self._due = self._leader, None, None
+        self._leader = self._due = None
 
     # --- the candidate's side ---
 
@@ -337,9 +338,11 @@ class Leadership:
             self.removed = True
             self._step_down("its owner removed this node", out)
             return
+        current = r.term == self._vote.term and self.role is not Role.FOLLOWER
+        if r.granted and not current:  # it was on its way when the campaign ended: do not hold the node
+            out.append(Send(r.node, Release(self.me, r.term)))
         if self.role is Role.FOLLOWER:
             return
-        current = r.term == self._vote.term
         last = self._answered.get(r.node)
         if last is not None and r.number <= last[1]:
             return  # said twice, or overtaken
