@@ -15,8 +15,10 @@ from dwarfstar_engine.cluster import lease, membership
 from dwarfstar_engine.cluster.ids import InstanceId, NodeId
 from sim.checks import Violation
 from sim.node import Node
-from sim.world import FAULTS_S, HEALED_S, World
+from sim.world import HEALED_S, World
 
+FAULTS_S = (2.0, 8.0, 16.0)  # they come from the first on, until the second or the third; then all is healed
+LONG = 0.2  # share of the longer schedules, in which two leaders have the time to come to be
 ANSWERED_S = 10.0  # by then all requests have ended: an epoch may be stuck, found out, and built anew, twice
 
 
@@ -32,14 +34,16 @@ def run(seed: int, **machines: Callable[..., Any]) -> World:
 
 def _play(world: World) -> None:
     random = world.random
-    begin, end = FAULTS_S
+    begin, end = FAULTS_S[0], FAULTS_S[1 + (random.random() < LONG)]
     if random.random() < 0.5:
         world.drop, world.double, world.late = 0.1 * random.random(), 0.1 * random.random(), 0.05 * random.random()
     if random.random() < 0.2:
         world.die = 0.3
     for _ in range(1 + int(random.random() * 4)):
-        world.at(begin + (end - begin) * random.random(), FAULTS[int(random.random() * len(FAULTS))], world)
-    for _ in range(3):
+        at = begin + (end - begin) * random.random()
+        world.at(at, FAULTS[int(random.random() * len(FAULTS))], world)
+        world.at(at - 0.05 * random.random(), _client, world)  # to be in flight then
+    for _ in range(2):
         world.at(1.5 + (end - 1.0) * random.random(), _client, world)
     world.advance(end + 1.0)
     _heal(world)
@@ -100,8 +104,8 @@ def _some(world: World) -> Node:
 
 
 def _for(world: World) -> float:
-    """How long a fault lasts, s: mostly around the time-outs."""
-    return 8.0 * world.random.random() ** 2
+    """How long a fault lasts, s: below and above the time-outs."""
+    return 12.0 * world.random.random() ** 2
 
 
 def _client(world: World) -> None:

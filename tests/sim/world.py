@@ -18,7 +18,6 @@ from dwarfstar_engine.cluster.state import ClusterState
 from sim.checks import Checks, Violation
 from sim.node import TICK_S, Node
 
-FAULTS_S = (2.0, 8.0)  # they come in between, and are healed soon after
 HEALED_S = 20.0  # by then the cluster answers: two lease times, two campaigns, an attach that has to be repeated
 TICKS = tuple(lease.Tick(i / 16) for i in range(16))
 NAMES = tuple(NodeId(name) for name in "abcdefgh")
