@@ -54,7 +54,10 @@ class Node:
         self.alive, self.paused, self.mailbox = True, False, []
         self.life += 1
         world = self.world
-        peers = {NodeId(n.id): n.capable for n in world.nodes.values() if n is not self}
+        others = {NodeId(n.id): n.capable for n in world.nodes.values() if n is not self}
+        peers = others if world.healed or world.random.random() >= world.strangers else {}
+        for node, capable in others.items() if not peers else ():  # found later
+            world.at(world.t + 4.0 * world.random.random(), self._found, self.life, lease.PeerKnown(node, capable))
         self.leadership = world.leadership(
             self.id,
             TIMINGS,
@@ -80,6 +83,10 @@ class Node:
         self.sequences: dict[int, Sequence] = {}
         self.heard: dict[InstanceId, int] = {}  # tick at which it last spoke
         self.streams: set[InstanceId] = set()  # that are open
+
+    def _found(self, life: int, event: lease.PeerKnown) -> None:
+        if self.alive and self.life == life:
+            self.lead(event)
 
     def crash(self) -> None:
         self.world.checks.crashed(self.id)

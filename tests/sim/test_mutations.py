@@ -92,8 +92,8 @@ LEADERSHIPS = [
     (PromisesNothing, r"serves"),
     (NeverStepsDown, r"not healed"),
     (NeverExpires, r"not healed"),
-    (AnswersBeforeItWrites, r"in term|went back"),
-    (ForgetsItsVote, r"in term|went back"),
+    (AnswersBeforeItWrites, r"in term|went back|came twice"),
+    (ForgetsItsVote, r"in term|went back|came twice"),
     (ObeysTheRemoved, r"not healed|removed"),
 ]
 MEMBERSHIPS = [

@@ -37,11 +37,13 @@ class World:
         self._count = self.requests = self.events = 0
         self.cuts: set[tuple[NodeId, NodeId]] = set()
         self.slow: dict[NodeId, float] = {}
-        self.drop = self.double = self.late = self.die = 0.0
+        self.drop = self.double = self.late = self.die = self.strangers = 0.0
         self.healed = False
         draw = self.random.random
         number = 1 + (draw() < 0.97) + (draw() < 0.75) + (draw() < 0.2) + (draw() < 0.1)
         self.nodes: dict[NodeId, Node] = {}
+        if draw() < 0.15:
+            self.strangers = 0.5
         for name in NAMES[:number]:
             self.nodes[name] = Node(self, name, name <= "b" or draw() < 0.6)
         for node in self.nodes.values():
@@ -117,10 +119,10 @@ class World:
             node.receive(source, message, state)
 
     def broken(self, node: NodeId, instance: InstanceId) -> None:
-        """The streams of a node broke, where news can pass."""
+        """The streams of a node broke, where news can pass: after what it had said before, if nothing is slow."""
         for other in self.nodes.values():
             if other.id != node and other.alive and (node, other.id) not in self.cuts:
-                self.at(self.t + 0.05 * self.random.random(), self._told, other, node, instance)
+                self.at(self.t + 0.04 + 0.05 * self.random.random(), self._told, other, node, instance)
 
     def _told(self, other: Node, node: NodeId, instance: InstanceId) -> None:
         if other.alive and not other.paused:
