@@ -110,6 +110,7 @@ def test_a_change_takes_the_next_version_and_is_bounded() -> None:
     three = two.changed(4, "b", revoked={"k"}, removed={"n"})
     assert (three.version, dict(three.keys), dict(three.overrides)) == (Version(4, 1, "b"), {"l": "hash"}, {})
     assert three.changed(4, "b", revoked={"x"}).revoked == {"k", "x"}
+    assert three.changed(2, "c").version == Version(4, 2, "c")  # it came from a term above
     for fields in ({"model": "m" * module.MAX_BYTES}, {"keys": {str(i): "" for i in range(module.MAX_ENTRIES + 1)}}):
         with pytest.raises(ClusterError, match="too large") as caught:
             three.changed(4, "b", **fields)

@@ -13,6 +13,7 @@ from dwarfstar_engine.cluster.lease import (
     LeaseReply,
     LeaseRequest,
     PeerCut,
+    PeerForgotten,
     PeerKnown,
     PeerRemoved,
     Persist,
@@ -240,6 +241,14 @@ def test_a_removed_node_is_not_asked_not_obeyed_and_takes_no_part() -> None:
     assert requests(out.handle(TICK, 0.5)) != {}
     out.handle(LeaseReply(C, 1, 1, Reason.REMOVED, 1, C), 0.6)
     assert out.removed and out.handle(TICK, 60.0) == [] and out.leading(60.0) is None
+
+
+def test_a_forgotten_node_is_not_waited_for_and_may_come_back() -> None:
+    machine = leader(A, B)
+    assert machine.handle(PeerForgotten(A), 1.5) == [Send(A, Release(C, 1)), Dropped(A, "it was forgotten")]
+    assert set(requests(machine.handle(TICK, 2.0))) == {B}
+    machine.handle(PeerKnown(A, True), 2.5)
+    assert set(requests(machine.handle(TICK, 3.0))) == {A, B}
 
 
 def test_a_leader_that_resigns_leaves_it_to_another() -> None:

@@ -150,7 +150,8 @@ class Leadership:
             case PeerRemoved():
                 self._remove(event.node, out)
             case PeerCut():
-                self._cut.add(event.node)
+                if event.node in self._peers:
+                    self._cut.add(event.node)
                 if self._leader == event.node:
                     self._until = min(self._until, t + self._timings.grace_s)
             case Resign():

@@ -54,11 +54,12 @@ class ClusterState:
     revoked: frozenset[str] = frozenset()
 
     def changed(self, term: int, author: str, **fields: Any) -> ClusterState:
-        """The next version, made by the leader of ``term``. ``removed`` and ``revoked`` given here are added.
+        """The next version, made by the leader of ``term``. ``removed`` and ``revoked`` given here are added. It goes
+        above what it changes also where that came from a higher term, whose leader is gone.
 
         Raises ClusterError if it gets too large: a state that cannot be sent must not come to be.
         """
-        assert term >= self.version.term, "a deposed leader changes nothing"
+        term = max(term, self.version.term)
         number = self.version.number + 1 if term == self.version.term else 1
         for name in ("removed", "revoked"):
             fields[name] = frozenset(fields.get(name, ())) | getattr(self, name)
