@@ -191,7 +191,7 @@ def _slow(world: World) -> None:
 def _clone(world: World) -> None:
     """A copy of a node's identity attaches to the leader, and speaks for a while."""
     leader, node = world.leader(), _some(world)
-    if leader is not None and node is not leader:
+    if leader is not None and not leader.paused and node is not leader:
         instance = InstanceId(f"clone{world.requests}")
         leader.attached(membership.Attached(node.id, node.id, instance, "elsewhere:1"))
         for number in range(1, 4):
