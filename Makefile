@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := engine dwarfstar_tui tests scripts benchmarks
 NATIVE := $(shell find native -type f -not -path '*/tests/*')
 
-.PHONY: run serve test test-unit check format bench proto lock clean
+.PHONY: run serve test test-unit nightly check format bench proto lock clean
 
 run: $(STAMP)            ## the main job: the demo model, split over three local nodes
 	@$(BIN)/dwarfstar --demo
@@ -14,12 +14,16 @@ run: $(STAMP)            ## the main job: the demo model, split over three local
 serve: $(STAMP)          ## the same, headless
 	@$(BIN)/dwarfstar --serve --demo
 
-test: $(STAMP)           ## all tests: unit, native, llama.cpp, whole processes
+test: $(STAMP)           ## all tests: simulation, unit, native, llama.cpp, whole processes
+	$(BIN)/python -m pytest -n 2 tests/sim
 	$(BIN)/python -m pytest -n 2 tests/unit tests/native
 	$(BIN)/python -m pytest tests/llama tests/process
 
 test-unit: $(STAMP)      ## the quick part
 	$(BIN)/python -m pytest -n 2 tests/unit
+
+nightly: $(STAMP)        ## a million schedules of the simulation from a new seed: about 15 minutes on one core
+	cd tests && ../$(BIN)/python -m sim.nightly $(NIGHTLY)
 
 check: $(STAMP)          ## format, lint, types, import contracts
 	$(BIN)/ruff format --check $(SOURCES)

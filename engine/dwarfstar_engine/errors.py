@@ -17,6 +17,7 @@
     │   ├── FrameError             a malformed, corrupted or stale frame
     │   └── TrustError             certificates, tokens, fingerprints
     ├── StageError                 a stage process failed or died
+    ├── ClusterError               what the cluster keeps is damaged or has no room
     └── SettingsError              command line, environment or config file: names the key
 
 Our own faults are assertions, not members of this tree.
@@ -113,6 +114,10 @@ class TrustError(PeerError):
 
 class StageError(Unavailable):
     code = "stage_failed"
+
+
+class ClusterError(DwarfStarError):
+    code = "cluster_state"
 
 
 class SettingsError(DwarfStarError):

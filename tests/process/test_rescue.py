@@ -160,7 +160,7 @@ def test_requests_that_come_meanwhile_wait_too(engine: EngineProcess, undisturbe
 def test_what_does_not_fit_any_more_is_said(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Two nodes that are both needed; one is gone, and comes back."""
     home = tmp_path_factory.mktemp("full") / "home"
-    options = ("--local-nodes", "2", "--threads", "1", "--slots", "1", "--context", "512", "--effective-vram", "0.15")
+    options = ("--local-nodes", "2", "--threads", "1", "--slots", "1", "--context", "512", "--effective-vram", "0.12")
     with EngineProcess(home, "demo", *options, variables={"DWARFSTAR_REJOIN_S": "0"}) as engine:
         engine.wait_serving()
         assert len(engine.status().stages) == 2
