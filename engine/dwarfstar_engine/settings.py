@@ -39,6 +39,8 @@ class Settings(BaseModel):
     """Address the coordinator and the stages of this machine listen on for other nodes."""
     control_port: int = Field(default=8477, ge=0, le=65535)
     """Port of the coordinator's control and data plane; 0 takes a free one."""
+    certificate_hours: float = Field(default=24.0 * 365, gt=0, le=24.0 * 3650)
+    """How long a node's certificate is good; it is renewed by itself at two thirds of that."""
     max_body_mib: int = Field(default=4, ge=1, le=256)
     """Largest HTTP request body, MiB."""
 

@@ -16,6 +16,7 @@ import contextlib
 import gc
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
 from dwarfstar_engine.wire.ring import RingReceiver, RingSender
-from dwarfstar_engine.wire.trust import NodeFiles
+from dwarfstar_engine.wire.trust import OWNER, NodeFiles
 
 log = logging.getLogger("dwarfstar.coordinator")
 
@@ -50,6 +51,8 @@ WATCH_S = 0.5
 RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
+WARNINGS = 8  # shown in the status at one time, each for WARNING_S
+WARNING_S = 600.0
 MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
@@ -86,6 +89,7 @@ class Coordinator:
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
         self._gone_at = 0.0  # monotonic time the last node was lost
         self._stopping = False
+        self._warnings: deque[tuple[float, str]] = deque(maxlen=WARNINGS)
         self._created = int(time.time())
 
     # --- serving.Engine ---
@@ -143,6 +147,21 @@ class Coordinator:
         if any(stage.member is member for stage in self._stages):
             self._break(f"node {member.name} was lost")
         self._changed.set()
+
+    def expel(self, node_id: str, code: str, reason: str) -> bool:
+        """End a node's part in the cluster, and tell it why. Whether it was here."""
+        member = self.members.get(node_id)
+        if member is None:
+            return False
+        with contextlib.suppress(PeerError):  # it has stopped reading: its stream ends without a word
+            member.send(pb.CoordinatorMessage(refused=pb.Refused(code=code, message=reason)))
+        self.detach(member)
+        member.dismiss()
+        return True
+
+    def warn(self, sentence: str) -> None:
+        """Show the owner something in the status, for WARNING_S."""
+        self._warnings.append((time.monotonic(), sentence))
 
     def heard(self, member: Member, message: pb.NodeMessage) -> None:
         """A message of an attached node."""
@@ -295,7 +314,9 @@ class Coordinator:
         for index, stage in enumerate(self._stages):
             following = self._stages[index + 1 : index + 2]
             hop = _address(following[0].member) if following else ""
-            stage.member.send(pb.CoordinatorMessage(link=pb.Link(term=self.term, epoch=self.epoch, next_hop=hop)))
+            previous = self._stages[index - 1].member.id if index else OWNER
+            link = pb.Link(term=self.term, epoch=self.epoch, next_hop=hop, previous=previous)
+            stage.member.send(pb.CoordinatorMessage(link=link))
         sender = RingSender(lambda reason: self._break(f"the connection to the first stage was lost: {reason}"))
         self._sender = sender
         credentials = channel.channel_credentials(self._trust)
@@ -433,6 +454,7 @@ class Coordinator:
                 active=dispatcher.scheduler.active if dispatcher else 0,
                 queued=dispatcher.scheduler.queued if dispatcher else 0,
             ),
+            warnings=tuple(text for told, text in self._warnings if now - told < WARNING_S),
         )
 
     def loading(self) -> str:
