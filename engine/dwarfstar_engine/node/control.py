@@ -53,8 +53,8 @@ class ControlService(ControlServicer):
         except DwarfStarError as error:
             if self._once.worth(f"{error.code} {source_of(context.peer())}", time.monotonic()):
                 log.warning("refused a node at %s: %s", unquote(context.peer()), error.message)
-                if error.code == COPIED:
-                    self._coordinator.warn(error.message)
+            if error.code == COPIED:
+                self._coordinator.warn(channel.peer_node_id(context), error.message)
             yield pb.CoordinatorMessage(refused=pb.Refused(code=error.code, message=error.message))
             return
         reader = asyncio.create_task(self._read(member, request_iterator))

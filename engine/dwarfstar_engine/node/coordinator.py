@@ -16,7 +16,6 @@ import contextlib
 import gc
 import logging
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +88,7 @@ class Coordinator:
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
         self._gone_at = 0.0  # monotonic time the last node was lost
         self._stopping = False
-        self._warnings: deque[tuple[float, str]] = deque(maxlen=WARNINGS)
+        self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
 
     # --- serving.Engine ---
@@ -159,9 +158,12 @@ class Coordinator:
         member.dismiss()
         return True
 
-    def warn(self, sentence: str) -> None:
-        """Show the owner something in the status, for WARNING_S."""
-        self._warnings.append((time.monotonic(), sentence))
+    def warn(self, about: str, sentence: str) -> None:
+        """Show the owner something in the status, for WARNING_S. It replaces what was said about the same."""
+        self._warnings.pop(about, None)
+        self._warnings[about] = (time.monotonic(), sentence)
+        if len(self._warnings) > WARNINGS:
+            del self._warnings[next(iter(self._warnings))]
 
     def heard(self, member: Member, message: pb.NodeMessage) -> None:
         """A message of an attached node."""
@@ -454,7 +456,7 @@ class Coordinator:
                 active=dispatcher.scheduler.active if dispatcher else 0,
                 queued=dispatcher.scheduler.queued if dispatcher else 0,
             ),
-            warnings=tuple(text for told, text in self._warnings if now - told < WARNING_S),
+            warnings=tuple(text for told, text in self._warnings.values() if now - told < WARNING_S),
         )
 
     def loading(self) -> str:

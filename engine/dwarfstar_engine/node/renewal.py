@@ -63,7 +63,11 @@ def retry_s(certificate_pem: bytes, now: datetime, failures: int, jitter: float)
 
 
 async def keep_renewed(
-    files: NodeFiles, renew: Renew, clock: Callable[[], datetime], jitter: Callable[[], float]
+    files: NodeFiles,
+    renew: Renew,
+    clock: Callable[[], datetime],
+    jitter: Callable[[], float],
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
     """Renew the certificate whenever it is due, until cancelled."""
     failures, held = 0, b""
@@ -78,7 +82,7 @@ async def keep_renewed(
             failures += 1
             pause = retry_s(held, now, failures, jitter()) if held else LONGEST_RETRY_S
             log.warning("the certificate in %s is not renewed yet: %s", files.folder, error.message)
-        await asyncio.sleep(pause)
+        await sleep(pause)
 
 
 def from_coordinator(address: str, clock: Callable[[], datetime]) -> Renew:

@@ -2,9 +2,9 @@
 
 Theory. TLS keeps out who has no certificate of the cluster, before any code of ours runs. What is left is done here:
 a member that was removed is refused at each call (:class:`Door`), and strangers are named in the log
-(:class:`Visitors`). gRPC does not tell of handshakes that fail. So when one begins, at most once a second, the
-connections to our port are looked at; an address from which no call has come a while later is a stranger's, and is
-named once. An address from which a member speaks is never called a stranger's, so a stranger on a member's machine is
+(:class:`Visitors`). gRPC does not tell of handshakes that fail. So when one begins, the connections to our port are
+looked at, as long as that costs little (:class:`Budget`); an address from which no call has come a while later is a
+stranger's, and is named once. An address from which a member speaks is never called a stranger's, so a stranger on a member's machine is
 refused and not named.
 
 Bounds. TOLD sources are remembered, the least recent forgotten first, each worth a line in TOLD_S; and LINES lines in
@@ -41,8 +41,8 @@ LINES = 20
 LINES_S = 60.0
 SOURCES = 1024  # that are watched at one time: many more than there are machines at home
 GRACE_S = channel.HANDSHAKE_MS / 1000 + 1.0  # after it a connection has made a call or is closed
-LOOK_EVERY_S = 1.0  # at most; and a look may take LOOK_SHARE of the time
-LOOK_SHARE = 0.02
+LOOK_SHARE = 0.02  # of the time may go into looking, which holds up tokens
+LOOK_SAVED_S = 0.2  # of it, at most, for when there are many at once; a look takes 1 ms, with a thousand connections 30
 
 
 def source_of(peer: str) -> str:
@@ -118,6 +118,23 @@ class Visitors:
         return over
 
 
+@dataclass(slots=True)
+class Budget:
+    """Time that may be spent on looking: LOOK_SHARE of what passes, LOOK_SAVED_S at most. Pure: times in s."""
+
+    left_s: float = LOOK_SAVED_S
+    _at: float = 0.0
+
+    def allows(self, now: float) -> bool:
+        """Whether there is any left at ``now``, a monotonic time."""
+        self.left_s = min(LOOK_SAVED_S, self.left_s + max(0.0, now - self._at) * LOOK_SHARE)
+        self._at = now
+        return self.left_s > 0
+
+    def spend(self, took_s: float) -> None:
+        self.left_s -= took_s
+
+
 class Watch:
     """Looks who is connected to our port when a handshake begins, and logs the strangers. lacking: what they lack."""
 
@@ -126,8 +143,8 @@ class Watch:
         self._loop = asyncio.get_running_loop()
         self._visitors, self._once = Visitors(), Once()
         self._port = 0
-        self._lock = threading.Lock()
-        self._next = 0.0  # monotonic time before which nobody looks again
+        self._lock = threading.Lock()  # held while somebody looks
+        self._budget = Budget()
 
     def watch(self, port: int) -> None:
         """Begin, once the port is known."""
@@ -139,20 +156,25 @@ class Watch:
 
     def handshake(self) -> None:
         """A connection begins: see ``channel.server_credentials``. On any thread."""
-        now = time.monotonic()
-        with self._lock:
-            if now < self._next:
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            began = time.monotonic()
+            if not self._budget.allows(began):
                 return
-            self._next = now + LOOK_EVERY_S
+            sources = self._look()
+            self._budget.spend(time.monotonic() - began)
+        finally:
+            self._lock.release()
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._came, sources)
+
+    def _look(self) -> set[str]:
         try:
             connections = psutil.Process().net_connections("tcp")
         except (psutil.Error, OSError):  # not permitted here: strangers are refused all the same
-            return
-        sources = {source_of(c.raddr.ip) for c in connections if c.raddr and c.laddr and c.laddr.port == self._port}
-        took = time.monotonic() - now
-        self._next = max(self._next, now + took / LOOK_SHARE)
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._came, sources)
+            return set()
+        return {source_of(c.raddr.ip) for c in connections if c.raddr and c.laddr and c.laddr.port == self._port}
 
     def _came(self, sources: set[str]) -> None:
         self._visitors.came(sources, time.monotonic())
