@@ -255,13 +255,11 @@ def test_calls_of_one_source_are_bounded_and_others_are_not_hindered() -> None:
     assert limit.allows("a", 1.0 + enrol.WINDOW_S)
 
 
-def test_many_sources_cost_bounded_memory_and_few_lines() -> None:
+def test_many_sources_cost_bounded_memory() -> None:
     limit = CallLimit()
     allowed = [limit.allows(str(source), 1.0) for source in range(2 * enrol.MAX_SOURCES)]
     assert allowed == [True] * enrol.MAX_SOURCES + [False] * enrol.MAX_SOURCES
-    assert [limit.first_refusal("a", 1.0) for _ in range(3)] == [True, False, False]
-    assert sum(limit.first_refusal(str(source), 1.0) for source in range(2 * enrol.MAX_SOURCES)) < enrol.MAX_SOURCES
-    assert len(limit.calls) <= enrol.MAX_SOURCES and len(limit.refusals) <= enrol.MAX_SOURCES
+    assert len(limit.calls) <= enrol.MAX_SOURCES
 
 
 def test_where_machines_join() -> None:

@@ -40,6 +40,7 @@ from dwarfstar_engine.wire.trust import (
     check_identity,
     load_or_create_authority,
     renewal_due,
+    secret_hash,
     utc_now,
 )
 
@@ -49,12 +50,14 @@ MAX_MEMBERSHIP_BYTES = 4096
 
 
 class Membership(BaseModel):
-    """``member/node.toml``. join: the address this machine joined at; coordinator: the one it attaches to."""
+    """``member/node.toml``. join: the address this machine joined at; coordinator: the one it attaches to; token: the
+    hash of the secret it joined with last."""
 
     model_config = ConfigDict(frozen=True)
 
     join: str = Field(max_length=300)
     coordinator: str = Field(max_length=300)
+    token: str = Field(default="", max_length=64)
 
 
 async def lend(
@@ -151,13 +154,14 @@ async def _member(files: NodeFiles, settings: Settings, join: str | None, token_
                 "or use another --home.",
                 code="other_cluster",
             ) from None
-        if known is not None and join == known.join and not renewal_due(identity.certificate_pem, utc_now()):
+        same = known is not None and (known.join, known.token) == (join, secret_hash(token.secret))
+        if known is not None and same and not renewal_due(identity.certificate_pem, utc_now()):
             return known.coordinator  # the same line again, from the shell's history
     split_address(join)
     coordinator = await join_cluster(
         join, token, files.key_id(), settings.name or socket.gethostname(), files, utc_now()
     )
-    membership = Membership(join=join, coordinator=coordinator)
+    membership = Membership(join=join, coordinator=coordinator, token=secret_hash(token.secret))
     replace_file(files.folder / "node.toml", tomli_w.dumps(membership.model_dump()).encode())
     log.info("joined the cluster at %s; from now on `dwarfstar node` is enough", join)
     return coordinator

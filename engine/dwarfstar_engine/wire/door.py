@@ -4,8 +4,8 @@ Theory. TLS keeps out who has no certificate of the cluster, before any code of 
 a member that was removed is refused at each call (:class:`Door`), and strangers are named in the log
 (:class:`Visitors`). gRPC does not tell of handshakes that fail. So when one begins, the connections to our port are
 looked at, as long as that costs little (:class:`Budget`); an address from which no call has come a while later is a
-stranger's, and is named once. An address from which a member speaks is never called a stranger's, so a stranger on a member's machine is
-refused and not named.
+stranger's, and is named once. An address from which a member speaks is never called a stranger's, so a stranger on a
+member's machine is refused and not named.
 
 Bounds. TOLD sources are remembered, the least recent forgotten first, each worth a line in TOLD_S; and LINES lines in
 LINES_S altogether, whoever asks. Sources of IPv6 are networks of 64 bits: one machine has that many addresses.

@@ -40,7 +40,7 @@ from dwarfstar_engine.wire.channel import (
     enrolment_credentials,
     open_channel,
 )
-from dwarfstar_engine.wire.door import Door, Watch, source_of
+from dwarfstar_engine.wire.door import Door, Once, Watch, source_of
 from dwarfstar_engine.wire.generated import control_pb2, control_pb2_grpc
 from dwarfstar_engine.wire.trust import (
     NODE_LIFETIME,
@@ -139,7 +139,6 @@ class CallLimit:
 
     begin: float = 0.0
     calls: dict[str, int] = field(default_factory=dict)
-    refusals: dict[str, int] = field(default_factory=dict)
 
     def allows(self, source: str, now: float) -> bool:
         """Count a call of ``source``; whether it may go on."""
@@ -149,17 +148,9 @@ class CallLimit:
         self.calls[source] = self.calls.get(source, 0) + 1
         return self.calls[source] <= CALLS_PER_SOURCE
 
-    def first_refusal(self, source: str, now: float) -> bool:
-        """Count a refusal of ``source``; whether it is its first of this window, and so worth a line in the log."""
-        self._turn(now)
-        if source not in self.refusals and len(self.refusals) >= MAX_SOURCES:
-            return False
-        self.refusals[source] = self.refusals.get(source, 0) + 1
-        return self.refusals[source] == 1
-
     def _turn(self, now: float) -> None:
         if now - self.begin >= WINDOW_S:
-            self.begin, self.calls, self.refusals = now, {}, {}
+            self.begin, self.calls = now, {}
 
 
 @dataclass(slots=True)
@@ -205,7 +196,7 @@ class Enrolment(control_pb2_grpc.EnrolmentServicer):
         lifetime: timedelta = NODE_LIFETIME,
     ) -> None:
         self._lifetime = lifetime
-        self._wrong = WrongSecrets()
+        self._wrong, self._once = WrongSecrets(), Once()
         self._answered: OrderedDict[bytes, None] = OrderedDict()
         self._authority, self._admit, self._control_address, self._clock = authority, admit, control_address, clock
         self._limit = CallLimit(time.monotonic())
@@ -267,7 +258,7 @@ class Enrolment(control_pb2_grpc.EnrolmentServicer):
         return source
 
     def _tell(self, source: str, reason: str) -> None:
-        if self._limit.first_refusal(source, time.monotonic()):
+        if self._once.worth(source, time.monotonic()):
             log.warning("refused to let a machine at %s join: %s", source, reason)
 
 
