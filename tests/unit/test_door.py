@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from dwarfstar_engine.wire import channel, door, trust
 from dwarfstar_engine.wire.door import Door, Once, Visitors, source_of
 from dwarfstar_engine.wire.trust import Authority, NodeFiles
 
+LITTLE = sys.byteorder == "little"
 NOW = trust.utc_now()  # TLS looks at the real clock
 
 
@@ -72,6 +75,22 @@ def test_who_calls_is_no_stranger_and_who_does_not_is_named_after_a_while() -> N
     assert visitors.strangers(100.0) == []
     visitors.came((str(number) for number in range(10_000)), 200.0)
     assert len(visitors.strangers(300.0)) == door.SOURCES
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_who_is_connected_to_a_port(family: socket.AddressFamily, host: str) -> None:
+    try:
+        listener = socket.create_server((host, 0), family=family)
+    except OSError:
+        pytest.skip(f"no {host} here")
+    with listener, socket.create_server(("127.0.0.1", 0)) as other:
+        port = listener.getsockname()[1]
+        assert door._connected(port) == set(), "one that listens is not connected"
+        with socket.create_connection((host, port)), socket.create_connection(other.getsockname()):
+            assert door._connected(port) == {host}
+    assert source_of(door._address("0000000000000000FFFF00000100007F" if LITTLE else "0" * 20 + "FFFF7F000001")) == (
+        "127.0.0.1"
+    )
 
 
 def test_looking_takes_a_small_part_of_the_time_and_is_ready_for_a_burst() -> None:
