@@ -146,6 +146,12 @@ def through(address: str, source: str) -> Iterator[str]:
             one.close()
 
 
+def raw_call(link: grpc.Channel, method: str, data: bytes) -> bytes:
+    """Call a method with bytes, whatever they are."""
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = link.unary_unary(method)
+    return call(data, timeout=CALL_S)
+
+
 def said_of(engine: EngineProcess, source: str) -> list[str]:
     return [line for line in engine.output.splitlines() if re.search(rf" {source}(:| join:)", line)]
 
@@ -225,7 +231,7 @@ def test_certificates_that_do_not_count(engine: EngineProcess, ports: Ports, tmp
         lambda link: ControlStub(link).Status(pb.StatusRequest(), timeout=CALL_S),
         lambda link: ControlStub(link).Stop(pb.StopRequest(), timeout=CALL_S),
         lambda link: ControlStub(link).Renew(pb.RenewRequest(), timeout=CALL_S),
-        lambda link: link.unary_unary("/dwarfstar.v1.Data/Ring")(b"x", timeout=CALL_S),
+        lambda link: raw_call(link, "/dwarfstar.v1.Data/Ring", b"x"),
     ]
     options = channel.channel_options(channel.MAX_CONTROL_BYTES)
     with Traffic(engine) as traffic:
@@ -293,14 +299,13 @@ def test_joins_that_do_not_count(engine: EngineProcess, ports: Ports, tmp_path: 
             assert all("Too many wrong join tokens" in text for text in said[WRONG_FREE:]), said
             named_once(engine, source)
         with through(ports.join, "127.0.0.56") as way, grpc.secure_channel(way, trusted, options) as link:
-            raw = link.unary_unary("/dwarfstar.v1.Enrolment/Join")
             for data, code in (
                 (b"\xff" * 100, grpc.StatusCode.INVALID_ARGUMENT),
                 (b"\0" * (channel.MAX_ENROLMENT_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
             ):
                 for _ in range(5):
                     with pytest.raises(grpc.RpcError) as refused:
-                        raw(data, timeout=CALL_S)
+                        raw_call(link, "/dwarfstar.v1.Enrolment/Join", data)
                     assert refused.value.code() is code
         named_once(engine, "127.0.0.56")
         traffic.goes_on()

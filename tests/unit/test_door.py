@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,7 +116,7 @@ def authority() -> Authority:
 
 def _parse(data: bytes) -> bytes:
     if data == b"rubbish":
-        raise door.DecodeError("no message")
+        raise DecodeError("no message")
     return data
 
 
@@ -206,7 +207,8 @@ async def test_messages_that_are_none_are_refused_without_a_traceback(
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert await ask(opened, "Say") == b"said x"
         with pytest.raises(grpc.aio.AioRpcError) as unknown:
-            await opened.unary_unary("/T/Other")(b"", timeout=10)
+            other: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = opened.unary_unary("/T/Other")
+            await other(b"", timeout=10)
         assert unknown.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert len(caplog.records) == 1 and "Traceback" not in caplog.text
 
