@@ -47,8 +47,9 @@ SOURCES = 1024  # that are watched at one time: many more than there are machine
 GRACE_S = channel.HANDSHAKE_MS / 1000 + 1.0  # after it a connection has made a call or is closed
 LOOK_LINES = 65536  # of the system's table of connections that are read
 _NOT_CONNECTED = ("06", "0A")  # in that table: over, and waiting for late packets; listening
-LOOK_SHARE = 0.02  # of the time may go into looking, which holds up tokens
-LOOK_SAVED_S = 0.2  # of it, at most, for when there are many at once; a look takes about 1 ms
+LOOK_SHARE = 0.02  # of the time may go into looking
+LOOK_SAVED_S = 1.0  # of it, at most, for when many come at once; a look takes 1 to 40 ms, most of it in the kernel
+LATE_LOOK_S = 2.0  # after a handshake at which there was no time left; those that stay are still there then
 
 
 def source_of(peer: str) -> str:
@@ -151,6 +152,7 @@ class Watch:
         self._port = 0
         self._lock = threading.Lock()  # held while somebody looks
         self._budget = Budget()
+        self._late = False  # a late look is to come
 
     def watch(self, port: int) -> None:
         """Begin, once the port is known."""
@@ -167,6 +169,9 @@ class Watch:
         try:
             began = time.monotonic()
             if not self._budget.allows(began):
+                if not self._late and not self._loop.is_closed():
+                    self._late = True
+                    self._loop.call_soon_threadsafe(self._loop.call_later, LATE_LOOK_S, self._again)
                 return
             sources = self._look()
             self._budget.spend(time.monotonic() - began)
@@ -174,6 +179,10 @@ class Watch:
             self._lock.release()
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._came, sources)
+
+    def _again(self) -> None:
+        self._late = False
+        self._loop.run_in_executor(None, self.handshake)
 
     def _look(self) -> set[str]:
         try:
