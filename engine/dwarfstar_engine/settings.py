@@ -43,6 +43,8 @@ class Settings(BaseModel):
     """Certificate of the HTTP API, PEM, its issuers' behind it; with ``tls_key`` the API is HTTPS."""
     tls_key: Path | None = None
     """Private key of ``tls_cert``, PEM, without a passphrase."""
+    certificate_hours: float = Field(default=24.0 * 365, gt=0, le=24.0 * 3650)
+    """How long a node's certificate is good; it is renewed by itself at two thirds of that."""
     max_body_mib: int = Field(default=4, ge=1, le=256)
     """Largest HTTP request body, MiB."""
 

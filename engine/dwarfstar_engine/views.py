@@ -70,3 +70,4 @@ class StatusView(View):
     nodes: tuple[NodeView, ...]
     stages: tuple[StageView, ...]
     throughput: ThroughputView
+    warnings: tuple[str, ...] = ()  # what its owner should look into, newest last

@@ -107,7 +107,7 @@ async def running_stage(
     child = Child(STAGE, events.put_nowait, lambda status: events.put_nowait({"event": "exited", "status": status}))
     replies: asyncio.Queue[bytes] = asyncio.Queue()
     receiver = RingReceiver(local_build(), "test", replies.put, lambda _: None, lambda *_: None)
-    receiver.set_epoch(1)
+    receiver.set_epoch(1, {"n1"})
     server = grpc.aio.server(options=channel.SERVER_OPTIONS)
     server.add_generic_rpc_handlers((receiver.handler(),))
     port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(identity))
@@ -125,11 +125,11 @@ async def running_stage(
         child.send(name="n1", host="127.0.0.1", trust=str(identity.folder), cpus=[])
         address = f"127.0.0.1:{(await until('listening'))['port']}"
         child.send(
-            command="load", backend="llama", model="m", path=str(path), layers=list(layers), wire=1,
+            command="load", backend="llama", model="m", path=str(path), layers=list(layers), wire=1, ends=[],
             options={**COMMON, **options},
         )  # fmt: skip
         await until("ready")
-        child.send(command="link", epoch=1, next=f"127.0.0.1:{port}")
+        child.send(command="link", epoch=1, next=f"127.0.0.1:{port}", feed="", senders=["n1"])
         await until("linked")
         await sender.open(address, channel.channel_credentials(identity), local_build(), 1, "test")
         yield Stage(child.pid, sender, replies, read_model(path).n_embd, layers)

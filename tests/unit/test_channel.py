@@ -163,22 +163,67 @@ async def test_an_impostor_that_repeats_the_true_ca_never_sees_the_secret(author
     assert seen == []
 
 
+def request(folder: Path, node_id: str = "n9", secret: str = "00" * 20) -> control_pb2.JoinRequest:
+    csr = NodeFiles(folder / "new").request(node_id)
+    return control_pb2.JoinRequest(token_secret=secret, csr_pem=csr, node_id=node_id, name="x")
+
+
+@asynccontextmanager
+async def joining(authority: Authority, address: str) -> AsyncIterator[control_pb2_grpc.EnrolmentAsyncStub]:
+    trusted = grpc.ssl_channel_credentials(authority.certificate_pem)
+    async with channel.open_channel(address, trusted, channel.MAX_CONTROL_BYTES) as opened:
+        yield control_pb2_grpc.EnrolmentStub(opened)
+
+
+async def denied(
+    stub: control_pb2_grpc.EnrolmentAsyncStub, bad: control_pb2.JoinRequest
+) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Join(bad)
+    return refused.value.code(), str(refused.value.details())
+
+
 async def test_bad_join_requests_are_refused(authority: Authority, tmp_path: Path) -> None:
-    own = identity(authority, tmp_path, "a")
-    csr = NodeFiles(tmp_path / "new").request("n9")
-    good = control_pb2.JoinRequest(token_secret="00" * 20, csr_pem=csr, node_id="n9", name="x")
-    async with enrolling(authority, own, bytes(20)) as (address, _):
-        trusted = grpc.ssl_channel_credentials(authority.certificate_pem)
-        async with channel.open_channel(address, trusted, channel.MAX_CONTROL_BYTES) as opened:
-            stub: control_pb2_grpc.EnrolmentAsyncStub = control_pb2_grpc.EnrolmentStub(opened)
-            assert (await stub.Join(good)).certificate_pem
-            for field, value in (("token_secret", "zz"), ("token_secret", "00"), ("node_id", "../a"), ("csr_pem", b"")):
-                bad = control_pb2.JoinRequest()
-                bad.CopyFrom(good)
-                setattr(bad, field, value)
-                with pytest.raises(grpc.aio.AioRpcError) as refused:
-                    await stub.Join(bad)
-                assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    async with (
+        enrolling(authority, identity(authority, tmp_path, "a"), bytes(20)) as (address, _),
+        joining(authority, address) as stub,
+    ):
+        assert (await stub.Join(request(tmp_path))).certificate_pem
+        for field, value in (("token_secret", "zz"), ("token_secret", "00"), ("node_id", "../a"), ("csr_pem", b"")):
+            bad = request(tmp_path)
+            setattr(bad, field, value)
+            assert (await denied(stub, bad))[0] is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_replayed_join_is_refused_and_a_machine_that_asks_again_is_not(
+    authority: Authority, tmp_path: Path
+) -> None:
+    async with (
+        enrolling(authority, identity(authority, tmp_path, "a"), bytes(20)) as (address, _),
+        joining(authority, address) as stub,
+    ):
+        sent = request(tmp_path)
+        assert (await stub.Join(sent)).certificate_pem
+        code, said = await denied(stub, sent)
+        assert code is grpc.StatusCode.PERMISSION_DENIED and "answered already" in said
+        assert (await stub.Join(request(tmp_path))).certificate_pem, "its first answer may have been lost"
+
+
+async def test_a_source_of_wrong_secrets_has_to_wait(
+    authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        enrolling(authority, identity(authority, tmp_path, "a"), bytes(20)) as (address, seen),
+        joining(authority, address) as stub,
+    ):
+        for _ in range(enrol.WRONG_FREE):
+            assert (await denied(stub, request(tmp_path, secret="11" * 20)))[0] is grpc.StatusCode.PERMISSION_DENIED
+        for secret in ("11" * 20, "00" * 20):  # a right one, too: else there would be no limit
+            code, said = await denied(stub, request(tmp_path, secret=secret))
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "wait 10 s" in said
+        assert len(seen) == enrol.WRONG_FREE
+    assert len([record for record in caplog.records if "refused to let" in record.message]) == 1
+    assert "11" * 20 not in caplog.text
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:x", "host:0", "host:65536"])

@@ -91,6 +91,14 @@ class Coordinator(control_pb2_grpc.ControlServicer):
     async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
         raise AssertionError("a node does not end the engine")
 
+    async def Renew(self, request: pb.RenewRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.RenewReply:
+        raise AssertionError("its certificate is good for long")
+
+    async def RemoveNode(
+        self, request: pb.RemoveNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.RemoveNodeReply:
+        raise AssertionError("a node removes no others")
+
     def tell(self, **what: Any) -> None:
         self._out.put_nowait(pb.CoordinatorMessage(**what))
 

@@ -30,6 +30,7 @@ DEADLINE_S = 20.0
 BAD = b"bad"
 MIB = 1 << 20
 T = TypeVar("T")
+SENDERS = {"n1"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ async def receiving(identity: NodeIdentity, build: BuildInfo | None = None, epoc
         lambda epoch: end.opened.append(epoch),
         lambda epoch, sender: end.lost.put_nowait((epoch, sender)),
     )
-    receiver.set_epoch(epoch)
+    receiver.set_epoch(epoch, SENDERS)
     server.add_generic_rpc_handlers((receiver.handler(),))
     port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(identity))
     end = End(receiver, server, f"127.0.0.1:{port}")
@@ -234,7 +235,7 @@ async def test_frames_of_an_epoch_that_is_over_are_refused(identity: NodeIdentit
         sender.send(b"1")
         await sender.flush()
         assert await soon(end.frames) == b"1"
-        end.receiver.set_epoch(EPOCH + 1)
+        end.receiver.set_epoch(EPOCH + 1, SENDERS)
         sender.send(b"2")
         await sender.flush()
         assert await soon(end.lost) == (EPOCH, "n1")
@@ -248,6 +249,16 @@ async def test_an_old_epoch_is_refused(identity: NodeIdentity) -> None:
                 pass
         assert refused.value.code == "stale_epoch"
         assert not end.opened and end.lost.empty()
+
+
+async def test_a_member_that_does_not_come_before_in_the_ring_is_refused(identity: NodeIdentity) -> None:
+    """Also one that was removed from the cluster: its certificate is good still."""
+    async with receiving(identity) as end:
+        end.receiver.set_epoch(EPOCH, {"n0", "n2"})
+        with pytest.raises(PeerError, match="takes no frames from n1") as refused:
+            async with sending(end, identity):
+                pass
+        assert refused.value.code == "not_a_sender" and not end.opened and end.lost.empty()
 
 
 async def test_an_epoch_that_never_comes_is_refused(identity: NodeIdentity, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +281,7 @@ async def test_a_receiver_one_epoch_behind_catches_up(identity: NodeIdentity) ->
 
         task = asyncio.create_task(follow())
         await asyncio.sleep(0)  # the sender has begun
-        end.receiver.set_epoch(EPOCH + 1)
+        end.receiver.set_epoch(EPOCH + 1, SENDERS)
         await asyncio.wait_for(task, DEADLINE_S)
         assert end.opened == [EPOCH + 1]
 

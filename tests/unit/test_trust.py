@@ -133,12 +133,27 @@ def test_a_new_authority_means_a_new_certificate(authority: trust.Authority, tmp
     assert trust.issue_local(fresh, files, "n1", NOW).ca_pem == fresh.certificate_pem
 
 
-def test_renewal_is_due_near_the_end_and_before_the_begin(node: NodeIdentity) -> None:
-    end = trust.load_certificate(node.certificate_pem).not_valid_after_utc
+def test_renewal_is_due_at_two_thirds_of_the_life_and_before_the_begin(node: NodeIdentity) -> None:
+    due = NOW + trust.NODE_LIFETIME * 2 / 3
+    assert abs(trust.renew_at(node.certificate_pem) - due) < timedelta(seconds=2)  # dates have whole seconds
     assert not trust.renewal_due(node.certificate_pem, NOW)
-    assert not trust.renewal_due(node.certificate_pem, end - trust.RENEW_BEFORE - timedelta(seconds=1))
-    assert trust.renewal_due(node.certificate_pem, end - trust.RENEW_BEFORE)
+    assert not trust.renewal_due(node.certificate_pem, due - timedelta(seconds=2))
+    assert trust.renewal_due(node.certificate_pem, due + timedelta(seconds=2))
     assert trust.renewal_due(node.certificate_pem, NOW - timedelta(days=30))
+
+
+def test_a_short_life_is_divided_alike(authority: trust.Authority, tmp_path: Path) -> None:
+    held = trust.issue_local(authority, NodeFiles(tmp_path), "n1", NOW, timedelta(seconds=30))
+    assert not trust.renewal_due(held.certificate_pem, NOW + timedelta(seconds=19))
+    assert trust.renewal_due(held.certificate_pem, NOW + timedelta(seconds=21))
+
+
+def test_a_holder_may_change_its_key_and_nobody_else(authority: trust.Authority, tmp_path: Path) -> None:
+    name = NodeFiles(tmp_path / "old").key_id()
+    fresh = NodeFiles(tmp_path / "new").request(name)
+    with pytest.raises(TrustError, match="another key"):
+        trust.sign_request(authority, fresh, name, NOW)
+    assert trust.certificate_node_id(trust.sign_request(authority, fresh, name, NOW, proven=True)) == name
 
 
 def test_identities_that_do_not_hold_together_are_refused(authority: trust.Authority, node: NodeIdentity) -> None:
@@ -155,9 +170,11 @@ def test_identities_that_do_not_hold_together_are_refused(authority: trust.Autho
 
 def test_a_certificate_out_of_its_time_is_refused_with_the_dates(node: NodeIdentity) -> None:
     trust.check_identity(node, NOW - timedelta(hours=23))  # a clock that is behind
-    for now in (NOW - timedelta(days=2), NOW + trust.NODE_LIFETIME):
-        with pytest.raises(TrustError, match=r"2026-11-20 to 2027-11-21"):
-            trust.check_identity(node, now)
+    with pytest.raises(TrustError, match=r"2026-11-20 to 2027-11-21.*set the clock\.$"):
+        trust.check_identity(node, NOW - timedelta(days=2))
+    with pytest.raises(TrustError, match=r"ended at 2027-11-21 12:00 UTC: join again with a new token") as refused:
+        trust.check_identity(node, NOW + trust.NODE_LIFETIME)
+    assert refused.value.code == trust.EXPIRED
 
 
 def test_a_bad_answer_does_not_replace_what_is_there(authority: trust.Authority, tmp_path: Path) -> None:

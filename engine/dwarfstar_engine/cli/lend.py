@@ -16,12 +16,15 @@ import signal
 import socket
 import sys
 import tomllib
+from datetime import timedelta
+from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dwarfstar_engine.cli import running
+from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.errors import DwarfStarError, SettingsError, TrustError
+from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
 from dwarfstar_engine.node.facts import default_threads, is_loopback, measure, outward_host, reached_host, shown_host
 from dwarfstar_engine.node.tokens import TokenStore
@@ -37,6 +40,7 @@ from dwarfstar_engine.wire.trust import (
     check_identity,
     load_or_create_authority,
     renewal_due,
+    secret_hash,
     utc_now,
 )
 
@@ -46,12 +50,14 @@ MAX_MEMBERSHIP_BYTES = 4096
 
 
 class Membership(BaseModel):
-    """``member/node.toml``. join: the address this machine joined at; coordinator: the one it attaches to."""
+    """``member/node.toml``. join: the address this machine joined at; coordinator: the one it attaches to; token: the
+    hash of the secret it joined with last."""
 
     model_config = ConfigDict(frozen=True)
 
     join: str = Field(max_length=300)
     coordinator: str = Field(max_length=300)
+    token: str = Field(default="", max_length=64)
 
 
 async def lend(
@@ -83,8 +89,6 @@ async def lend(
             raise TrustError(f"{files.folder} holds no certificate: join with the line that `dwarfstar token` prints.")
         identity = files.load()
         check_identity(identity, utc_now())
-        if renewal_due(identity.certificate_pem, utc_now()):
-            log.warning("this node's certificate ends soon: join again with a new token to renew it")
         options = NodeOptions(
             name=settings.name or socket.gethostname(),
             listen=_listen(settings, address),
@@ -150,13 +154,14 @@ async def _member(files: NodeFiles, settings: Settings, join: str | None, token_
                 "or use another --home.",
                 code="other_cluster",
             ) from None
-        if known is not None and join == known.join and not renewal_due(identity.certificate_pem, utc_now()):
+        same = known is not None and (known.join, known.token) == (join, secret_hash(token.secret))
+        if known is not None and same and not renewal_due(identity.certificate_pem, utc_now()):
             return known.coordinator  # the same line again, from the shell's history
     split_address(join)
     coordinator = await join_cluster(
         join, token, files.key_id(), settings.name or socket.gethostname(), files, utc_now()
     )
-    membership = Membership(join=join, coordinator=coordinator)
+    membership = Membership(join=join, coordinator=coordinator, token=secret_hash(token.secret))
     replace_file(files.folder / "node.toml", tomli_w.dumps(membership.model_dump()).encode())
     log.info("joined the cluster at %s; from now on `dwarfstar node` is enough", join)
     return coordinator
@@ -217,6 +222,55 @@ def new_join_token(settings: Settings, hours: float, uses: int | None) -> tuple[
             " and make the token again"
         )
     return f"dwarfstar node --join {address} --token {token.format()}", notes
+
+
+def list_tokens(settings: Settings) -> list[dict[str, Any]]:
+    """The join tokens of this home's cluster, oldest first, without their secrets. Raises TrustError."""
+    now = utc_now()
+    return [
+        {
+            "id": token.id,
+            "state": token.state(now),
+            "created": f"{token.created:%Y-%m-%dT%H:%M:%SZ}",
+            "expires": f"{token.expires:%Y-%m-%dT%H:%M:%SZ}",
+            "uses": token.uses,
+            "used": None if token.uses is None else len(token.nodes),
+        }
+        for token in TokenStore(settings.home / "trust", utc_now).list()
+    ]
+
+
+def tokens_text(tokens: list[dict[str, Any]]) -> str:
+    """The same for people."""
+    if not tokens:
+        return "no join tokens: `dwarfstar token` makes one"
+    lines = [f"{'id':10}{'state':9}{'ends (UTC)':18}{'machines':>10}"]
+    for token in tokens:
+        machines = "any" if token["uses"] is None else f"{token['used']} of {token['uses']}"
+        ends = token["expires"][:16].replace("T", " ")
+        lines.append(f"{token['id']:10}{token['state']:9}{ends:18}{machines:>10}")
+    return "\n".join(lines)
+
+
+def revoke_token(settings: Settings, token_id: str) -> None:
+    """Let nobody in with this token any more. Raises TrustError."""
+    TokenStore(settings.home / "trust", utc_now).revoke(token_id)
+
+
+def remove_node(settings: Settings, wanted: str) -> str:
+    """Remove a node, called by name or id, from this home's cluster; what came of it. Raises DwarfStarError."""
+    engine = running.find(settings.home)
+    if engine is not None:
+        node_id, name, attached = remote.remove_node(engine, settings.home, wanted)
+    else:
+        folder = settings.home / "trust"
+        if not (folder / "authority.pem").exists():
+            raise TrustError(f"no cluster is coordinated from {settings.home}: run this where its engine runs")
+        lifetime = timedelta(hours=settings.certificate_hours)
+        admission = Admission(load_or_create_authority(folder, utc_now()), folder, utc_now, lifetime)
+        (node_id, name), attached = admission.remove(wanted), False
+    ending = "it was told, and ends" if attached else "it is not here now, and will be refused"
+    return f"removed {name} ({node_id}): {ending}"
 
 
 def _future_address(settings: Settings) -> str:

@@ -5,6 +5,7 @@ Settings are read here, once. Errors of the tree become one sentence on stderr a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -34,6 +35,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(keys_app, name="key")
+node_commands = typer.Typer(invoke_without_command=True)
+token_commands = typer.Typer(invoke_without_command=True)
+app.add_typer(node_commands, name="node")
+app.add_typer(token_commands, name="token")
 # ``dwarfstar [MODEL] [OPTIONS]`` has no command word, so it is a program of its own.
 starter = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -142,8 +147,9 @@ def start(
     _run(run_engine(Start(model or "demo", local_nodes, demo, pin), settings))
 
 
-@app.command()
+@node_commands.callback()
 def node(
+    context: typer.Context,
     join: Annotated[str | None, typer.Option(help="Where to join, host:port: the first time only.")] = None,
     token: Annotated[str | None, typer.Option(help="Join token, from `dwarfstar token` there.")] = None,
     attach: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -161,12 +167,27 @@ def node(
     """Lend this machine to a coordinator: the first time with the line that `dwarfstar token` prints there."""
     from dwarfstar_engine.cli.lend import lend
 
+    if context.invoked_subcommand is not None:
+        context.obj = home
+        return
     settings = _settings(
         effective_vram=effective_vram, threads=threads, gpu_layers=gpu_layers, split_mode=split_mode,
         control_host=listen, name=name, home=home, models=models,
     )  # fmt: skip
     _log_to_stderr(True)
     _run(lend(settings, join, token, attach, _numbers(cpus, "cpus") or (), watch_parent=parent))
+
+
+@node_commands.command("remove")
+def node_remove(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name or id, as `dwarfstar status` shows them.")],
+    home: Home = None,
+) -> None:
+    """Refuse a machine from now on. To let it in again, make a new token."""
+    from dwarfstar_engine.cli.lend import remove_node
+
+    print(f"dwarfstar: {remove_node(_settings(home=home or context.obj), name)}")
 
 
 @app.command()
@@ -185,8 +206,9 @@ def stop(home: Home = None) -> None:
     print("dwarfstar: stopped")
 
 
-@app.command()
+@token_commands.callback()
 def token(
+    context: typer.Context,
     hours: Annotated[float, typer.Option(help="How long it is valid.")] = 24.0,
     uses: Annotated[int | None, typer.Option(help="Machines it lets in; default: any number.")] = None,
     control_host: Annotated[str | None, typer.Option(help="As the engine will be started with.")] = None,
@@ -196,11 +218,36 @@ def token(
     """Make a join token, and print the command to run on the machine that joins."""
     from dwarfstar_engine.cli.lend import new_join_token
 
+    if context.invoked_subcommand is not None:
+        context.obj = home
+        return
     settings = _settings(control_host=control_host, control_port=control_port, home=home)
     line, notes = new_join_token(settings, hours, uses)
     for note in notes:
         print(f"dwarfstar: {note}", file=sys.stderr)
     print(line)
+
+
+@token_commands.command("list")
+def token_list(context: typer.Context, home: Home = None, as_json: AsJson = False) -> None:
+    """The tokens that were made: their ids, which are no secrets, and what they are still good for."""
+    from dwarfstar_engine.cli.lend import list_tokens, tokens_text
+
+    tokens = list_tokens(_settings(home=home or context.obj))
+    print(json.dumps({"tokens": tokens}, indent=2) if as_json else tokens_text(tokens))
+
+
+@token_commands.command("revoke")
+def token_revoke(
+    context: typer.Context,
+    token_id: Annotated[str, typer.Argument(metavar="ID", help="As `dwarfstar token list` shows it.")],
+    home: Home = None,
+) -> None:
+    """Let nobody in with a token any more. Machines that joined with it stay: see `dwarfstar node remove`."""
+    from dwarfstar_engine.cli.lend import revoke_token
+
+    revoke_token(_settings(home=home or context.obj), token_id)
+    print(f"dwarfstar: revoked {token_id}")
 
 
 @app.command()

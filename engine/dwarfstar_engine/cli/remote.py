@@ -17,6 +17,7 @@ from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlStub
 from dwarfstar_engine.wire.trust import NodeFiles
 
 CALL_S = 5.0
+REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.FAILED_PRECONDITION)  # with a sentence for people
 STOP_S = 15.0  # until a stopped engine's process is gone
 
 
@@ -28,6 +29,8 @@ def _call(engine: running.Running, home: Path, name: str, request: Any) -> Any:
             return getattr(ControlStub(link), name)(request, timeout=CALL_S)
         except grpc.RpcError as error:
             detail = error.details() if isinstance(error, grpc.Call) else error
+            if isinstance(error, grpc.Call) and error.code() in REFUSED:
+                raise DwarfStarError(str(detail)) from None
             raise DwarfStarError(f"the engine at {engine.control} does not answer: {detail}") from None
 
 
@@ -49,6 +52,12 @@ def stop(engine: running.Running, home: Path) -> None:
         if time.monotonic() > deadline:
             raise DwarfStarError(f"the engine (process {engine.pid}) has not ended after {STOP_S:.0f} s")
         time.sleep(0.05)
+
+
+def remove_node(engine: running.Running, home: Path, wanted: str) -> tuple[str, str, bool]:
+    """(id, name, whether it was attached) of the node removed. Raises DwarfStarError."""
+    reply = _call(engine, home, "RemoveNode", pb.RemoveNodeRequest(node=wanted))
+    return reply.node_id, reply.name, reply.attached
 
 
 def status_text(engine: running.Running, home: Path) -> str:
@@ -73,4 +82,5 @@ def status_text(engine: running.Running, home: Path) -> str:
         lines.append(row)
     if not view.nodes:
         lines.append("(no node has joined)")
+    lines += [f"! {warning}" for warning in view.warnings]
     return "\n".join(lines)

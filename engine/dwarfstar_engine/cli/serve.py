@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
@@ -24,6 +26,8 @@ from dwarfstar_engine.api.server import http_server
 from dwarfstar_engine.cli import running, telling
 from dwarfstar_engine.cli.door import Door, open_door
 from dwarfstar_engine.errors import SettingsError
+from dwarfstar_engine.node import renewal
+from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_bytes
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
@@ -31,16 +35,16 @@ from dwarfstar_engine.node.drafter import Drafter, DraftOptions
 from dwarfstar_engine.node.facts import GIB, cores, default_threads, is_any, measure, reached_host
 from dwarfstar_engine.node.local import LocalNode
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
-from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.stage.fingerprint import fingerprint
 from dwarfstar_engine.wire import channel
+from dwarfstar_engine.wire import door as ports
 from dwarfstar_engine.wire.enrol import Enrolment, join_port, serve_enrolment
 from dwarfstar_engine.wire.generated.control_pb2_grpc import add_ControlServicer_to_server
 from dwarfstar_engine.wire.trust import (
-    Authority,
+    OWNER,
     NodeFiles,
     certificate_node_id,
     issue_local,
@@ -91,28 +95,35 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         _on_signals(stopping.set)
         pinned = _pin(start.pin, local)
         authority = load_or_create_authority(settings.home / "trust", utc_now())
+        lifetime = timedelta(hours=settings.certificate_hours)
+        admission = Admission(authority, settings.home / "trust", utc_now, lifetime)
         trust = NodeFiles(settings.home / "trust")
-        issue_local(authority, trust, "coordinator", utc_now())
+        issue_local(authority, trust, OWNER, utc_now(), lifetime)
         vocab = await _open_vocab(source)
         stack.push_async_callback(vocab.close)
         coordinator = Coordinator(settings, source, vocab, trust, "coordinator")
         coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
         if coordinator.drafter is not None:
             stack.push_async_callback(coordinator.drafter.close)
-        control = await _control(coordinator, settings, trust, stopping.set)
+        control = await _control(coordinator, admission, settings, trust, stopping.set)
         stack.push_async_callback(control.stop, 0.5)
-        joining, join = await _joining(authority, trust, settings, coordinator.address)
+        joining, join = await _joining(admission, trust, settings, coordinator.address)
         stack.push_async_callback(joining.stop, 0.5)
         stack.callback(running.withdraw, settings.home)
         coordinator.api_url = door.url
         running.announce(settings.home, coordinator.address, door.url, join, door.certificate)
-        nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, authority)
+        nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, admission)
         for node in nodes:
             stack.push_async_callback(node.stop)
             await node.start()
         tasks = [asyncio.create_task(coordinator.run(), name="coordinator")]
         if not local:
-            tasks.append(asyncio.create_task(_own_node(settings, authority, coordinator.address), name="node"))
+            _issue_own(settings, admission)
+            tasks.append(asyncio.create_task(_own_node(settings, coordinator.address), name="node"))
+        renew = renewal.by_authority(authority, lifetime, utc_now)
+        for files in renewal.own_files(settings.home):
+            renewing = renewal.keep_renewed(files, renew, utc_now, random.random)
+            tasks.append(asyncio.create_task(renewing, name="renewal"))
         stack.push_async_callback(_cancel, tasks)
         http = asyncio.create_task(_http(coordinator, listener, settings, door, stopping), name="http")
         teller = asyncio.create_task(telling.tell(coordinator, say, started, settings.home, door.curl))
@@ -203,33 +214,40 @@ async def _open_vocab(source: Source) -> Vocab:
 
 
 async def _control(
-    coordinator: Coordinator, settings: Settings, trust: NodeFiles, on_stop: Callable[[], None]
+    coordinator: Coordinator,
+    admission: Admission,
+    settings: Settings,
+    trust: NodeFiles,
+    on_stop: Callable[[], None],
 ) -> grpc.aio.Server:
     """The control and data plane's server. Raises SettingsError if its port is taken."""
     # gRPC would say why it cannot listen in a log line of its own; a plain socket tells us.
     _bind(settings.control_host, settings.control_port, "control-").close()
-    server = grpc.aio.server(options=channel.SERVER_OPTIONS)
+    watch = ports.Watch()
+    door = ports.Door(admission.refusal, watch.called)
+    server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=(door,))
     server.add_generic_rpc_handlers((coordinator.receiver.handler(),))
-    add_ControlServicer_to_server(ControlService(coordinator, on_stop), server)
+    add_ControlServicer_to_server(ControlService(coordinator, admission, on_stop), server)
     host = _shown_host(settings.control_host)
     try:
-        port = server.add_secure_port(f"{host}:{settings.control_port}", channel.server_credentials(trust))
+        credentials = channel.server_credentials(trust, watch.handshake)
+        port = server.add_secure_port(f"{host}:{settings.control_port}", credentials)
     except RuntimeError:
         raise SettingsError(
             f"cannot listen on {host}:{settings.control_port}: choose another with --control-port", code="port_taken"
         ) from None
+    watch.watch(port)
     await server.start()
     coordinator.address = f"{_shown_host(reached_host(settings.control_host))}:{port}"
     return server
 
 
 async def _joining(
-    authority: Authority, trust: NodeFiles, settings: Settings, control: str
+    admission: Admission, trust: NodeFiles, settings: Settings, control: str
 ) -> tuple[grpc.aio.Server, str]:
     """The server that lets machines join, and its address. Raises SettingsError if its port is taken."""
-    tokens = TokenStore(trust.folder, utc_now)
     host, _, control_port = control.rpartition(":")
-    service = Enrolment(authority, tokens.admit, f":{control_port}", utc_now)
+    service = Enrolment(admission.authority, admission.join, f":{control_port}", utc_now, admission.lifetime)
     wanted = join_port(settings.control_port)
     server, port = await serve_enrolment(service, _shown_host(settings.control_host), wanted, trust)
     return server, f"{host}:{port}"
@@ -248,13 +266,14 @@ def _pin(wanted: bool, nodes: int) -> tuple[int, ...]:
 
 
 def _local_nodes(
-    count: int, pinned: tuple[int, ...], settings: Settings, lent_gib: float | None, address: str, authority: Authority
+    count: int, pinned: tuple[int, ...], settings: Settings, lent_gib: float | None, address: str, admission: Admission
 ) -> list[LocalNode]:
     """Node processes on this machine, each with a home, a certificate and a share of the cores of its own."""
     nodes = []
     for index in range(count):
         home = settings.home / "local" / f"node{index + 1}"
-        issue_local(authority, NodeFiles(home / "trust"), f"local-{index + 1}", utc_now())
+        files = NodeFiles(home / "trust")
+        issue_local(admission.authority, files, f"local-{index + 1}", utc_now(), admission.lifetime)
         nodes.append(
             LocalNode(
                 name=f"node{index + 1}",
@@ -269,11 +288,16 @@ def _local_nodes(
     return nodes
 
 
-async def _own_node(settings: Settings, authority: Authority, address: str) -> None:
-    """This process as the coordinator's node."""
+def _issue_own(settings: Settings, admission: Admission) -> None:
+    """A certificate for this process as the coordinator's node."""
     files = NodeFiles(settings.home / "node" / "trust")
     node_id = certificate_node_id(files.load().certificate_pem) if files.exists() else f"own-{secrets.token_hex(4)}"
-    issue_local(authority, files, node_id, utc_now())
+    issue_local(admission.authority, files, node_id, utc_now(), admission.lifetime)
+
+
+async def _own_node(settings: Settings, address: str) -> None:
+    """This process as the coordinator's node."""
+    files = NodeFiles(settings.home / "node" / "trust")
     options = NodeOptions(
         name=settings.name or socket.gethostname(),
         listen=settings.control_host,
@@ -284,7 +308,7 @@ async def _own_node(settings: Settings, authority: Authority, address: str) -> N
         gpu_layers=settings.gpu_layers,
         split_mode=settings.split_mode,
     )
-    await NodeDaemon(node_id, options).run(address)
+    await NodeDaemon(certificate_node_id(files.load().certificate_pem), options).run(address)
 
 
 async def _http(

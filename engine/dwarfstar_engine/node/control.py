@@ -1,4 +1,8 @@
-"""The control service of a coordinator: nodes attach, the command line asks for the status or the end."""
+"""The control service of a coordinator: nodes attach and renew their certificates, the command line asks and orders.
+
+Every caller has shown a certificate of the cluster and is no removed node (``wire.door``). Orders are taken from the
+CA's holder only, that is from the home folder of the engine: a machine that lends itself must not end the engine.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,32 @@ import grpc
 import grpc.aio
 
 from dwarfstar_engine.errors import DwarfStarError, PeerError, TrustError
+from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.coordinator import Coordinator
+from dwarfstar_engine.node.copies import Presence, Verdict, judge
 from dwarfstar_engine.node.members import END, MAX_NODES, Member
+from dwarfstar_engine.node.roster import REFUSAL, REMOVED
 from dwarfstar_engine.wire import channel
+from dwarfstar_engine.wire.door import Once, source_of
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlServicer
 from dwarfstar_engine.wire.handshake import BuildInfo, check_peer, local_build
+from dwarfstar_engine.wire.trust import OWNER
 
 log = logging.getLogger("dwarfstar.control")
 
 HELLO_DEADLINE_S = 10.0
 MAX_NAME = 64
+LOOK_S = 0.1  # how often it is looked whether the old process of a node has spoken
+COPIED = "identity_copied"
 
 
 class ControlService(ControlServicer):
     """``on_stop`` is called when the command line asks the engine to end."""
 
-    def __init__(self, coordinator: Coordinator, on_stop: Callable[[], None]) -> None:
-        self._coordinator, self._on_stop = coordinator, on_stop
+    def __init__(self, coordinator: Coordinator, admission: Admission, on_stop: Callable[[], None]) -> None:
+        self._coordinator, self._admission, self._on_stop = coordinator, admission, on_stop
+        self._once = Once()
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.NodeMessage], context: grpc.aio.ServicerContext[Any, Any]
@@ -39,7 +51,10 @@ class ControlService(ControlServicer):
         try:
             member = await self._welcome(request_iterator, context)
         except DwarfStarError as error:
-            log.warning("refused a node at %s: %s", context.peer(), error.message)
+            if self._once.worth(f"{error.code} {source_of(context.peer())}", time.monotonic()):
+                log.warning("refused a node at %s: %s", unquote(context.peer()), error.message)
+            if error.code == COPIED:
+                self._coordinator.warn(channel.peer_node_id(context), error.message)
             yield pb.CoordinatorMessage(refused=pb.Refused(code=error.code, message=error.message))
             return
         reader = asyncio.create_task(self._read(member, request_iterator))
@@ -79,8 +94,29 @@ class ControlService(ControlServicer):
             raise TrustError(f"the certificate is of {channel.peer_node_id(context)} and the hello of {hello.node_id}")
         if len(self._coordinator.members) >= MAX_NODES:
             raise PeerError(f"{MAX_NODES} nodes have joined already", code="too_many_nodes")
+        peer = unquote(context.peer()).partition(":")[2]
+        await self._alone(hello, peer)
         host = hello.data_host or peer_host(context.peer())
-        return Member(hello.node_id, hello.name[:MAX_NAME], host, hello.device, time.monotonic())
+        return Member(hello.node_id, hello.name[:MAX_NAME], host, hello.device, time.monotonic(), hello.instance, peer)
+
+    async def _alone(self, hello: pb.NodeHello, peer: str) -> None:
+        """Wait until it is clear that no other process lives under this id. Raises TrustError if one does."""
+        came = time.monotonic()
+        while True:
+            held = self._coordinator.members.get(hello.node_id)
+            presence = None if held is None else Presence(held.instance, held.heard)
+            verdict = judge(presence, hello.instance[:MAX_NAME], came, time.monotonic())
+            if verdict is Verdict.ADMIT:
+                return
+            if verdict is Verdict.COPY:
+                assert held is not None
+                raise TrustError(
+                    f"Two machines show the identity of node {hello.name[:MAX_NAME]} ({hello.node_id}): one at "
+                    f"{held.peer} is here, one at {peer} asks to be. If the second is a copy, remove its folder "
+                    "`member` and join it with a new token; if it was moved there, stop the first.",
+                    code=COPIED,
+                )
+            await asyncio.sleep(LOOK_S)
 
     async def _read(self, member: Member, messages: AsyncIterator[pb.NodeMessage]) -> None:
         async for message in messages:
@@ -90,8 +126,38 @@ class ControlService(ControlServicer):
         return pb.StatusReply(json=self._coordinator.status().model_dump_json().encode())
 
     async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
+        await _owner_only(context)
         asyncio.get_running_loop().call_soon(self._on_stop)
         return pb.StopReply()
+
+    async def Renew(self, request: pb.RenewRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.RenewReply:
+        node_id = channel.peer_node_id(context)
+        try:
+            certificate = await asyncio.to_thread(self._admission.renew, node_id, request.csr_pem)
+        except TrustError as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, error.message)
+        log.info("renewed the certificate of %s", node_id)
+        return pb.RenewReply(certificate_pem=certificate, ca_pem=self._admission.authority.certificate_pem)
+
+    async def RemoveNode(
+        self, request: pb.RemoveNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.RemoveNodeReply:
+        await _owner_only(context)
+        here = [(member.id, member.name) for member in self._coordinator.members.values()]
+        try:
+            node_id, name = await asyncio.to_thread(self._admission.remove, request.node, here)
+        except TrustError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+        attached = self._coordinator.expel(node_id, REMOVED, REFUSAL)
+        log.warning("node %s (%s) is removed from the cluster", name, node_id)
+        return pb.RemoveNodeReply(node_id=node_id, name=name, attached=attached)
+
+
+async def _owner_only(context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    if channel.peer_node_id(context) != OWNER:
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED, "Only the machine that the engine runs on may order that: do it there."
+        )
 
 
 def _over(reader: asyncio.Task[None], member: Member) -> None:

@@ -43,7 +43,7 @@ from dwarfstar_engine.wire.frames import MAX_ROUNDS
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
 from dwarfstar_engine.wire.ring import RingReceiver, RingSender
-from dwarfstar_engine.wire.trust import NodeFiles
+from dwarfstar_engine.wire.trust import OWNER, NodeFiles
 
 log = logging.getLogger("dwarfstar.coordinator")
 
@@ -56,6 +56,8 @@ PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch 
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
 REPLAN_IDLE_S = 2.0  # without a request, before a better plan is carried out: it may take loading
 WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
+WARNINGS = 8  # shown in the status at one time, each for WARNING_S
+WARNING_S = 600.0
 MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
@@ -96,6 +98,7 @@ class Coordinator:
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
         self._gone_at = 0.0  # monotonic time the last node was lost
         self._stopping = False
+        self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
 
     # --- serving.Engine ---
@@ -157,6 +160,24 @@ class Coordinator:
         if any(stage.member is member for stage in self._stages):
             self._break(f"node {member.name} was lost")
         self._changed.set()
+
+    def expel(self, node_id: str, code: str, reason: str) -> bool:
+        """End a node's part in the cluster, and tell it why. Whether it was here."""
+        member = self.members.get(node_id)
+        if member is None:
+            return False
+        with contextlib.suppress(PeerError):  # it has stopped reading: its stream ends without a word
+            member.send(pb.CoordinatorMessage(refused=pb.Refused(code=code, message=reason)))
+        self.detach(member)
+        member.dismiss()
+        return True
+
+    def warn(self, about: str, sentence: str) -> None:
+        """Show the owner something in the status, for WARNING_S. It replaces what was said about the same."""
+        self._warnings.pop(about, None)
+        self._warnings[about] = (time.monotonic(), sentence)
+        if len(self._warnings) > WARNINGS:
+            del self._warnings[next(iter(self._warnings))]
 
     def heard(self, member: Member, message: pb.NodeMessage) -> None:
         """A message of an attached node."""
@@ -326,12 +347,12 @@ class Coordinator:
 
     async def _close_ring(self) -> None:
         """Join the loaded stages. Raises DwarfStarError."""
-        self.receiver.set_epoch(self.epoch)
+        self.receiver.set_epoch(self.epoch, {self._stages[-1].member.id})
         for index, stage in enumerate(self._stages):
             following = self._stages[index + 1 : index + 2]
             hop = _address(following[0].member) if following else ""
             feed = "" if following or not index else _address(self._stages[0].member)
-            link = pb.Link(term=self.term, epoch=self.epoch, next_hop=hop, feed_hop=feed)
+            link = pb.Link(term=self.term, epoch=self.epoch, next_hop=hop, feed_hop=feed, senders=self._senders(index))
             stage.member.send(pb.CoordinatorMessage(link=link))
         sender = RingSender(lambda reason: self._break(f"the connection to the first stage was lost: {reason}"))
         self._sender = sender
@@ -343,6 +364,10 @@ class Coordinator:
         except TimeoutError:
             raise PeerError("the last stage did not connect to the coordinator", code="hop_failed") from None
         self._serve(sender)
+
+    def _senders(self, index: int) -> list[str]:
+        """Ids of the nodes whose frames a stage takes: the one before it; the first one, ours and the last stage's."""
+        return [self._stages[index - 1].member.id] if index else [OWNER, self._stages[-1].member.id]
 
     def _release_stuck(self) -> None:
         """Have stages that gave no answer replaced: a stopped process would fail every attempt to come."""
@@ -498,6 +523,7 @@ class Coordinator:
                 active=dispatcher.scheduler.active if dispatcher else 0,
                 queued=dispatcher.scheduler.queued if dispatcher else 0,
             ),
+            warnings=tuple(text for told, text in self._warnings.values() if now - told < WARNING_S),
         )
 
     def loading(self) -> str:

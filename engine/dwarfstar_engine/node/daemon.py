@@ -21,25 +21,30 @@ import contextlib
 import itertools
 import logging
 import math
+import random
+import secrets
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
 import psutil
 
-from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError, VersionMismatch
+from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError, TrustError, VersionMismatch
 from dwarfstar_engine.model.gguf import read_model
+from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.child import Child
 from dwarfstar_engine.node.facts import Facts, is_any, local_host, shown_host, used_bytes
+from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
 from dwarfstar_engine.stage.toy import PREFIX as TOY
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated import control_pb2_grpc
 from dwarfstar_engine.wire.handshake import local_build
-from dwarfstar_engine.wire.trust import NodeFiles
+from dwarfstar_engine.wire.trust import NodeFiles, check_identity, utc_now
 
 log = logging.getLogger("dwarfstar.node")
 
@@ -52,6 +57,7 @@ RETELL_S = 600.0  # the same trouble with the coordinator is worth a line in the
 OUTBOX = 1024  # messages waiting for the coordinator; more means it has stopped reading, and the stream is broken
 MAX_WORDS = 200  # characters of a dead stage's last words that are passed on
 STAGE = "dwarfstar_engine.stage.main"
+FINAL = (REMOVED, "identity_copied")  # refusals after which this node ends: trying on would change nothing
 FOREIGN = "CERTIFICATE_VERIFY_FAILED"  # in gRPC's words, when the server's certificate is not of our CA
 
 
@@ -97,6 +103,7 @@ class NodeDaemon:
     def __init__(self, node_id: str, options: NodeOptions) -> None:
         self._id, self._options = node_id, options
         self._stage: _Stage | None = None
+        self._instance = secrets.token_hex(8)
         self._outbox: asyncio.Queue[pb.NodeMessage] = asyncio.Queue(OUTBOX)
         self._coordinator = ""
         self._host = options.listen
@@ -107,9 +114,12 @@ class NodeDaemon:
         self._told = ("", float("-inf"))  # what was last said of the coordinator, and when
 
     async def run(self, coordinator: str) -> None:
-        """Attach to the coordinator at host:port, again and again. Raises VersionMismatch: waiting would not help."""
+        """Attach to the coordinator at host:port, again and again. Raises VersionMismatch, and TrustError if this node
+        was removed or its identity is in use elsewhere: waiting would not help."""
         self._coordinator = coordinator
         loop, attempt = asyncio.get_running_loop(), 0
+        renew = renewal.from_coordinator(coordinator, utc_now)
+        self._spawn(renewal.keep_renewed(self._options.trust, renew, utc_now, random.random))
         try:
             while True:
                 began, self._welcomed = loop.time(), False
@@ -119,6 +129,8 @@ class NodeDaemon:
                 except VersionMismatch:
                     raise
                 except PeerError as error:
+                    if error.code in FINAL:
+                        raise
                     self._tell(error.message)
                 steady = self._welcomed and loop.time() - began > STEADY_S
                 attempt = 0 if steady else attempt + 1
@@ -140,6 +152,7 @@ class NodeDaemon:
         """One life of the control stream. Raises PeerError: not reached, not answering, or it refuses us."""
         self._host = self._options.listen or await local_host(coordinator, ANSWER_S)
         self._outbox, self._newest = asyncio.Queue(OUTBOX), 0
+        check_identity(await asyncio.to_thread(self._options.trust.load), utc_now())
         self._post(hello=self._hello())
         beat = asyncio.create_task(self._beat(), name="heartbeat")
         try:
@@ -152,6 +165,8 @@ class NodeDaemon:
         except TimeoutError:
             raise PeerError(f"the coordinator at {coordinator} does not answer") from None
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                raise TrustError(str(error.details()), code=REMOVED) from None
             raise PeerError(_trouble(coordinator, error, self._welcomed)) from None
         finally:
             beat.cancel()
@@ -163,6 +178,7 @@ class NodeDaemon:
             node_id=self._id,
             name=self._options.name,
             data_host="" if is_any(self._host) else self._host,
+            instance=self._instance,
             build=pb.Build(
                 protocol=build.protocol, llama_build=build.llama_build, version=build.version, abi=build.abi
             ),
@@ -237,6 +253,8 @@ class NodeDaemon:
             case "refused":
                 if message.refused.code == VersionMismatch.code:
                     raise VersionMismatch(message.refused.message)
+                if message.refused.code in FINAL:
+                    raise TrustError(message.refused.message, code=message.refused.code)
                 raise PeerError(
                     f"the coordinator at {self._coordinator} refuses this node: {message.refused.message}",
                     code=message.refused.code,
@@ -356,7 +374,13 @@ class NodeDaemon:
         if stage is None or stage.epoch != link.epoch or not stage.child.alive:
             self._report(link.epoch, pb.STAGE_STATE_FAILED, "the stage was gone when the ring was closed")
             return
-        stage.child.send(command="link", epoch=link.epoch, next=link.next_hop or self._coordinator, feed=link.feed_hop)
+        stage.child.send(
+            command="link",
+            epoch=link.epoch,
+            next=link.next_hop or self._coordinator,
+            feed=link.feed_hop,
+            senders=list(link.senders),
+        )
 
     def _on_event(self, stage: _Stage, event: dict[str, Any]) -> None:
         if stage is not self._stage:

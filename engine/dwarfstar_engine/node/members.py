@@ -28,6 +28,8 @@ class Member:
     host: str
     device: pb.Device
     heard: float  # monotonic time of its last message
+    instance: str = ""  # of its process
+    peer: str = ""  # where its control stream comes from
     used_bytes: int = 0
     busy: float = 0.0
     stage: pb.StageEvent | None = None

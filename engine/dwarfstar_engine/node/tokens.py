@@ -3,12 +3,16 @@
 Theory. ``tokens.json`` in the coordinator's trust folder holds, of each token, the hash of its secret, when it ends and
 which machines it has let in. The command line adds to it and the engine reads it at every attempt to join, so a token
 works at once, with or without an engine running when it was made; removing the file withdraws all tokens. Both change
-it under one lock. The decisions, ``add`` and ``admit``, are pure: the book and the time in, a book or a refusal out.
+it under one lock. The decisions, ``add``, ``admit`` and ``revoke``, are pure: the book and the time in, a book or a
+refusal out. A token's id is the beginning of its secret's hash: it names the token and lets nobody in.
 
 A machine that was let in may come again with the same token while that is valid, at no further use: its answer may
 have been lost on the way. That is safe because its id names its key (see ``wire.trust``).
 
+A machine that was removed from the cluster is let in by tokens only that were made after that.
+
 Bounds. MAX_TOKENS tokens; what has ended is kept for KEPT, so that it can be said that it ended, and then forgotten.
+What was revoked is kept as long as it would have been.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ MAX_TOKENS = 64
 KEPT = timedelta(days=7)
 MAX_FILE_BYTES = 4 << 20  # MAX_TOKENS × MAX_USES ids of 26 characters, and punctuation
 LOCK_WAIT_S = 5.0  # the file is held for a few milliseconds at a time
+ID_CHARS = 8  # of the hash, in hex: of MAX_TOKENS tokens two have the same id once in two million clusters
 FILE = "tokens.json"
 REFUSAL = "token_"  # begins the codes of refusals, which the machine that joins is told
 AGAIN = "get a new one with `dwarfstar token` on the coordinator's machine."
@@ -50,6 +55,20 @@ class Token(BaseModel):
     expires: AwareDatetime
     uses: int | None = Field(default=None, ge=1, le=MAX_USES)
     nodes: tuple[str, ...] = Field(default=(), max_length=MAX_USES)
+    revoked: AwareDatetime | None = None
+
+    @property
+    def id(self) -> str:
+        """What to call it; no secret."""
+        return self.hash[:ID_CHARS]
+
+    def state(self, now: datetime) -> Literal["valid", "used", "ended", "revoked"]:
+        """What it is good for at ``now``. "used": it has let in all it was for."""
+        if self.revoked is not None:
+            return "revoked"
+        if now >= self.expires:
+            return "ended"
+        return "used" if self.uses is not None and len(self.nodes) >= self.uses else "valid"
 
 
 class Book(BaseModel):
@@ -68,7 +87,9 @@ def add(book: Book, hashed: str, now: datetime, hours: float, uses: int | None) 
     if uses is not None and not 1 <= uses <= MAX_USES:
         raise SettingsError(f"--uses takes a whole number from 1 to {MAX_USES} (given: {uses})")
     kept = [token for token in book.tokens if token.expires + KEPT > now]
-    while len(kept) >= MAX_TOKENS and (over := next((token for token in kept if token.expires <= now), None)):
+    while len(kept) >= MAX_TOKENS and (
+        over := next((token for token in kept if token.state(now) in ("ended", "revoked")), None)
+    ):
         kept.remove(over)
     if len(kept) >= MAX_TOKENS:
         raise TrustError(
@@ -80,8 +101,11 @@ def add(book: Book, hashed: str, now: datetime, hours: float, uses: int | None) 
     return Book(tokens=(*kept, fresh))
 
 
-def admit(book: Book, secret: bytes, node_id: str, now: datetime) -> Book:
-    """The book after ``node_id`` was let in with ``secret``. Raises TrustError: unknown, expired or used up."""
+def admit(book: Book, secret: bytes, node_id: str, now: datetime, removed: datetime | None = None) -> Book:
+    """The book after ``node_id`` was let in with ``secret``. ``removed``: when this node was removed from the cluster.
+
+    Raises TrustError: unknown, revoked, expired, used up, or older than the removal.
+    """
     if not node_id.startswith(KEY_ID):
         raise TrustError(
             "The machine that joins does not name its key: install this DwarfStar release there.", code="token_id"
@@ -92,6 +116,12 @@ def admit(book: Book, secret: bytes, node_id: str, now: datetime) -> Book:
     token = book.tokens[index]
     if now >= token.expires:
         raise TrustError(f"This join token ended at {token.expires:%Y-%m-%d %H:%M} UTC: {AGAIN}", code="token_expired")
+    if token.revoked is not None:
+        raise TrustError(f"This join token was revoked: {AGAIN}", code="token_revoked")
+    if removed is not None and token.created <= removed:
+        raise TrustError(
+            f"This machine was removed from the cluster after this join token was made: {AGAIN}", code="token_removed"
+        )
     if token.uses is None or node_id in token.nodes:
         return book
     if len(token.nodes) >= token.uses:
@@ -99,6 +129,17 @@ def admit(book: Book, secret: bytes, node_id: str, now: datetime) -> Book:
         raise TrustError(f"This join token has let in {machines}, which is all it was for: {AGAIN}", code="token_used")
     used = token.model_copy(update={"nodes": (*token.nodes, node_id)})
     return Book(tokens=(*book.tokens[:index], used, *book.tokens[index + 1 :]))
+
+
+def revoke(book: Book, token_id: str, now: datetime) -> Book:
+    """The book in which a token lets nobody in any more. Raises TrustError if there is none of that id."""
+    found = [token for token in book.tokens if token.id == token_id.strip().lower()]
+    if not found:
+        raise TrustError(
+            f"There is no join token {token_id[:64]!r}: `dwarfstar token list` shows their ids.", code="no_such_token"
+        )
+    tokens = (t.model_copy(update={"revoked": t.revoked or now}) if t in found else t for t in book.tokens)
+    return Book(tokens=tuple(tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +155,25 @@ class TokenStore:
         self._change(lambda book: add(book, secret_hash(token.secret), self.clock(), hours, uses))
         return token
 
-    def admit(self, secret: bytes, node_id: str, name: str) -> None:
+    def list(self) -> tuple[Token, ...]:
+        """All that are kept, oldest first. Raises TrustError."""
+        return self._read().tokens
+
+    def revoke(self, token_id: str) -> None:
+        """Let nobody in with this token any more; who is in stays. Raises TrustError if there is none of that id."""
+        self._change(lambda book: revoke(book, token_id, self.clock()))
+
+    def admit(self, secret: bytes, node_id: str, name: str, removed: datetime | None = None) -> None:
         """Raise TrustError unless the secret lets this node in. Blocks for as long as files take."""
         try:
-            self._change(lambda book: admit(book, secret, node_id, self.clock()))
+            self._change(lambda book: admit(book, secret, node_id, self.clock(), removed))
         except TrustError as error:
             if error.code.startswith(REFUSAL):
                 raise
             log.error("%s (asked to join: %s)", error.message, name)  # ours to mend, and names our files
-            raise TrustError("The coordinator cannot read its join tokens: its log says why.") from None
+            raise TrustError(
+                "The coordinator cannot read its join tokens: its log says why.", code="coordinator_trouble"
+            ) from None
 
     def _change(self, change: Callable[[Book], Book]) -> None:
         with locked(self.folder / "tokens.lock", LOCK_WAIT_S):

@@ -38,6 +38,7 @@ from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
 from dwarfstar_engine.stage.pipe import ChildPipe
 from dwarfstar_engine.stage.worker import Backend, LlamaBackend, ToyBackend, Worker
 from dwarfstar_engine.wire import channel, frames, loop
+from dwarfstar_engine.wire.door import Door, Watch
 from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.link import Link, choose_wire
 from dwarfstar_engine.wire.ring import RingReceiver, RingSender
@@ -71,9 +72,11 @@ class StageProcess:
 
     async def run(self, host: str) -> None:
         """Listen and serve until the parent is gone."""
-        server = grpc.aio.server(options=channel.SERVER_OPTIONS)
+        watch = Watch()
+        server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=(Door(None, watch.called),))
         server.add_generic_rpc_handlers((self._receiver.handler(),))
-        port = server.add_secure_port(f"{host}:0", channel.server_credentials(self._trust))
+        port = server.add_secure_port(f"{host}:0", channel.server_credentials(self._trust, watch.handshake))
+        watch.watch(port)
         await server.start()
         self._pipe.emit("listening", port=port, pid=os.getpid())
         threading.Thread(target=self._stats, name="stats", daemon=True).start()
@@ -186,7 +189,7 @@ class StageProcess:
                 await old.close()
         if self._worker is not None:
             await asyncio.to_thread(self._reset, self._worker)
-        self._receiver.set_epoch(epoch)
+        self._receiver.set_epoch(epoch, set(command["senders"]))
         sender = RingSender(lambda reason: self._break(epoch, f"the hop to the next stage ended: {reason}"))
         try:
             link = await sender.open(

@@ -7,20 +7,27 @@ secret there. So the secret never reaches anybody but a holder of a certificate 
 
 The server's side checks the secret and signs the node's key. Who may join under which id is decided by ``admit``.
 
-Bounds. Everybody on the network may call this port. A secret has 160 random bits and needs no protection from
-guessing; what is bounded is what strangers can cost: the calls of one source and the number of sources in a window, the
-lines they can write into the log, the size of a message, the calls at one time, and the life of a connection.
+A signing request is answered once: its signature is random, so that a machine that asks again sends another one, and
+the same one again is a replay. (Whoever replays it gains nothing: the certificate is for a key they do not hold.)
+
+Bounds. Everybody on the network may call this port. What is bounded is what strangers can cost: the calls of one source
+and the number of sources in a window, the lines they can write into the log, the size of a message, the calls at one
+time, and the number and life of connections. A secret has 160 random bits, so nobody guesses it; a source that shows
+wrong ones is kept waiting all the same, longer each time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import math
 import ssl
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import grpc
@@ -33,8 +40,10 @@ from dwarfstar_engine.wire.channel import (
     enrolment_credentials,
     open_channel,
 )
+from dwarfstar_engine.wire.door import Door, Once, Watch, source_of
 from dwarfstar_engine.wire.generated import control_pb2, control_pb2_grpc
 from dwarfstar_engine.wire.trust import (
+    NODE_LIFETIME,
     SECRET_BYTES,
     Authority,
     JoinToken,
@@ -53,6 +62,12 @@ WINDOW_S = 60.0
 CALLS_PER_SOURCE = 60  # in a window; joining takes two calls, so a rack of machines behind one address still gets in
 MAX_SOURCES = 1024  # in a window; further ones are refused until it is over
 CONCURRENT_CALLS = 32
+WRONG_FREE = 5  # wrong secrets of a source that cost it no time: tokens get pasted wrongly, or are old
+WRONG_FIRST_S = 10.0  # what the next one costs; each after it twice as much
+WRONG_LONGEST_S = 900.0
+WRONG_SOURCES = 1024  # remembered; the least recent is forgotten first
+REPLAYS = 4096  # signing requests that are remembered, by their hash
+WRONG = ("token_", "not_trusted")  # what codes of refusals begin with that count as a wrong secret
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -124,7 +139,6 @@ class CallLimit:
 
     begin: float = 0.0
     calls: dict[str, int] = field(default_factory=dict)
-    refusals: dict[str, int] = field(default_factory=dict)
 
     def allows(self, source: str, now: float) -> bool:
         """Count a call of ``source``; whether it may go on."""
@@ -134,24 +148,43 @@ class CallLimit:
         self.calls[source] = self.calls.get(source, 0) + 1
         return self.calls[source] <= CALLS_PER_SOURCE
 
-    def first_refusal(self, source: str, now: float) -> bool:
-        """Count a refusal of ``source``; whether it is its first of this window, and so worth a line in the log."""
-        self._turn(now)
-        if source not in self.refusals and len(self.refusals) >= MAX_SOURCES:
-            return False
-        self.refusals[source] = self.refusals.get(source, 0) + 1
-        return self.refusals[source] == 1
-
     def _turn(self, now: float) -> None:
         if now - self.begin >= WINDOW_S:
-            self.begin, self.calls, self.refusals = now, {}, {}
+            self.begin, self.calls = now, {}
+
+
+@dataclass(slots=True)
+class WrongSecrets:
+    """Which sources have shown wrong secrets, and how long they must wait. Pure: ``now`` is a monotonic time, in s."""
+
+    _wrong: OrderedDict[str, tuple[int, float]] = field(
+        default_factory=OrderedDict
+    )  # how many, and the last one's time
+
+    def wait_s(self, source: str, now: float) -> float:
+        """Seconds until ``source`` may try again; 0.0: it may."""
+        count, last = self._wrong.get(source, (0, now))
+        if count < WRONG_FREE:
+            return 0.0
+        pause = min(WRONG_FIRST_S * 2.0 ** min(count - WRONG_FREE, 16), WRONG_LONGEST_S)
+        return max(0.0, last + pause - now)
+
+    def wrong(self, source: str, now: float) -> None:
+        """It has shown a wrong one. What was more than WRONG_LONGEST_S ago does not count."""
+        count, last = self._wrong.pop(source, (0, now))
+        self._wrong[source] = (1 if now - last > WRONG_LONGEST_S else count + 1, now)
+        if len(self._wrong) > WRONG_SOURCES:
+            self._wrong.popitem(last=False)
+
+    def right(self, source: str) -> None:
+        self._wrong.pop(source, None)
 
 
 class Enrolment(control_pb2_grpc.EnrolmentServicer):
     """The coordinator's side.
 
     admit(secret, node_id, name): raises TrustError to refuse; called in a thread of its own, as it reads files.
-    control_address: see JoinReply. clock: the time, in UTC.
+    control_address: see JoinReply. clock: the time, in UTC. lifetime: of the certificates.
     """
 
     def __init__(
@@ -160,7 +193,11 @@ class Enrolment(control_pb2_grpc.EnrolmentServicer):
         admit: Callable[[bytes, str, str], None],
         control_address: str,
         clock: Callable[[], datetime],
+        lifetime: timedelta = NODE_LIFETIME,
     ) -> None:
+        self._lifetime = lifetime
+        self._wrong, self._once = WrongSecrets(), Once()
+        self._answered: OrderedDict[bytes, None] = OrderedDict()
         self._authority, self._admit, self._control_address, self._clock = authority, admit, control_address, clock
         self._limit = CallLimit(time.monotonic())
 
@@ -174,15 +211,26 @@ class Enrolment(control_pb2_grpc.EnrolmentServicer):
         self, request: control_pb2.JoinRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> control_pb2.JoinReply:
         source = await self._count(context)
+        if (wait_s := self._wrong.wait_s(source, time.monotonic())) > 0:
+            self._tell(source, "too many wrong join tokens")
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"Too many wrong join tokens came from this address: wait {math.ceil(wait_s)} s, then try again.",
+            )
         name = _printable(request.name[:MAX_NAME])
         try:
             secret = _secret(request.token_secret)
             node_id = check_node_id(request.node_id)
+            self._check_fresh(request.csr_pem)
             await asyncio.to_thread(self._admit, secret, node_id, name)
-            certificate = sign_request(self._authority, request.csr_pem, node_id, self._clock())
+            certificate = sign_request(self._authority, request.csr_pem, node_id, self._clock(), self._lifetime)
         except TrustError as error:
+            if error.code.startswith(WRONG):
+                self._wrong.wrong(source, time.monotonic())
             self._tell(source, error.message)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, error.message)
+        self._wrong.right(source)
+        self._remember(request.csr_pem)
         log.info("signed a certificate for %s (%s) at %s", name, node_id, source)
         return control_pb2.JoinReply(
             certificate_pem=certificate,
@@ -190,8 +238,17 @@ class Enrolment(control_pb2_grpc.EnrolmentServicer):
             control_address=self._control_address,
         )
 
+    def _check_fresh(self, csr_pem: bytes) -> None:
+        if hashlib.sha256(csr_pem).digest() in self._answered:
+            raise TrustError("This request to join was answered already: let the machine make a new one.")
+
+    def _remember(self, csr_pem: bytes) -> None:
+        self._answered[hashlib.sha256(csr_pem).digest()] = None
+        if len(self._answered) > REPLAYS:
+            self._answered.popitem(last=False)
+
     async def _count(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
-        source = context.peer().rpartition(":")[0]  # without the port, which changes with each connection
+        source = source_of(context.peer())
         if not self._limit.allows(source, time.monotonic()):
             self._tell(source, "too many calls")
             await context.abort(
@@ -201,7 +258,7 @@ class Enrolment(control_pb2_grpc.EnrolmentServicer):
         return source
 
     def _tell(self, source: str, reason: str) -> None:
-        if self._limit.first_refusal(source, time.monotonic()):
+        if self._once.worth(source, time.monotonic()):
             log.warning("refused to let a machine at %s join: %s", source, reason)
 
 
@@ -212,16 +269,22 @@ async def serve_enrolment(
 
     Raises SettingsError if the port is taken, TrustError if our certificate cannot be read.
     """
-    server = grpc.aio.server(options=ENROLMENT_SERVER_OPTIONS, maximum_concurrent_rpcs=CONCURRENT_CALLS)
+    watch = Watch("it did not ask to join")
+    server = grpc.aio.server(
+        options=ENROLMENT_SERVER_OPTIONS,
+        maximum_concurrent_rpcs=CONCURRENT_CALLS,
+        interceptors=(Door(None, watch.called),),
+    )
     control_pb2_grpc.add_EnrolmentServicer_to_server(enrolment, server)
     try:
-        bound = server.add_secure_port(f"{host}:{port}", enrolment_credentials(trust))
+        bound = server.add_secure_port(f"{host}:{port}", enrolment_credentials(trust, watch.handshake))
     except RuntimeError:
         raise SettingsError(
             f"cannot listen on {host}:{port}, where machines join (the control port and one): "
             "choose another with --control-port",
             code="port_taken",
         ) from None
+    watch.watch(bound)
     await server.start()
     return server, bound
 

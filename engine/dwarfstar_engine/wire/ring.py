@@ -16,14 +16,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from dwarfstar_engine.errors import DwarfStarError, FrameError, PeerError, VersionMismatch
+from dwarfstar_engine.errors import DwarfStarError, FrameError, PeerError, TrustError, VersionMismatch
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import data_pb2
 from dwarfstar_engine.wire.handshake import BuildInfo, check_peer
@@ -79,9 +79,12 @@ class RingReceiver:
         self._build, self._name = build, name
         self._on_frame, self._on_open, self._on_lost = on_frame, on_open, on_lost
         self._epoch = _Epoch(0, asyncio.Event())
+        self._senders: frozenset[str] = frozenset()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Accept the hop of ``epoch`` from now on; frames still coming over an older hop are refused."""
+    def set_epoch(self, epoch: int, senders: Collection[str]) -> None:
+        """Accept hops of ``epoch`` from now on, of the nodes ``senders`` (the ids in their certificates); frames still
+        coming over an older hop are refused."""
+        self._senders = frozenset(senders)
         self._epoch.value = epoch
         self._epoch.changed.set()
         self._epoch.changed = asyncio.Event()
@@ -101,6 +104,7 @@ class RingReceiver:
             hello.ParseFromString(first if isinstance(first, bytes) else b"")
             check_peer(self._build, _build(hello))
             await self._reach(hello.epoch)
+            self._check_sender(channel.peer_node_id(context))
         except DwarfStarError as error:
             await context.write(data_pb2.RingWelcome(code=error.code, message=error.message).SerializeToString())
             return
@@ -122,6 +126,10 @@ class RingReceiver:
             log.warning("closing the hop from %s: %s", sender, error.message)
         finally:
             self._on_lost(epoch, sender)
+
+    def _check_sender(self, node_id: str) -> None:
+        if node_id not in self._senders:
+            raise TrustError(f"{self._name} takes no frames from {node_id} in this epoch", code="not_a_sender")
 
     async def _reach(self, epoch: int) -> None:
         with contextlib.suppress(TimeoutError):

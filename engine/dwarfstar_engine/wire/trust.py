@@ -12,9 +12,13 @@ enough. Of a signing request only the public key is used: the CA chooses name, u
 A node of another machine is named after its key (``k-`` and a hash of it), which is made at its first start and kept.
 So a token lets a machine in, but never in the place of another: no list of ids is needed to keep them from being taken.
 
-Invariants. A certificate for an id ``k-…`` is signed for the key of that name only. Private keys are files of mode 0600
-in folders of mode 0700, and refused otherwise. Files appear whole or not at all; two processes that create the same one
-agree on the first. Time is an argument, always aware of its zone.
+Invariants. A certificate for an id ``k-…`` is signed for the key of that name, or for the next key of a caller who
+proved to hold a certificate of that id. Private keys are files of mode 0600 in folders of mode 0700, and refused
+otherwise. Files appear whole or not at all; two processes that create the same one agree on the first. Time is an
+argument, always aware of its zone.
+
+Renewal. A certificate is renewed when RENEW_AT of its life is over, over a connection that the old one secures: its
+holder gets another for the same id, and the same key or a new one.
 """
 
 from __future__ import annotations
@@ -41,12 +45,14 @@ from dwarfstar_engine.wire.private_files import create_private, read_private, re
 SERVER_NAME = "dwarfstar"
 CA_LIFETIME = timedelta(days=3650)  # renewing it means joining every node again
 NODE_LIFETIME = timedelta(days=365)
-RENEW_BEFORE = timedelta(days=120)  # a machine switched on a few times a year still renews in time
+RENEW_AT = 2 / 3  # of a certificate's life: a machine switched on a few times a year still renews in time
 CLOCK_SKEW = timedelta(days=1)  # certificates begin this much earlier: clocks of machines at home are often wrong
 MAX_PEM_BYTES = 16384  # ours have under 1500
 SECRET_BYTES = 20
+OWNER = "coordinator"  # id of the CA's holder, which alone may administer
 KEY_ID = "k-"  # begins the ids that name a key
 KEY_ID_CHARS = 24  # 120 bits of the key's hash
+EXPIRED = "certificate_expired"
 _PREFIX = "ds1"
 _NODE_ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,46}[a-z0-9])?")  # a DNS label with room for "node-"
 
@@ -99,11 +105,19 @@ def load_or_create_authority(folder: Path, now: datetime) -> Authority:
     return authority
 
 
-def sign_request(authority: Authority, csr_pem: bytes, node_id: str, now: datetime) -> bytes:
+def sign_request(
+    authority: Authority,
+    csr_pem: bytes,
+    node_id: str,
+    now: datetime,
+    lifetime: timedelta = NODE_LIFETIME,
+    *,
+    proven: bool = False,
+) -> bytes:
     """A node certificate (PEM) for the public key of a signing request, whose other contents are ignored.
 
-    Raises TrustError if the request is not one, is not signed by its own key, the key is not on P-256, or the id names
-    another key.
+    proven: the caller holds a valid certificate of this id, and so may change its key. Raises TrustError if the
+    request is not one, is not signed by its own key, the key is not on P-256, or the id names another key.
     """
     check_node_id(node_id)
     try:
@@ -113,7 +127,7 @@ def sign_request(authority: Authority, csr_pem: bytes, node_id: str, now: dateti
         raise TrustError(f"The signing request cannot be read ({error}): let the node make a new one.") from None
     if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError("The signing request is not signed by a P-256 key of its own: let the node make a new one.")
-    if node_id.startswith(KEY_ID) and node_id != _key_id(key):
+    if node_id.startswith(KEY_ID) and node_id != _key_id(key) and not proven:
         raise TrustError("The node id in the signing request names another key: let the node make a new one.")
     ca, ca_key = load_certificate(authority.certificate_pem), _load_key(authority.key_pem)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)])
@@ -126,7 +140,7 @@ def sign_request(authority: Authority, csr_pem: bytes, node_id: str, now: dateti
     ]
     uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     certificate = (
-        _builder(subject, ca.subject, key, now, NODE_LIFETIME)
+        _builder(subject, ca.subject, key, now, lifetime)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
@@ -181,12 +195,25 @@ class NodeFiles:
             read_public(self.folder / "ca.pem", MAX_PEM_BYTES),
         )
 
+    def stamp(self) -> tuple[int, ...]:
+        """Changes when the files are replaced. Never raises: what is not there has the stamp 0."""
+        stamps = []
+        for name in ("node.key", "node.pem", "ca.pem"):
+            try:
+                found = (self.folder / name).stat()
+                stamps += [found.st_mtime_ns, found.st_ino]
+            except OSError:
+                stamps.append(0)
+        return tuple(stamps)
+
     def exists(self) -> bool:
         """Whether this node has joined a cluster."""
         return (self.folder / "node.pem").exists()
 
 
-def issue_local(authority: Authority, files: NodeFiles, node_id: str, now: datetime) -> NodeIdentity:
+def issue_local(
+    authority: Authority, files: NodeFiles, node_id: str, now: datetime, lifetime: timedelta = NODE_LIFETIME
+) -> NodeIdentity:
     """The identity of a node that shares the CA's machine: loaded if it is good for a while, else signed anew."""
     if files.exists():
         held = files.load()
@@ -194,7 +221,7 @@ def issue_local(authority: Authority, files: NodeFiles, node_id: str, now: datet
         if same and not renewal_due(held.certificate_pem, now):
             check_identity(held, now)
             return held
-    certificate = sign_request(authority, files.request(node_id), node_id, now)
+    certificate = sign_request(authority, files.request(node_id), node_id, now, lifetime)
     return files.store(certificate, authority.certificate_pem, now)
 
 
@@ -208,18 +235,30 @@ def check_identity(identity: NodeIdentity, now: datetime) -> None:
     except (ValueError, TypeError, InvalidSignature):
         raise TrustError("This node's certificate was not signed by its cluster's CA: join again.") from None
     for what, held in (("certificate", certificate), ("cluster's CA", ca)):
-        if not held.not_valid_before_utc <= now < held.not_valid_after_utc:
-            begin, end = held.not_valid_before_utc, held.not_valid_after_utc
+        begin, end = held.not_valid_before_utc, held.not_valid_after_utc
+        if now < begin:
             raise TrustError(
                 f"This node's {what} is valid from {begin:%Y-%m-%d} to {end:%Y-%m-%d} and the clock says "
-                f"{now:%Y-%m-%d}: set the clock, or join again."
+                f"{now:%Y-%m-%d}: set the clock."
+            )
+        if now >= end:
+            raise TrustError(
+                f"This node's {what} ended at {end:%Y-%m-%d %H:%M} UTC: join again with a new token from "
+                "`dwarfstar token` on the coordinator's machine, or set the clock if it is wrong.",
+                code=EXPIRED,
             )
 
 
-def renewal_due(certificate_pem: bytes, now: datetime) -> bool:
-    """Whether a certificate ends within RENEW_BEFORE of ``now``, or has not begun."""
+def renew_at(certificate_pem: bytes) -> datetime:
+    """When a certificate is to be renewed: at RENEW_AT of its life, which began CLOCK_SKEW after its first date."""
     certificate = load_certificate(certificate_pem)
-    return now >= certificate.not_valid_after_utc - RENEW_BEFORE or now < certificate.not_valid_before_utc
+    signed, end = certificate.not_valid_before_utc + CLOCK_SKEW, certificate.not_valid_after_utc
+    return signed + (end - signed) * RENEW_AT
+
+
+def renewal_due(certificate_pem: bytes, now: datetime) -> bool:
+    """Whether a certificate is to be renewed at ``now``, or has not begun."""
+    return now >= renew_at(certificate_pem) or now < load_certificate(certificate_pem).not_valid_before_utc
 
 
 def certificate_node_id(certificate_pem: bytes) -> str:

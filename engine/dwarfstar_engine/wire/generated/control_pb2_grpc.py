@@ -170,6 +170,16 @@ class ControlStub:
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.StopRequest.SerializeToString,
                 response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.StopReply.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/dwarfstar.v1.Control/Renew',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RenewRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RenewReply.FromString,
+                _registered_method=True)
+        self.RemoveNode = channel.unary_unary(
+                '/dwarfstar.v1.Control/RemoveNode',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RemoveNodeRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RemoveNodeReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -189,7 +199,22 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Stop(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """of the owner only
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Another certificate for the id of the one that the connection was made with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveNode(self, request, context):
+        """A node is let in no more. Of the owner only.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -211,6 +236,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Stop,
                     request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.StopRequest.FromString,
                     response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.StopReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RenewRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RenewReply.SerializeToString,
+            ),
+            'RemoveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveNode,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RemoveNodeRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RemoveNodeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -295,6 +330,60 @@ class Control:
             '/dwarfstar.v1.Control/Stop',
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.StopRequest.SerializeToString,
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.StopReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/Renew',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RenewRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/RemoveNode',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RemoveNodeRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.RemoveNodeReply.FromString,
             options,
             channel_credentials,
             insecure,

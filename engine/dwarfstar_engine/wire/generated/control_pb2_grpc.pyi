@@ -87,6 +87,11 @@ class ControlStub:
     Attach: _grpc.StreamStreamMultiCallable[_control_pb2.NodeMessage, _control_pb2.CoordinatorMessage]
     Status: _grpc.UnaryUnaryMultiCallable[_control_pb2.StatusRequest, _control_pb2.StatusReply]
     Stop: _grpc.UnaryUnaryMultiCallable[_control_pb2.StopRequest, _control_pb2.StopReply]
+    """of the owner only"""
+    Renew: _grpc.UnaryUnaryMultiCallable[_control_pb2.RenewRequest, _control_pb2.RenewReply]
+    """Another certificate for the id of the one that the connection was made with."""
+    RemoveNode: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveNodeRequest, _control_pb2.RemoveNodeReply]
+    """A node is let in no more. Of the owner only."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -96,6 +101,11 @@ class ControlAsyncStub(ControlStub):
     Attach: _aio.StreamStreamMultiCallable[_control_pb2.NodeMessage, _control_pb2.CoordinatorMessage]  # type: ignore[assignment]
     Status: _aio.UnaryUnaryMultiCallable[_control_pb2.StatusRequest, _control_pb2.StatusReply]  # type: ignore[assignment]
     Stop: _aio.UnaryUnaryMultiCallable[_control_pb2.StopRequest, _control_pb2.StopReply]  # type: ignore[assignment]
+    """of the owner only"""
+    Renew: _aio.UnaryUnaryMultiCallable[_control_pb2.RenewRequest, _control_pb2.RenewReply]  # type: ignore[assignment]
+    """Another certificate for the id of the one that the connection was made with."""
+    RemoveNode: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveNodeRequest, _control_pb2.RemoveNodeReply]  # type: ignore[assignment]
+    """A node is let in no more. Of the owner only."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Served with mutual TLS: every caller holds a certificate of the cluster."""
@@ -119,6 +129,23 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _control_pb2.StopRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_control_pb2.StopReply, _abc.Awaitable[_control_pb2.StopReply]]: ...
+    ) -> _typing.Union[_control_pb2.StopReply, _abc.Awaitable[_control_pb2.StopReply]]:
+        """of the owner only"""
+
+    @_abc_1.abstractmethod
+    def Renew(
+        self,
+        request: _control_pb2.RenewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RenewReply, _abc.Awaitable[_control_pb2.RenewReply]]:
+        """Another certificate for the id of the one that the connection was made with."""
+
+    @_abc_1.abstractmethod
+    def RemoveNode(
+        self,
+        request: _control_pb2.RemoveNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RemoveNodeReply, _abc.Awaitable[_control_pb2.RemoveNodeReply]]:
+        """A node is let in no more. Of the owner only."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

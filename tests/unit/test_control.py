@@ -1,0 +1,214 @@
+"""The control service on loopback: renewal, removal, copies of an identity, and who may order what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from dwarfstar_engine.errors import PeerError, TrustError
+from dwarfstar_engine.node import control as control_module
+from dwarfstar_engine.node import copies, renewal
+from dwarfstar_engine.node.admission import Admission
+from dwarfstar_engine.node.control import ControlService
+from dwarfstar_engine.node.coordinator import Coordinator
+from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.facts import Facts
+from dwarfstar_engine.node.source import open_source
+from dwarfstar_engine.node.vocab import ToyVocab
+from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.wire import channel, trust
+from dwarfstar_engine.wire.door import Door
+from dwarfstar_engine.wire.generated import control_pb2 as pb
+from dwarfstar_engine.wire.generated import control_pb2_grpc
+from dwarfstar_engine.wire.handshake import local_build
+from dwarfstar_engine.wire.trust import OWNER, NodeFiles
+
+DEADLINE_S = 20.0
+NOW = trust.utc_now()  # TLS looks at the real clock
+
+
+@dataclass
+class Cluster:
+    """A coordinator that listens. clock: the CA's."""
+
+    folder: Path
+    admission: Admission
+    coordinator: Coordinator
+    address: str
+    stops: list[None] = field(default_factory=list)
+
+    def machine(self, name: str, lifetime: timedelta = trust.NODE_LIFETIME) -> NodeFiles:
+        """A machine that has joined."""
+        files = NodeFiles(self.folder / name)
+        self.admission.join(self.admission.tokens.issue(self.admission.authority).secret, files.key_id(), name)
+        trust.issue_local(self.admission.authority, files, files.key_id(), NOW, lifetime)
+        return files
+
+    def daemon(self, files: NodeFiles, name: str) -> NodeDaemon:
+        facts = Facts("cpu", "x", 8, 4, 2)
+        return NodeDaemon(files.key_id(), NodeOptions(name, "", self.folder / "models", files, facts, threads=1))
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    folder = tmp_path / "trust"
+    admission = Admission(trust.load_or_create_authority(folder, NOW), folder, trust.utc_now)
+    own = NodeFiles(folder)
+    trust.issue_local(admission.authority, own, OWNER, NOW)
+    settings = Settings(home=tmp_path)
+    coordinator = Coordinator(settings, open_source("toy:8", tmp_path, settings.kv), ToyVocab(), own, "coordinator")
+    server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=(Door(admission.refusal),))
+    held = Cluster(tmp_path, admission, coordinator, "")
+    service = ControlService(coordinator, admission, lambda: held.stops.append(None))
+    control_pb2_grpc.add_ControlServicer_to_server(service, server)
+    port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(own))
+    await server.start()
+    held.address = f"127.0.0.1:{port}"
+    yield held
+    await server.stop(None)
+
+
+@asynccontextmanager
+async def calling(cluster: Cluster, files: NodeFiles) -> AsyncIterator[control_pb2_grpc.ControlAsyncStub]:
+    async with channel.open_channel(cluster.address, channel.channel_credentials(files)) as opened:
+        yield control_pb2_grpc.ControlStub(opened)
+
+
+async def until(look: Any) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not look():  # noqa: ASYNC110 - looks at what another part of the program does
+            await asyncio.sleep(0.01)
+
+
+async def denied(call: Any) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call
+    assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    return str(refused.value.details())
+
+
+class Attached:
+    """A process of a node that is played: what it was told."""
+
+    def __init__(self, stub: control_pb2_grpc.ControlAsyncStub, node_id: str, instance: str, name: str) -> None:
+        build = local_build()
+        self.hello = pb.NodeHello(
+            node_id=node_id,
+            name=name,
+            instance=instance,
+            build=pb.Build(
+                protocol=build.protocol, llama_build=build.llama_build, version=build.version, abi=build.abi
+            ),
+        )
+        self.call: Any = stub.Attach()
+
+    async def first(self) -> pb.CoordinatorMessage:
+        await self.call.write(pb.NodeMessage(hello=self.hello))
+        message: pb.CoordinatorMessage = await asyncio.wait_for(self.call.read(), DEADLINE_S)
+        return message
+
+    async def beat(self, number: int) -> None:
+        await self.call.write(pb.NodeMessage(heartbeat=pb.Heartbeat(number=number)))
+
+
+async def test_a_node_renews_its_own_certificate_and_no_other(cluster: Cluster, tmp_path: Path) -> None:
+    files = cluster.machine("attic", timedelta(hours=1))
+    before = files.load()
+    await renewal.from_coordinator(cluster.address, trust.utc_now)(files)
+    after = files.load()
+    certificate = trust.load_certificate(after.certificate_pem)
+    assert certificate.not_valid_after_utc > NOW + timedelta(days=360) and after.key_pem == before.key_pem
+    assert trust.certificate_node_id(after.certificate_pem) == files.key_id()
+    async with calling(cluster, files) as stub:
+        other = NodeFiles(tmp_path / "other")  # asks in another's name, with another key: it gets its own name
+        reply = await stub.Renew(pb.RenewRequest(csr_pem=other.request(OWNER)), timeout=DEADLINE_S)
+        assert trust.certificate_node_id(reply.certificate_pem) == files.key_id()
+        assert "cannot be read" in await denied(stub.Renew(pb.RenewRequest(csr_pem=b"x"), timeout=DEADLINE_S))
+
+
+async def test_a_certificate_that_has_ended_renews_nothing(cluster: Cluster) -> None:
+    files = cluster.machine("attic", timedelta(hours=1))
+
+    def later() -> Any:
+        return NOW + timedelta(hours=2)
+
+    with pytest.raises(TrustError, match="join again with a new token"):
+        await renewal.from_coordinator(cluster.address, later)(files)
+
+
+async def test_only_the_owner_orders(cluster: Cluster) -> None:
+    async with calling(cluster, cluster.machine("attic")) as stub:
+        assert "do it there" in await denied(stub.Stop(pb.StopRequest(), timeout=DEADLINE_S))
+        assert "do it there" in await denied(stub.RemoveNode(pb.RemoveNodeRequest(node="x"), timeout=DEADLINE_S))
+        assert not cluster.stops and (await stub.Status(pb.StatusRequest(), timeout=DEADLINE_S)).json
+    async with calling(cluster, NodeFiles(cluster.folder / "trust")) as stub:
+        await stub.Stop(pb.StopRequest(), timeout=DEADLINE_S)
+        await until(lambda: cluster.stops)
+
+
+async def test_a_removed_node_is_told_ends_and_is_refused_afterwards(cluster: Cluster) -> None:
+    files = cluster.machine("attic")
+    running = asyncio.create_task(cluster.daemon(files, "attic").run(cluster.address))
+    await until(lambda: cluster.coordinator.members)
+    async with calling(cluster, NodeFiles(cluster.folder / "trust")) as stub:
+        reply = await stub.RemoveNode(pb.RemoveNodeRequest(node="attic"), timeout=DEADLINE_S)
+        assert (reply.node_id, reply.name, reply.attached) == (files.key_id(), "attic", True)
+        with pytest.raises(TrustError, match=r"removed from the cluster.*dwarfstar token"):
+            await asyncio.wait_for(running, DEADLINE_S)
+        assert not cluster.coordinator.members
+        with pytest.raises(TrustError, match="removed from the cluster"):  # started again
+            await asyncio.wait_for(cluster.daemon(files, "attic").run(cluster.address), DEADLINE_S)
+        async with calling(cluster, files) as theirs:
+            assert "removed" in await denied(theirs.Status(pb.StatusRequest(), timeout=DEADLINE_S))
+            assert "removed" in await denied(theirs.Renew(pb.RenewRequest(), timeout=DEADLINE_S))
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await stub.RemoveNode(pb.RemoveNodeRequest(node="cellar"), timeout=DEADLINE_S)
+        assert "No node is called 'cellar'" in str(unknown.value.details())
+
+
+async def test_a_copied_identity_is_refused_and_named_on_both_sides(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = cluster.machine("attic")
+    first = asyncio.create_task(cluster.daemon(files, "attic").run(cluster.address))
+    await until(lambda: cluster.coordinator.members)
+    held = cluster.coordinator.members[files.key_id()]
+    with pytest.raises(TrustError) as refused:
+        await asyncio.wait_for(cluster.daemon(files, "attic").run(cluster.address), DEADLINE_S)
+    assert refused.value.code == control_module.COPIED and held.peer in refused.value.message
+    assert refused.value.message.count("at 127.0.0.1:") == 2  # both, and they differ in their ports
+    assert cluster.coordinator.members[files.key_id()] is held and not first.done()
+    (warning,) = cluster.coordinator.status().warnings
+    assert held.peer in warning and warning in caplog.text and warning in refused.value.message
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+
+async def test_a_node_started_again_takes_the_place_of_its_silent_self(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = cluster.machine("attic")
+    monkeypatch.setattr(copies, "PATIENCE_S", 0.3)
+    async with calling(cluster, files) as one, calling(cluster, files) as two, calling(cluster, files) as three:
+        old = Attached(one, files.key_id(), "old", "attic")
+        assert (await old.first()).HasField("welcome")
+        new = Attached(two, files.key_id(), "new", "attic")  # the old one says no more, and its stream stays open
+        assert (await new.first()).HasField("welcome")
+        again = Attached(three, files.key_id(), "new", "attic")  # the same process, over a new connection
+        assert (await again.first()).HasField("welcome")
+        assert cluster.coordinator.members[files.key_id()].instance == "new"
+
+
+async def test_a_coordinator_that_is_away_is_no_refusal(cluster: Cluster) -> None:
+    with pytest.raises(PeerError, match="is not reached"):
+        await renewal.from_coordinator("127.0.0.1:1", trust.utc_now)(cluster.machine("attic"))
