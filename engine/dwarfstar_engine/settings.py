@@ -36,9 +36,12 @@ class Settings(BaseModel):
     port: int = Field(default=8080, ge=0, le=65535)
     """Port of the HTTP API; 0 takes a free one."""
     control_host: str = "127.0.0.1"
-    """Address the coordinator and the stages of this machine listen on for other nodes."""
+    """Address the coordinator and the stages of this machine listen on for other nodes; if it is not set and machines
+    may find this one (``discovery``, no local nodes), they listen on all."""
     control_port: int = Field(default=8477, ge=0, le=65535)
     """Port of the coordinator's control and data plane; 0 takes a free one."""
+    discovery: bool = True
+    """Tell the local network of this coordinator, and look for one there, by multicast DNS."""
     max_body_mib: int = Field(default=4, ge=1, le=256)
     """Largest HTTP request body, MiB."""
 

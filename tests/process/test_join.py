@@ -166,7 +166,10 @@ def test_what_does_not_let_a_machine_in_is_said_in_one_sentence(engine: EnginePr
     assert "not known here" in refused(home, *join, "--token", token[:-9] + "a" * 9)
     foreign = trust.new_token(trust.create_authority(trust.utc_now())).format()
     assert "is not the one the join token is for" in refused(home, *join, "--token", foreign)
-    assert "write host:port" in refused(home, "--join", "nowhere", "--token", token)
+    assert "write host:port" in refused(home, "--join", "nowhere:x", "--token", token)
+    assert "No coordinator answers" in refused(home, "--join", "nowhere.invalid", "--token", token)
+    several = refused(home, "--join", "127.0.0.1:1", "--join", "127.0.0.1:2", "--token", token, "--timeout", "0.5")
+    assert "127.0.0.1:1: Connection refused, 127.0.0.1:2: Connection refused" in several
     assert "No coordinator answers" in refused(home, "--join", "127.0.0.1:1", "--token", token)
     control = json.loads((engine.home / "run" / "engine.json").read_text("utf-8"))["control"]
     assert "does not let machines join" in refused(home, "--join", control, "--token", token)

@@ -19,7 +19,7 @@ MAX_BYTES = 4096
 class Running(BaseModel):
     """Where a running engine can be reached. ``started``: the process's start time, so that a reused pid is seen.
 
-    join: where other machines join the cluster.
+    join: where other machines join the cluster. discovery: they find it there without being told.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -29,6 +29,7 @@ class Running(BaseModel):
     control: str
     api_url: str
     join: str = ""
+    discovery: bool = False
 
 
 def _file(home: Path) -> Path:
@@ -104,12 +105,17 @@ def _lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def announce(home: Path, control: str, api_url: str, join: str) -> None:
+def announce(home: Path, control: str, api_url: str, join: str, discovery: bool = False) -> None:
     """Write the file for this process, whole or not at all."""
     path = _file(home)
     path.parent.mkdir(parents=True, exist_ok=True)
     running = Running(
-        pid=os.getpid(), started=psutil.Process().create_time(), control=control, api_url=api_url, join=join
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        control=control,
+        api_url=api_url,
+        join=join,
+        discovery=discovery,
     )
     draft = path.with_suffix(".new")
     draft.write_text(json.dumps(running.model_dump()), "utf-8")

@@ -22,13 +22,17 @@ import grpc.aio
 from dwarfstar_engine.api.app import create_app
 from dwarfstar_engine.api.server import http_server
 from dwarfstar_engine.cli import running, telling
+from dwarfstar_engine.cluster.candidates import MAX_HOSTS, Advert, Interface
 from dwarfstar_engine.errors import SettingsError
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_bytes
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.discovery import cluster_id
 from dwarfstar_engine.node.drafter import Drafter, DraftOptions
-from dwarfstar_engine.node.facts import GIB, cores, default_threads, measure, reached_host
+from dwarfstar_engine.node.facts import GIB, cores, default_threads, is_any, is_loopback, measure, reached_host
+from dwarfstar_engine.node.gossip import Peer
 from dwarfstar_engine.node.local import LocalNode
+from dwarfstar_engine.node.mdns import Advertiser, instance, interfaces
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
 from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
@@ -38,6 +42,7 @@ from dwarfstar_engine.stage.fingerprint import fingerprint
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.enrol import Enrolment, join_port, serve_enrolment
 from dwarfstar_engine.wire.generated.control_pb2_grpc import add_ControlServicer_to_server
+from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.trust import (
     Authority,
     NodeFiles,
@@ -46,6 +51,7 @@ from dwarfstar_engine.wire.trust import (
     load_or_create_authority,
     utc_now,
 )
+from dwarfstar_engine.wire.trust import fingerprint as authority_fingerprint
 
 log = logging.getLogger("dwarfstar")
 
@@ -75,8 +81,12 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
     _check_cuts(source, settings.cuts)
     local = start.local_nodes or (DEMO_NODES if start.demo else 0)
     settings = settings.model_copy(
-        update={"wait_nodes": max(settings.wait_nodes, local, len(settings.cuts) + 1 if settings.cuts else 0)}
+        update={
+            "wait_nodes": max(settings.wait_nodes, local, len(settings.cuts) + 1 if settings.cuts else 0),
+            "control_host": _control_host(settings, local),
+        }
     )
+    found = settings.discovery and not is_loopback(settings.control_host)
     lent_gib = _lent_gib(start, settings, source)
     for line in telling.opening(source, settings, local, lent_gib):
         say(line)
@@ -102,14 +112,18 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         stack.callback(running.withdraw, settings.home)
         host, port = listener.getsockname()[:2]
         coordinator.api_url = f"http://{_shown_host(host)}:{port}"
-        running.announce(settings.home, coordinator.address, coordinator.api_url, join)
+        running.announce(settings.home, coordinator.address, coordinator.api_url, join, found)
         nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, authority)
         for node in nodes:
             stack.push_async_callback(node.stop)
             await node.start()
         tasks = [asyncio.create_task(coordinator.run(), name="coordinator")]
         if not local:
-            tasks.append(asyncio.create_task(_own_node(settings, authority, coordinator.address), name="node"))
+            own = f"127.0.0.1:{_port(coordinator.address)}" if is_any(settings.control_host) else coordinator.address
+            tasks.append(asyncio.create_task(_own_node(settings, authority, own), name="node"))
+        advertiser = _advertiser(coordinator, authority, settings, _port(join))
+        if found:
+            tasks.append(asyncio.create_task(advertiser.run(), name="adverts"))
         stack.push_async_callback(_cancel, tasks)
         http = asyncio.create_task(_http(coordinator, listener, settings, stopping), name="http")
         teller = asyncio.create_task(telling.tell(coordinator, say, started, settings.home))
@@ -122,6 +136,48 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         await http
         for task in done:
             task.result()
+
+
+def _control_host(settings: Settings, local: int) -> str:
+    """Where other nodes reach this machine: everywhere, if it is to be found. All of it is mutual TLS."""
+    if "control_host" in settings.model_fields_set or local or not settings.discovery:
+        return settings.control_host
+    return "0.0.0.0"  # noqa: S104
+
+
+def _advertiser(coordinator: Coordinator, authority: Authority, settings: Settings, enrol_port: int) -> Advertiser:
+    """What tells the network, and the members for one another, where this coordinator is."""
+    build, everywhere = local_build(), is_any(settings.control_host)
+    name = settings.name or socket.gethostname()
+    cluster = cluster_id(authority_fingerprint(authority.certificate_pem))
+    port = _port(coordinator.address)
+
+    def advert() -> Advert:
+        return Advert(
+            instance=instance(cluster, "coordinator"),
+            cluster=cluster,
+            name=name,
+            hosts=() if everywhere else (settings.control_host.strip("[]"),),
+            enrol_port=enrol_port,
+            control_port=port,
+            term=coordinator.term,
+            protocol=build.protocol,
+            version=build.version,
+        )
+
+    def look() -> tuple[Interface, ...]:
+        here = interfaces()
+        hosts = tuple(one.host for one in here) if everywhere else advert().hosts
+        own = Peer(id="coordinator", name=name, hosts=hosts[:MAX_HOSTS], control_port=port, coordinator=True)
+        if own != coordinator.gossip.own:
+            coordinator.gossip.changed(own)
+        return here
+
+    return Advertiser(advert, look)
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 def _check_cuts(source: Source, cuts: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ import grpc.aio
 
 from dwarfstar_engine.errors import DwarfStarError, PeerError, TrustError
 from dwarfstar_engine.node.coordinator import Coordinator
+from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, MAX_NODES, Member
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -80,7 +81,9 @@ class ControlService(ControlServicer):
         if len(self._coordinator.members) >= MAX_NODES:
             raise PeerError(f"{MAX_NODES} nodes have joined already", code="too_many_nodes")
         host = hello.data_host or peer_host(context.peer())
-        return Member(hello.node_id, hello.name[:MAX_NAME], host, hello.device, time.monotonic())
+        member = Member(hello.node_id, hello.name[:MAX_NAME], host, hello.device, time.monotonic())
+        member.hosts, member.control_port = sound_hosts(hello.hosts), min(hello.control_port, 65535)
+        return member
 
     async def _read(self, member: Member, messages: AsyncIterator[pb.NodeMessage]) -> None:
         async for message in messages:

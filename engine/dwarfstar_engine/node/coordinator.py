@@ -28,6 +28,7 @@ from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageE
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
+from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.node.vocab import Vocab
@@ -72,6 +73,7 @@ class Coordinator:
         self.term, self.epoch = 1, 0
         self.context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
         self.members: dict[str, Member] = {}
+        self.gossip = Gossip()
         self._build: BuildInfo = local_build()
         self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
         self._stages: list[Stage] = []
@@ -128,6 +130,8 @@ class Coordinator:
         if (old := self.members.get(member.id)) is not None:
             self.detach(old)
         self.members[member.id] = member
+        self.gossip.changed()
+        self.gossip.tell(member, self.members.values())
         log.info("node %s joined with %.2f GiB", member.name, member.usable_bytes / GIB)
         self._came.set()
         self._changed.set()
@@ -137,6 +141,8 @@ class Coordinator:
         if self.members.get(member.id) is not member:
             return
         del self.members[member.id]
+        self.gossip.forget(member)
+        self.gossip.changed()
         self._gone_at = time.monotonic()
         if not self._stopping:
             log.warning("node %s is gone", member.name)
@@ -151,6 +157,7 @@ class Coordinator:
             case "heartbeat":
                 member.used_bytes = message.heartbeat.memory_used_bytes
                 member.busy = message.heartbeat.stages[0].busy if message.heartbeat.stages else 0.0
+                self.gossip.tell(member, self.members.values())
             case "stage_event":
                 self._on_stage(member, message.stage_event)
             case "leave":
