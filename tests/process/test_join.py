@@ -67,7 +67,9 @@ class Started:
 
 
 @contextlib.contextmanager
-def started(log: Path, arguments: Sequence[str], name: str, prefix: Sequence[str] = ()) -> Iterator[Started]:
+def started(
+    log: Path, arguments: Sequence[str], name: str, prefix: Sequence[str] = (), **variables: str
+) -> Iterator[Started]:
     """``dwarfstar`` with ``arguments`` as a machine called ``name``; on leaving, none of its processes is left."""
     tag = uuid.uuid4().hex
     with log.open("ab") as out:
@@ -76,7 +78,7 @@ def started(log: Path, arguments: Sequence[str], name: str, prefix: Sequence[str
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=environment(DWARFSTAR_NAME=name, **{TAG: tag}),
+            env=environment(DWARFSTAR_NAME=name, **{TAG: tag}, **variables),
             start_new_session=True,
         )
     it = Started(process, log, tag)

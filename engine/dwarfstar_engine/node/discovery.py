@@ -53,6 +53,7 @@ log = logging.getLogger("dwarfstar.discovery")
 
 EVENTS = 256  # adverts that wait to be looked at; more are dropped, they come again
 ID_CHARS = 24  # of a cluster's id: 120 bits of the CA's fingerprint
+MAX_WHY = 100  # characters of what gRPC says
 FOREIGN = "CERTIFICATE_VERIFY_FAILED"  # in gRPC's words, when the server's certificate is not of our CA
 FOREIGN_SAID = "not of this cluster"
 
@@ -202,7 +203,7 @@ def attachable(trust: NodeFiles) -> Attempt:
                 detail = error.details() or str(error.code())
                 if FOREIGN in detail:
                     raise TrustError(FOREIGN_SAID) from None
-                raise PeerError(detail[:200]) from None
+                raise PeerError(detail.rpartition(": ")[2][:MAX_WHY]) from None  # its end is the system's word
 
     return attempt
 

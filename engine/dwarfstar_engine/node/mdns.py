@@ -87,8 +87,9 @@ class _OnNetwork:
         zeroconf = AsyncZeroconf(interfaces=listened)
         try:
             await self._begin(zeroconf, here)
-            while not self._stale() and await asyncio.to_thread(self._look) == here:
-                await asyncio.sleep(LOOK_S)  # noqa: ASYNC110 - the system has no event for it that all platforms share
+            # The system has no event for it that all platforms share.
+            while not self._stale() and await asyncio.to_thread(self._look) == here:  # noqa: ASYNC110
+                await asyncio.sleep(LOOK_S)
         finally:
             await self._end()
             await zeroconf.async_close()
