@@ -131,9 +131,10 @@ def test_one_command_on_each_machine_and_no_address(
     line = _token(a, home)
     model = (str(demo_model), "--context", "512", "--slots", "1") if which == "demo" else (TOY,)
     began = time.monotonic()
+    one = ("--threads", "1")  # both hosts are this one machine
     with (
-        _serve(tmp_path / "head.log", a, home, *model[1:], model=model[0]) as head,
-        _lend(tmp_path / "lent.log", b, far, *line) as node,
+        _serve(tmp_path / "head.log", a, home, *model[1:], *one, model=model[0]) as head,
+        _lend(tmp_path / "lent.log", b, far, *line, *one) as node,
     ):
         until(lambda: _serving(head), "both hosts serve")
         took = time.monotonic() - began
@@ -144,7 +145,8 @@ def test_one_command_on_each_machine_and_no_address(
         assert "joined the cluster at 10.213.8.1:8478" in node.output
         answer = _on(a, "chat", "Hello!", "--max-tokens", "4", "--temperature", "0", "--home", str(home))
         assert answer.returncode == 0, answer.stderr
-        book = until(lambda: (far / "member" / "peers.json").exists() and (far / "member" / "peers.json"), "peers")
+        book = far / "member" / "peers.json"
+        until(book.exists, "the node remembers its coordinator")
         peers = until(lambda: json.loads(book.read_text("utf-8"))["peers"], "the node is told of its peers")
         assert [one["hosts"] for one in peers if one["coordinator"]] == [["10.213.8.1", "172.17.0.1"]]
 

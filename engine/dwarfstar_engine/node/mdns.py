@@ -197,9 +197,9 @@ def _record(advert: Advert, hosts: tuple[str, ...]) -> AsyncServiceInfo:
 
 def parse(info: AsyncServiceInfo) -> Advert | None:
     """An advert that was heard; None if it is not a sound one: anybody may have sent it."""
-    fields: dict[str, Any] = {key: value or "" for key, value in info.decoded_properties.items()}
     hosts = tuple(info.parsed_addresses(IPVersion.All)[:MAX_HOSTS])
     try:
+        fields: dict[str, Any] = {key: value or "" for key, value in info.decoded_properties.items()}
         advert = Advert(
             instance=info.name,
             cluster=str(fields["cluster"])[:MAX_TEXT],
@@ -213,5 +213,6 @@ def parse(info: AsyncServiceInfo) -> Advert | None:
         )
     except (KeyError, ValueError):
         return None
-    sound = all(0 < port < 65536 for port in (advert.enrol_port, advert.control_port)) and 0 <= advert.term < 1 << 64
+    ports = (advert.enrol_port, advert.control_port)
+    sound = all(0 < port < 65536 for port in ports) and 0 <= advert.term < 1 << 64 and 0 <= advert.protocol < 1 << 32
     return advert if sound and hosts else None
