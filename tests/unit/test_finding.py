@@ -13,8 +13,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from dwarfstar_engine.cli.lend import join_address
 from dwarfstar_engine.cluster.candidates import Goal, Interface, Known, Source
-from dwarfstar_engine.errors import PeerError
+from dwarfstar_engine.errors import PeerError, TrustError
 from dwarfstar_engine.node import discovery, gossip
 from dwarfstar_engine.node.discovery import Finder, attachable, find_joining, search
 from dwarfstar_engine.node.gossip import MAX_LAST, MAX_PEERS, Gossip, Peer, PeerBook, from_wire, read_book, to_wire
@@ -187,6 +188,26 @@ async def test_a_search_that_is_cancelled_leaves_nothing_behind(authority: Autho
 def test_a_clusters_id_is_the_beginning_of_its_tokens(authority: Authority) -> None:
     token = trust.new_token(authority)
     assert token.format().split(".")[1].startswith(discovery.cluster_id(token.fingerprint))
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("server", "server:8478"),
+        ("10.0.0.1", "10.0.0.1:8478"),
+        ("10.0.0.1:9001", "10.0.0.1:9001"),
+        ("fd00::1", "[fd00::1]:8478"),
+        ("[fd00::1]:9001", "[fd00::1]:9001"),
+    ],
+)
+def test_an_address_given_by_hand_may_lack_its_port(given: str, address: str) -> None:
+    assert join_address(given) == address
+
+
+@pytest.mark.parametrize("given", ["", "server:", ":80", "server:x", "server:70000"])
+def test_what_is_no_address_is_said(given: str) -> None:
+    with pytest.raises(TrustError, match="write host:port"):
+        join_address(given)
 
 
 # --- gossip ---

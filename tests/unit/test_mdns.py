@@ -19,6 +19,7 @@ from zeroconf.asyncio import AsyncServiceInfo
 from dwarfstar_engine.cluster.candidates import SERVICE, Advert, Gone, Heard, Interface, Networks
 from dwarfstar_engine.node import mdns
 from dwarfstar_engine.node.discovery import cluster_id, find_joining
+from dwarfstar_engine.node.facts import interfaces
 from dwarfstar_engine.node.mdns import Advertiser, Browser, instance, parse
 from dwarfstar_engine.wire import trust
 from dwarfstar_engine.wire.enrol import Enrolment, serve_enrolment
@@ -197,7 +198,7 @@ def test_loopback_and_what_is_down_are_left_out(monkeypatch: pytest.MonkeyPatch)
     stats = {name: SimpleNamespace(isup=name != "eth9") for name in cards}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: cards)
     monkeypatch.setattr(psutil, "net_if_stats", lambda: stats)
-    assert mdns.interfaces() == (
+    assert interfaces() == (
         Interface("wlan0", "192.168.1.5", 24),
         Interface("wlan0", "fd00::5", 64),
         Interface("docker0", "172.17.0.1", 16, virtual=True),

@@ -29,10 +29,19 @@ from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_byt
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
 from dwarfstar_engine.node.discovery import cluster_id
 from dwarfstar_engine.node.drafter import Drafter, DraftOptions
-from dwarfstar_engine.node.facts import GIB, cores, default_threads, is_any, is_loopback, measure, reached_host
+from dwarfstar_engine.node.facts import (
+    GIB,
+    cores,
+    default_threads,
+    interfaces,
+    is_any,
+    is_loopback,
+    measure,
+    reached_host,
+)
 from dwarfstar_engine.node.gossip import Peer
 from dwarfstar_engine.node.local import LocalNode
-from dwarfstar_engine.node.mdns import Advertiser, instance, interfaces
+from dwarfstar_engine.node.mdns import Advertiser, instance
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
 from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
@@ -165,15 +174,14 @@ def _advertiser(coordinator: Coordinator, authority: Authority, settings: Settin
             version=build.version,
         )
 
-    def look() -> tuple[Interface, ...]:
-        here = interfaces()
+    def seen(here: tuple[Interface, ...]) -> None:
         hosts = tuple(one.host for one in here) if everywhere else advert().hosts
         own = Peer(id="coordinator", name=name, hosts=hosts[:MAX_HOSTS], control_port=port, coordinator=True)
         if own != coordinator.gossip.own:
             coordinator.gossip.changed(own)
-        return here
 
-    return Advertiser(advert, look)
+    seen(interfaces())
+    return Advertiser(advert, seen=seen)
 
 
 def _port(address: str) -> int:

@@ -32,8 +32,7 @@ from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError, Versi
 from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.node.child import Child
 from dwarfstar_engine.node.discovery import FOREIGN, Fixed, Seek
-from dwarfstar_engine.node.facts import Facts, is_any, is_loopback, local_host, shown_host, used_bytes
-from dwarfstar_engine.node.mdns import interfaces
+from dwarfstar_engine.node.facts import Facts, interfaces, is_any, is_loopback, local_host, shown_host, used_bytes
 from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
 from dwarfstar_engine.stage.toy import PREFIX as TOY
 from dwarfstar_engine.wire import channel

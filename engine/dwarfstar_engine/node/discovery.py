@@ -40,8 +40,9 @@ from dwarfstar_engine.cluster.candidates import (
     Try,
 )
 from dwarfstar_engine.errors import DwarfStarError, PeerError, TrustError
+from dwarfstar_engine.node.facts import interfaces
 from dwarfstar_engine.node.gossip import PeerBook, from_wire, read_book, write_book
-from dwarfstar_engine.node.mdns import Browser, Look, interfaces
+from dwarfstar_engine.node.mdns import Browser, Look
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.enrol import fetch_ca, split_address
 from dwarfstar_engine.wire.generated import control_pb2 as pb

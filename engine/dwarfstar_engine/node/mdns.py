@@ -14,47 +14,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import logging
-import socket
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import psutil
 from zeroconf import Error as ZeroconfError
 from zeroconf import IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from dwarfstar_engine.cluster.candidates import MAX_HOSTS, SERVICE, Advert, Gone, Heard, Interface, Networks
+from dwarfstar_engine.node.facts import interfaces
 
 log = logging.getLogger("dwarfstar.discovery")
 
 LOOK_S = 2.0  # between looks at the interfaces: Wi-Fi needs seconds to come up anyway
 RESOLVE_MS = 3000  # for the records of an advert that was heard of
 RESOLVING = 16  # adverts looked up at one time; more are strangers making noise
-MAX_INTERFACES = 32  # addresses listened on; each is a socket
 MAX_TEXT = 64  # characters of a field
-VIRTUAL = ("docker", "br-", "veth", "virbr", "lxc", "lxd", "cni", "flannel", "podman", "vmnet", "vboxnet")
 
 Look: TypeAlias = Callable[[], tuple[Interface, ...]]
-
-
-def interfaces() -> tuple[Interface, ...]:
-    """The addresses other machines may reach this one at: of interfaces that are up, but loopback and link-local v6."""
-    up = {name for name, card in psutil.net_if_stats().items() if card.isup}
-    found = []
-    for name, addresses in sorted(psutil.net_if_addrs().items()):
-        for one in addresses:
-            if one.family not in (socket.AF_INET, socket.AF_INET6) or name not in up:
-                continue
-            address = ipaddress.ip_address(one.address.split("%", 1)[0])
-            if address.is_loopback or address.is_unspecified or (address.version == 6 and address.is_link_local):
-                continue
-            mask = int(ipaddress.ip_address(one.netmask)) if one.netmask else -1
-            bits = mask.bit_count() if one.netmask else address.max_prefixlen
-            found.append(Interface(name, str(address), bits, name.startswith(VIRTUAL)))
-    found.sort(key=lambda one: one.virtual)
-    return tuple(found[:MAX_INTERFACES])
 
 
 class _OnNetwork:
@@ -108,11 +86,22 @@ class _OnNetwork:
 
 
 class Advertiser(_OnNetwork):
-    """Tells the network of a coordinator. advert: what is told now; without hosts, all addresses of this machine."""
+    """Tells the network of a coordinator. advert: what is told now; without hosts, all addresses of this machine.
 
-    def __init__(self, advert: Callable[[], Advert], look: Look = interfaces) -> None:
+    seen: told of this machine's addresses, at first and when they change.
+    """
+
+    def __init__(
+        self,
+        advert: Callable[[], Advert],
+        look: Look = interfaces,
+        seen: Callable[[tuple[Interface, ...]], None] = lambda here: None,
+    ) -> None:
         super().__init__(look)
-        self._advert, self._told = advert, advert()
+        self._advert, self._told, self._seen = advert, advert(), seen
+
+    def _networks(self, here: tuple[Interface, ...]) -> None:
+        self._seen(here)
 
     async def _begin(self, zeroconf: AsyncZeroconf, here: tuple[Interface, ...]) -> None:
         self._told = advert = self._advert()
