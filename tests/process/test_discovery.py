@@ -118,8 +118,8 @@ def _lend(log: Path, host: Sequence[str], home: Path, *words: str) -> contextlib
     return started(log, arguments, "lent", host, DWARFSTAR_DISCOVERY="true")
 
 
-def _serving(head: Started, count: int = 1) -> bool:
-    return head.output.count("serving on http") >= count
+def _serving(head: Started) -> bool:
+    return "serving on http" in head.output
 
 
 @pytest.mark.parametrize("which", ["toy", "demo"])
@@ -166,6 +166,27 @@ def test_a_coordinator_that_comes_back_on_another_port_and_address_is_found(netw
             until(lambda: _serving(head), "they serve again")
             assert {process.pid for process in node.family()} == pids, "the weights were kept"
         assert "attached to the coordinator at 10.213.8.77:9001" in node.output
+
+
+def test_a_network_that_comes_late_and_an_address_that_changes_are_followed(network: Network, tmp_path: Path) -> None:
+    """A node that starts before its Wi-Fi is up; then a coordinator that gets another address while it runs."""
+    a, b = network.host("a", "10.213.8.1/24"), network.host("b", "10.213.8.2/24")
+    home = tmp_path / "head"
+    line = _token(a, home)
+    _ip("-n", f"ds-{network.mark}-b", "link", "set", "eth0", "down")
+    with (
+        _serve(tmp_path / "head.log", a, home) as head,
+        _lend(tmp_path / "lent.log", b, tmp_path / "lent", *line) as node,
+    ):
+        until(lambda: "was found: listened for" in node.output, "the node says what it listens for")
+        assert "docker0" in node.output and "eth0" not in node.output
+        _ip("-n", f"ds-{network.mark}-b", "link", "set", "eth0", "up")
+        until(lambda: _serving(head), "both hosts serve")
+        _ip("-n", f"ds-{network.mark}-a", "address", "delete", "10.213.8.1/24", "dev", "eth0")
+        _ip("-n", f"ds-{network.mark}-a", "address", "add", "10.213.8.77/24", "dev", "eth0")
+        until(lambda: "attached to the coordinator at 10.213.8.77:8477" in node.output, "the node is back")
+        until(lambda: (s := _status(a, home)).get("epoch", 0) > 1 and s["state"] == "serving", "both hosts serve again")
+        assert _on(a, "chat", "Hello!", "--max-tokens", "4", "--home", str(home)).returncode == 0
 
 
 def test_a_foreign_cluster_on_the_network_is_left_alone_and_named(network: Network, tmp_path: Path) -> None:

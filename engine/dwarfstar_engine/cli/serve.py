@@ -121,14 +121,15 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         stack.callback(running.withdraw, settings.home)
         host, port = listener.getsockname()[:2]
         coordinator.api_url = f"http://{_shown_host(host)}:{port}"
-        running.announce(settings.home, coordinator.address, coordinator.api_url, join, found)
+        # On this machine by loopback, where it listens there: the outward address may change.
+        own = f"127.0.0.1:{_port(coordinator.address)}" if is_any(settings.control_host) else coordinator.address
+        running.announce(settings.home, own, coordinator.api_url, join, found)
         nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, authority)
         for node in nodes:
             stack.push_async_callback(node.stop)
             await node.start()
         tasks = [asyncio.create_task(coordinator.run(), name="coordinator")]
         if not local:
-            own = f"127.0.0.1:{_port(coordinator.address)}" if is_any(settings.control_host) else coordinator.address
             tasks.append(asyncio.create_task(_own_node(settings, authority, own), name="node"))
         advertiser = _advertiser(coordinator, authority, settings, _port(join))
         if found:

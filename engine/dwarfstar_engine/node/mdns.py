@@ -26,6 +26,8 @@ from dwarfstar_engine.cluster.candidates import MAX_HOSTS, SERVICE, Advert, Gone
 from dwarfstar_engine.node.facts import interfaces
 
 log = logging.getLogger("dwarfstar.discovery")
+# It warns, with a traceback, of addresses that are gone: here that is the ordinary case, and the next look mends it.
+logging.getLogger("zeroconf").setLevel(logging.ERROR)
 
 LOOK_S = 2.0  # between looks at the interfaces: Wi-Fi needs seconds to come up anyway
 RESOLVE_MS = 3000  # for the records of an advert that was heard of
