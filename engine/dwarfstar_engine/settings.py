@@ -36,7 +36,8 @@ class Settings(BaseModel):
     port: int = Field(default=8080, ge=0, le=65535)
     """Port of the HTTP API; 0 takes a free one."""
     control_host: str = "127.0.0.1"
-    """Address the coordinator and the stages of this machine listen on for other nodes."""
+    """Address the coordinator and the stages of this machine listen on for other nodes; if it is not set and machines
+    may find this one (``discovery``, no local nodes), they listen on all."""
     control_port: int = Field(default=8477, ge=0, le=65535)
     """Port of the coordinator's control and data plane; 0 takes a free one."""
     tls_cert: Path | None = None
@@ -45,6 +46,8 @@ class Settings(BaseModel):
     """Private key of ``tls_cert``, PEM, without a passphrase."""
     certificate_hours: float = Field(default=24.0 * 365, gt=0, le=24.0 * 3650)
     """How long a node's certificate is good; it is renewed by itself at two thirds of that."""
+    discovery: bool = True
+    """Tell the local network of this coordinator, and look for one there, by multicast DNS."""
     max_body_mib: int = Field(default=4, ge=1, le=256)
     """Largest HTTP request body, MiB."""
 

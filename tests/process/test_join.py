@@ -67,7 +67,9 @@ class Started:
 
 
 @contextlib.contextmanager
-def started(log: Path, arguments: Sequence[str], name: str, prefix: Sequence[str] = ()) -> Iterator[Started]:
+def started(
+    log: Path, arguments: Sequence[str], name: str, prefix: Sequence[str] = (), **variables: str
+) -> Iterator[Started]:
     """``dwarfstar`` with ``arguments`` as a machine called ``name``; on leaving, none of its processes is left."""
     tag = uuid.uuid4().hex
     with log.open("ab") as out:
@@ -76,7 +78,7 @@ def started(log: Path, arguments: Sequence[str], name: str, prefix: Sequence[str
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=environment(DWARFSTAR_NAME=name, **{TAG: tag}),
+            env=environment(DWARFSTAR_NAME=name, **{TAG: tag}, **variables),
             start_new_session=True,
         )
     it = Started(process, log, tag)
@@ -166,7 +168,10 @@ def test_what_does_not_let_a_machine_in_is_said_in_one_sentence(engine: EnginePr
     assert "not known here" in refused(home, *join, "--token", token[:-9] + "a" * 9)
     foreign = trust.new_token(trust.create_authority(trust.utc_now())).format()
     assert "is not the one the join token is for" in refused(home, *join, "--token", foreign)
-    assert "write host:port" in refused(home, "--join", "nowhere", "--token", token)
+    assert "write host:port" in refused(home, "--join", "nowhere:x", "--token", token)
+    assert "No coordinator answers" in refused(home, "--join", "nowhere.invalid", "--token", token)
+    several = refused(home, "--join", "127.0.0.1:1", "--join", "127.0.0.1:2", "--token", token, "--timeout", "0.5")
+    assert "127.0.0.1:1: Connection refused, 127.0.0.1:2: Connection refused" in several
     assert "No coordinator answers" in refused(home, "--join", "127.0.0.1:1", "--token", token)
     control = json.loads((engine.home / "run" / "engine.json").read_text("utf-8"))["control"]
     assert "does not let machines join" in refused(home, "--join", control, "--token", token)

@@ -44,9 +44,12 @@ def until(look: Callable[[], T], what: str, deadline_s: float = DEADLINE_S) -> T
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without DwarfStar's own variables, which would change what is tested."""
+    """This process's environment without DwarfStar's own variables, which would change what is tested.
+
+    Discovery is off: a test tells nothing to the network of the machine it runs on.
+    """
     kept = {key: value for key, value in os.environ.items() if not key.startswith("DWARFSTAR_")}
-    return {**kept, **more}
+    return {**kept, "DWARFSTAR_DISCOVERY": "false", **more}
 
 
 def command(*arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:

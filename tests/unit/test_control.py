@@ -123,7 +123,7 @@ class Attached:
 async def test_a_node_renews_its_own_certificate_and_no_other(cluster: Cluster, tmp_path: Path) -> None:
     files = cluster.machine("attic", timedelta(hours=1))
     before = files.load()
-    await renewal.from_coordinator(cluster.address, trust.utc_now)(files)
+    await renewal.from_coordinator(lambda: cluster.address, trust.utc_now)(files)
     after = files.load()
     certificate = trust.load_certificate(after.certificate_pem)
     assert certificate.not_valid_after_utc > NOW + timedelta(days=360) and after.key_pem == before.key_pem
@@ -142,7 +142,7 @@ async def test_a_certificate_that_has_ended_renews_nothing(cluster: Cluster) -> 
         return NOW + timedelta(hours=2)
 
     with pytest.raises(TrustError, match="join again with a new token"):
-        await renewal.from_coordinator(cluster.address, later)(files)
+        await renewal.from_coordinator(lambda: cluster.address, later)(files)
 
 
 async def test_only_the_owner_orders(cluster: Cluster) -> None:
@@ -211,4 +211,4 @@ async def test_a_node_started_again_takes_the_place_of_its_silent_self(
 
 async def test_a_coordinator_that_is_away_is_no_refusal(cluster: Cluster) -> None:
     with pytest.raises(PeerError, match="is not reached"):
-        await renewal.from_coordinator("127.0.0.1:1", trust.utc_now)(cluster.machine("attic"))
+        await renewal.from_coordinator(lambda: "127.0.0.1:1", trust.utc_now)(cluster.machine("attic"))

@@ -476,3 +476,50 @@ def test_grpc_knows_every_option_that_is_set() -> None:
     options = (*channel.SERVER_OPTIONS, *channel.ENROLMENT_SERVER_OPTIONS, *channel.channel_options(1))
     assert [key for key, _ in options if key.encode() + b"\0" not in library] == []
     assert channel.MIN_PING_INTERVAL_MS < channel.KEEPALIVE_MS
+
+
+class Moving:
+    """In the place of a search: one address after the other."""
+
+    def __init__(self, *addresses: str) -> None:
+        self._addresses = list(addresses)
+        self.welcomed: list[str] = []
+        self.peers: list[pb.Peers] = []
+
+    async def coordinator(self) -> str:
+        return self._addresses.pop(0) if len(self._addresses) > 1 else self._addresses[0]
+
+    async def attached(self, address: str) -> None:
+        self.welcomed.append(address)
+
+    async def told(self, peers: pb.Peers) -> None:
+        self.peers.append(peers)
+
+
+async def test_a_node_whose_coordinator_has_moved_looks_for_it_anew(
+    node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage]
+) -> None:
+    old, new = Coordinator(), Coordinator()
+    async with serving(old, files) as first, serving(new, files) as second:
+        seek = Moving(f"127.0.0.1:{first}", f"127.0.0.1:{second}")
+        task = asyncio.create_task(node.run(seek))
+        await until(lambda: old.hellos)
+        old.tell(assign=assignment(1))
+        await until(lambda: stages and stages[0].commands)
+        old.hang_up()
+        await until(lambda: new.hellos)
+        new.tell(peers=pb.Peers(peers=[pb.Peer(id="x", hosts=["10.0.0.1"])]))
+        await until(lambda: seek.peers)
+        assert seek.welcomed == [f"127.0.0.1:{first}", f"127.0.0.1:{second}"]
+        assert stages[0].alive and len(stages) == 1
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_hop_on_the_coordinators_machine_is_reached_where_the_coordinator_is(node: NodeDaemon) -> None:
+    node._coordinator = "10.0.0.1:8477"
+    assert node._seen_from_here("127.0.0.1:5000") == "10.0.0.1:5000"
+    assert node._seen_from_here("10.0.0.9:5000") == "10.0.0.9:5000"
+    assert node._seen_from_here("") == ""
+    node._coordinator = "[fd00::1]:8477"
+    assert node._seen_from_here("[::1]:5000") == "[fd00::1]:5000"

@@ -206,7 +206,7 @@ def dwarfstar(name: str, shape: Shape, places: Sequence[Place], folder: Path) ->
     far = [place for place in places if place.prefix]
     command = [*ENGINE, "--serve", shape.model, "--home", str(home), "--port", "0", "--threads", "1"]
     command += ["--local-nodes", str(len(places) - len(far)), "--pin", "--wait-nodes", str(len(places))]
-    command += ["--slots", str(shape.slots), "--context", str(shape.context)]
+    command += ["--slots", str(shape.slots), "--context", str(shape.context), "--no-discovery"]
     if far:  # the port to join at is the next one, so it must be known
         command += ["--control-host", places[0].host, "--control-port", str(_free_port(places[0].host))]
     else:

@@ -1,7 +1,8 @@
 """``dwarfstar node``: this machine as a node of somebody's cluster.
 
-It joins once, with a token. What comes of that stands in ``HOME/member``: the node's key, which names it, its
-certificate, and the coordinator's address; from then on ``dwarfstar node`` needs neither. That folder is not
+It joins once, with a token, at the coordinator it finds in the network or at an address given. What comes of that
+stands in ``HOME/member``: the node's key, which names it, its certificate, and where the coordinator was; from then on
+``dwarfstar node`` needs neither, and finds the coordinator again also when that has moved. That folder is not
 ``HOME/trust``, which holds the CA of the cluster that this machine may itself coordinate: it can do both. To leave a
 cluster, remove the folder.
 """
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
 import tomllib
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,9 +26,10 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dwarfstar_engine.cli import remote, running
-from dwarfstar_engine.errors import DwarfStarError, SettingsError, TrustError
+from dwarfstar_engine.errors import DwarfStarError, PeerError, SettingsError, TrustError
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.discovery import Finder, Fixed, Seek, find_joining
 from dwarfstar_engine.node.facts import default_threads, is_loopback, measure, outward_host, reached_host, shown_host
 from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.settings import Settings
@@ -47,6 +51,10 @@ from dwarfstar_engine.wire.trust import (
 log = logging.getLogger("dwarfstar.node")
 
 MAX_MEMBERSHIP_BYTES = 4096
+TYPED_S = 10.0  # for several addresses given by hand: one of them answers within it, or they are wrong
+AGAIN_S = 1.0  # before the search begins anew, when joining failed at what was found
+ANY = "0.0.0.0"  # noqa: S104 - all addresses, in the place of none given
+CONTROL_PORT: int = Settings.model_fields["control_port"].default
 
 
 class Membership(BaseModel):
@@ -62,17 +70,20 @@ class Membership(BaseModel):
 
 async def lend(
     settings: Settings,
-    join: str | None,
+    join: Sequence[str],
     token: str | None,
     attach: str | None,
     cpus: tuple[int, ...],
     *,
     watch_parent: bool,
+    timeout_s: float | None = None,
 ) -> None:
     """Be a node until SIGINT or SIGTERM. ``attach``: a coordinator that has put a certificate into HOME/trust itself.
 
+    join: addresses given by hand; without any, the coordinator is looked for. timeout_s: how long, at most.
     Raises SettingsError, TrustError, PeerError (nobody there to join), VersionMismatch.
     """
+    joins = tuple(join_address(one) for one in join)
     files = NodeFiles(settings.home / ("trust" if attach else "member"))
     with contextlib.ExitStack() as stack:
         try:
@@ -84,14 +95,14 @@ async def lend(
                 f"a node runs from {settings.home} already: stop that one, or give another --home",
                 code="already_running",
             ) from None
-        address = attach or await _member(files, settings, join, token)
+        where: Seek = Fixed(attach) if attach else await _member(files, settings, joins, token, timeout_s)
         if not files.exists():
             raise TrustError(f"{files.folder} holds no certificate: join with the line that `dwarfstar token` prints.")
         identity = files.load()
         check_identity(identity, utc_now())
         options = NodeOptions(
             name=settings.name or socket.gethostname(),
-            listen=_listen(settings, address),
+            listen=_listen(settings, local=attach is not None),
             models=settings.models_dir,
             trust=files,
             facts=measure(settings.effective_vram),
@@ -100,11 +111,11 @@ async def lend(
             gpu_layers=settings.gpu_layers,
             split_mode=settings.split_mode,
         )
-        await _until_stopped(NodeDaemon(certificate_node_id(identity.certificate_pem), options), address, watch_parent)
+        await _until_stopped(NodeDaemon(certificate_node_id(identity.certificate_pem), options), where, watch_parent)
 
 
-async def _until_stopped(daemon: NodeDaemon, address: str, watch_parent: bool) -> None:
-    work = asyncio.create_task(daemon.run(address), name="node")
+async def _until_stopped(daemon: NodeDaemon, where: Seek, watch_parent: bool) -> None:
+    work = asyncio.create_task(daemon.run(where), name="node")
     loop = asyncio.get_running_loop()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
@@ -125,23 +136,32 @@ def _on_parent(work: asyncio.Task[None]) -> None:
 # --- membership ------------------------------------------------------------------------------------------------------
 
 
-async def _member(files: NodeFiles, settings: Settings, join: str | None, token_text: str | None) -> str:
-    """The coordinator's address; joins first if that is asked for and not done yet. Raises as ``lend`` does."""
+def join_address(text: str) -> str:
+    """ "host:port" of what a user gives as HOST or HOST:PORT. Raises TrustError."""
+    try:
+        bare = str(ipaddress.ip_address(text.strip("[]")))
+    except ValueError:
+        if ":" not in text and text:
+            return f"{text}:{join_port(CONTROL_PORT)}"
+        split_address(text)
+        return text
+    return f"{shown_host(bare)}:{join_port(CONTROL_PORT)}"
+
+
+async def _member(
+    files: NodeFiles, settings: Settings, joins: tuple[str, ...], token_text: str | None, timeout_s: float | None
+) -> Seek:
+    """The way to the coordinator; joins first if that is asked for and not done yet. Raises as ``lend`` does."""
     known = _read_membership(files)
+    finder = Finder(files, settings.discovery, timeout_s=timeout_s, last=known.coordinator if known else "")
     if token_text is None:
         if known is None:
             raise SettingsError(
                 "this machine is in no cluster yet: run `dwarfstar token` on the coordinator's machine, "
                 "and here the line it prints"
             )
-        if join is not None and join not in (known.join, known.coordinator):
-            raise SettingsError(
-                f"this machine joined at {known.join}: to move to {join} give a join token of there with --token, "
-                "or leave --join out"
-            )
-        return known.coordinator
-    if join is None:
-        raise SettingsError("--token needs the coordinator's address as well: --join HOST:PORT")
+        finder.typed = tuple(at for one in joins if one != known.join for at in _control_addresses(one))
+        return finder
     token = JoinToken.parse(token_text)
     if files.exists():
         identity = files.load()
@@ -154,17 +174,52 @@ async def _member(files: NodeFiles, settings: Settings, join: str | None, token_
                 "or use another --home.",
                 code="other_cluster",
             ) from None
-        same = known is not None and (known.join, known.token) == (join, secret_hash(token.secret))
-        if known is not None and same and not renewal_due(identity.certificate_pem, utc_now()):
-            return known.coordinator  # the same line again, from the shell's history
-    split_address(join)
-    coordinator = await join_cluster(
-        join, token, files.key_id(), settings.name or socket.gethostname(), files, utc_now()
-    )
+        same = (
+            known is not None and known.token == secret_hash(token.secret) and all(one == known.join for one in joins)
+        )
+        if same and not renewal_due(identity.certificate_pem, utc_now()):
+            return finder  # the same line again, from the shell's history
+    if not joins and not settings.discovery:
+        raise SettingsError(
+            "discovery is turned off, so --token needs the coordinator's address as well: --join HOST:PORT"
+        )
+    join, coordinator = await _join(files, settings, joins, token, timeout_s)
     membership = Membership(join=join, coordinator=coordinator, token=secret_hash(token.secret))
     replace_file(files.folder / "node.toml", tomli_w.dumps(membership.model_dump()).encode())
     log.info("joined the cluster at %s; from now on `dwarfstar node` is enough", join)
-    return coordinator
+    finder.first = finder.last = coordinator
+    return finder
+
+
+async def _join(
+    files: NodeFiles, settings: Settings, joins: tuple[str, ...], token: JoinToken, timeout_s: float | None
+) -> tuple[str, str]:
+    """Join at one of the addresses, or where the cluster is found: (that address, the one to attach to).
+
+    An address typed wrongly is said at once; a coordinator that is looked for may start later.
+    """
+    name = settings.name or socket.gethostname()
+    while True:
+        if len(joins) == 1 and timeout_s is None:
+            address = joins[0]
+        else:
+            limit_s = timeout_s if timeout_s is not None or not joins else TYPED_S
+            address = await find_joining(token, joins, settings.discovery and not joins, limit_s)
+        try:
+            return address, await join_cluster(address, token, files.key_id(), name, files, utc_now())
+        except TrustError:
+            raise
+        except PeerError as error:
+            if joins or timeout_s is not None:
+                raise
+            log.warning("%s Searching on.", error.message)
+        await asyncio.sleep(AGAIN_S)
+
+
+def _control_addresses(join: str) -> tuple[str, ...]:
+    """Where the coordinator may be whose join address this is; or it is the control address itself."""
+    host, port = split_address(join)
+    return tuple(f"{shown_host(host)}:{number}" for number in (port - 1, port) if number)
 
 
 def _read_membership(files: NodeFiles) -> Membership | None:
@@ -177,12 +232,12 @@ def _read_membership(files: NodeFiles) -> Membership | None:
         raise TrustError(f"{path} is damaged: remove it, and join again with a new token.") from None
 
 
-def _listen(settings: Settings, coordinator: str) -> str:
+def _listen(settings: Settings, *, local: bool) -> str:
     """Where the stages listen: what the user says, else "" for the address this machine has towards the coordinator."""
     if "control_host" not in settings.model_fields_set:
         return ""
     host = settings.control_host.strip("[]")
-    if is_loopback(host) and not is_loopback(split_address(coordinator)[0]):
+    if is_loopback(host) and not local:
         raise SettingsError(
             f"other machines cannot reach {host}: leave --listen out, or give an address that this machine has "
             "in the coordinator's network"
@@ -208,6 +263,7 @@ def new_join_token(settings: Settings, hours: float, uses: int | None) -> tuple[
     """
     engine = running.find(settings.home)
     address = engine.join if engine is not None and engine.join else _future_address(settings)
+    found = engine.discovery if engine is not None else _will_be_found(settings)
     folder = settings.home / "trust"
     authority = load_or_create_authority(folder, utc_now())
     token = TokenStore(folder, utc_now).issue(authority, hours, uses)
@@ -215,6 +271,9 @@ def new_join_token(settings: Settings, hours: float, uses: int | None) -> tuple[
     notes = [f"run this on the machine that joins; it lets in {machines} within {hours:g} hours:"]
     if engine is None:
         notes.append("no engine runs from here yet: start it before the other machine joins")
+    if found:
+        notes.append(f"if it does not find this machine, which it says within seconds, add --join {address}")
+        return f"dwarfstar node --token {token.format()}", notes
     if is_loopback(split_address(address)[0]):
         example = shown_host(outward_host() or "ADDRESS-OF-THIS-MACHINE")
         notes.append(
@@ -273,9 +332,16 @@ def remove_node(settings: Settings, wanted: str) -> str:
     return f"removed {name} ({node_id}): {ending}"
 
 
+def _will_be_found(settings: Settings) -> bool:
+    """Whether an engine started with these settings tells the network of itself."""
+    return settings.discovery and not (
+        "control_host" in settings.model_fields_set and is_loopback(settings.control_host)
+    )
+
+
 def _future_address(settings: Settings) -> str:
     """Where the engine will let machines join, once it runs with these settings. Raises SettingsError."""
     port = join_port(settings.control_port)
     if port == 0:
         raise SettingsError("the control port is chosen when the engine starts: start it, then make the token")
-    return f"{shown_host(reached_host(settings.control_host))}:{port}"
+    return f"{shown_host(reached_host(ANY if _will_be_found(settings) else settings.control_host))}:{port}"

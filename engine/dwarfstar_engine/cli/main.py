@@ -44,6 +44,12 @@ starter = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich
 
 Home = Annotated[Path | None, typer.Option(help="Folder of identity, certificates and logs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Discovery = Annotated[
+    bool | None,
+    typer.Option(
+        "--discovery/--no-discovery", help="Find machines in the local network, by multicast DNS.", show_default=False
+    ),
+]
 Models = Annotated[Path | None, typer.Option(help="Folder of GGUF files.")]
 
 
@@ -98,6 +104,7 @@ def start(
     tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert, PEM.")] = None,
     control_host: Annotated[str | None, typer.Option(help="Address other nodes reach this machine at.")] = None,
     control_port: Annotated[int | None, typer.Option(help="Port other nodes attach to; 0 takes a free one.")] = None,
+    discovery: Discovery = None,
     context: Annotated[int | None, typer.Option(help="Tokens of one request, prompt and answer.")] = None,
     slots: Annotated[int | None, typer.Option(help="Requests generated at the same time.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Prompt tokens that travel in one frame.")] = None,
@@ -131,7 +138,7 @@ def start(
         draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, on_loss=on_loss,
         effective_vram=effective_vram,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
-        wait_nodes=wait_nodes, home=home, models=models,
+        wait_nodes=wait_nodes, discovery=discovery, home=home, models=models,
     )  # fmt: skip
     if model is None and not demo:
         if serve:
@@ -150,7 +157,9 @@ def start(
 @node_commands.callback()
 def node(
     context: typer.Context,
-    join: Annotated[str | None, typer.Option(help="Where to join, host:port: the first time only.")] = None,
+    join: Annotated[
+        list[str] | None, typer.Option(help="Where to join, HOST or HOST:PORT; repeat it for several. Default: look.")
+    ] = None,
     token: Annotated[str | None, typer.Option(help="Join token, from `dwarfstar token` there.")] = None,
     attach: Annotated[str | None, typer.Option(hidden=True)] = None,
     effective_vram: Annotated[float | None, typer.Option(help="GiB to lend.")] = None,
@@ -160,6 +169,10 @@ def node(
     split_mode: Annotated[str | None, typer.Option(help="llama.cpp's use of several GPUs.")] = None,
     listen: Annotated[str | None, typer.Option(help="Address other nodes reach this machine at.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of this node.")] = None,
+    discovery: Discovery = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds to look for the coordinator. Default: until it is there.")
+    ] = None,
     home: Home = None,
     models: Models = None,
     parent: Annotated[bool, typer.Option("--parent", hidden=True)] = False,
@@ -172,10 +185,11 @@ def node(
         return
     settings = _settings(
         effective_vram=effective_vram, threads=threads, gpu_layers=gpu_layers, split_mode=split_mode,
-        control_host=listen, name=name, home=home, models=models,
+        control_host=listen, name=name, discovery=discovery, home=home, models=models,
     )  # fmt: skip
     _log_to_stderr(True)
-    _run(lend(settings, join, token, attach, _numbers(cpus, "cpus") or (), watch_parent=parent))
+    pinned = _numbers(cpus, "cpus") or ()
+    _run(lend(settings, join or (), token, attach, pinned, watch_parent=parent, timeout_s=timeout))
 
 
 @node_commands.command("remove")

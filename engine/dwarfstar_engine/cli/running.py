@@ -20,6 +20,7 @@ class Running(BaseModel):
     """Where a running engine can be reached. ``started``: the process's start time, so that a reused pid is seen.
 
     join: where other machines join the cluster. certificate: file of the HTTP API's certificate, if it is HTTPS.
+    discovery: machines that join find it without being told where.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -30,6 +31,7 @@ class Running(BaseModel):
     api_url: str
     join: str = ""
     certificate: str = ""
+    discovery: bool = False
 
 
 def _file(home: Path) -> Path:
@@ -105,7 +107,7 @@ def _lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def announce(home: Path, control: str, api_url: str, join: str, certificate: str = "") -> None:
+def announce(home: Path, control: str, api_url: str, join: str, certificate: str = "", discovery: bool = False) -> None:
     """Write the file for this process, whole or not at all."""
     path = _file(home)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +118,7 @@ def announce(home: Path, control: str, api_url: str, join: str, certificate: str
         api_url=api_url,
         join=join,
         certificate=certificate,
+        discovery=discovery,
     )
     draft = path.with_suffix(".new")
     draft.write_text(json.dumps(running.model_dump()), "utf-8")

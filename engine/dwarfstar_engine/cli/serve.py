@@ -25,15 +25,29 @@ from dwarfstar_engine.api.app import create_app
 from dwarfstar_engine.api.server import http_server
 from dwarfstar_engine.cli import running, telling
 from dwarfstar_engine.cli.door import Door, open_door
+from dwarfstar_engine.cluster.candidates import MAX_HOSTS, Advert, Interface
 from dwarfstar_engine.errors import SettingsError
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.control import ControlService
-from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_bytes
+from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.discovery import cluster_id
 from dwarfstar_engine.node.drafter import Drafter, DraftOptions
-from dwarfstar_engine.node.facts import GIB, cores, default_threads, is_any, measure, reached_host
+from dwarfstar_engine.node.facts import (
+    GIB,
+    cores,
+    default_threads,
+    interfaces,
+    is_any,
+    is_loopback,
+    measure,
+    reached_host,
+)
+from dwarfstar_engine.node.gossip import Peer
 from dwarfstar_engine.node.local import LocalNode
+from dwarfstar_engine.node.mdns import Advertiser, instance
+from dwarfstar_engine.node.needs import kv_cells, reserve_bytes
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
@@ -43,14 +57,17 @@ from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire import door as ports
 from dwarfstar_engine.wire.enrol import Enrolment, join_port, serve_enrolment
 from dwarfstar_engine.wire.generated.control_pb2_grpc import add_ControlServicer_to_server
+from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.trust import (
     OWNER,
+    Authority,
     NodeFiles,
     certificate_node_id,
     issue_local,
     load_or_create_authority,
     utc_now,
 )
+from dwarfstar_engine.wire.trust import fingerprint as authority_fingerprint
 
 log = logging.getLogger("dwarfstar")
 
@@ -80,8 +97,12 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
     _check_cuts(source, settings.cuts)
     local = start.local_nodes or (DEMO_NODES if start.demo else 0)
     settings = settings.model_copy(
-        update={"wait_nodes": max(settings.wait_nodes, local, len(settings.cuts) + 1 if settings.cuts else 0)}
+        update={
+            "wait_nodes": max(settings.wait_nodes, local, len(settings.cuts) + 1 if settings.cuts else 0),
+            "control_host": _control_host(settings, local),
+        }
     )
+    found = settings.discovery and not is_loopback(settings.control_host)
     lent_gib = _lent_gib(start, settings, source)
     for line in telling.opening(source, settings, local, lent_gib):
         say(line)
@@ -101,7 +122,7 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         issue_local(authority, trust, OWNER, utc_now(), lifetime)
         vocab = await _open_vocab(source)
         stack.push_async_callback(vocab.close)
-        coordinator = Coordinator(settings, source, vocab, trust, "coordinator")
+        coordinator = Coordinator(settings, source, vocab, trust, OWNER)
         coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
         if coordinator.drafter is not None:
             stack.push_async_callback(coordinator.drafter.close)
@@ -111,7 +132,9 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         stack.push_async_callback(joining.stop, 0.5)
         stack.callback(running.withdraw, settings.home)
         coordinator.api_url = door.url
-        running.announce(settings.home, coordinator.address, door.url, join, door.certificate)
+        # On this machine by loopback, where it listens there: the outward address may change.
+        own = f"127.0.0.1:{_port(coordinator.address)}" if is_any(settings.control_host) else coordinator.address
+        running.announce(settings.home, own, door.url, join, door.certificate, found)
         nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, admission)
         for node in nodes:
             stack.push_async_callback(node.stop)
@@ -119,7 +142,10 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         tasks = [asyncio.create_task(coordinator.run(), name="coordinator")]
         if not local:
             _issue_own(settings, admission)
-            tasks.append(asyncio.create_task(_own_node(settings, coordinator.address), name="node"))
+            tasks.append(asyncio.create_task(_own_node(settings, own), name="node"))
+        advertiser = _advertiser(coordinator, authority, settings, _port(join))
+        if found:
+            tasks.append(asyncio.create_task(advertiser.run(), name="adverts"))
         renew = renewal.by_authority(authority, lifetime, utc_now)
         for files in renewal.own_files(settings.home):
             renewing = renewal.keep_renewed(files, renew, utc_now, random.random)
@@ -136,6 +162,47 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         await http
         for task in done:
             task.result()
+
+
+def _control_host(settings: Settings, local: int) -> str:
+    """Where other nodes reach this machine: everywhere, if it is to be found. All of it is mutual TLS."""
+    if "control_host" in settings.model_fields_set or local or not settings.discovery:
+        return settings.control_host
+    return "0.0.0.0"  # noqa: S104
+
+
+def _advertiser(coordinator: Coordinator, authority: Authority, settings: Settings, enrol_port: int) -> Advertiser:
+    """What tells the network, and the members for one another, where this coordinator is."""
+    build, everywhere = local_build(), is_any(settings.control_host)
+    name = settings.name or socket.gethostname()
+    cluster = cluster_id(authority_fingerprint(authority.certificate_pem))
+    port = _port(coordinator.address)
+
+    def advert() -> Advert:
+        return Advert(
+            instance=instance(cluster, OWNER),
+            cluster=cluster,
+            name=name,
+            hosts=() if everywhere else (settings.control_host.strip("[]"),),
+            enrol_port=enrol_port,
+            control_port=port,
+            term=coordinator.term,
+            protocol=build.protocol,
+            version=build.version,
+        )
+
+    def seen(here: tuple[Interface, ...]) -> None:
+        hosts = tuple(one.host for one in here) if everywhere else advert().hosts
+        own = Peer(id=OWNER, name=name, hosts=hosts[:MAX_HOSTS], control_port=port, coordinator=True)
+        if own != coordinator.gossip.own:
+            coordinator.gossip.changed(own)
+
+    seen(interfaces())
+    return Advertiser(advert, seen=seen)
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 def _check_cuts(source: Source, cuts: Sequence[int]) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dwarfstar_engine.cli.door import home_option
-from dwarfstar_engine.node.coordinator import Coordinator, kv_cells, reserve_bytes
+from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.facts import GIB
+from dwarfstar_engine.node.needs import kv_cells, reserve_bytes
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import StatusView

@@ -21,6 +21,7 @@ from dwarfstar_engine.errors import DwarfStarError, PeerError, TrustError
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.copies import Presence, Verdict, judge
+from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, MAX_NODES, Member
 from dwarfstar_engine.node.roster import REFUSAL, REMOVED
 from dwarfstar_engine.wire import channel
@@ -97,7 +98,11 @@ class ControlService(ControlServicer):
         peer = unquote(context.peer()).partition(":")[2]
         await self._alone(hello, peer)
         host = hello.data_host or peer_host(context.peer())
-        return Member(hello.node_id, hello.name[:MAX_NAME], host, hello.device, time.monotonic(), hello.instance, peer)
+        member = Member(
+            hello.node_id, hello.name[:MAX_NAME], host, hello.device, time.monotonic(), hello.instance, peer
+        )
+        member.hosts, member.control_port = sound_hosts(hello.hosts), min(hello.control_port, 65535)
+        return member
 
     async def _alone(self, hello: pb.NodeHello, peer: str) -> None:
         """Wait until it is clear that no other process lives under this id. Raises TrustError if one does."""

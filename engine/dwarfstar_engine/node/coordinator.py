@@ -19,31 +19,29 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from dwarfstar_engine.batch.chunks import LARGEST, SLACK, ChunkCosts
-from dwarfstar_engine.batch.costs import RingCosts, StageCost
-from dwarfstar_engine.batch.scheduler import Limits, Scheduler
+from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
-from dwarfstar_engine.native import WireType
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
+from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
+from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.members import GIB, Member
+from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.node.streams import Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
-from dwarfstar_engine.plan.proportional import Need, Plan, StagePlan, proportional, with_cuts
+from dwarfstar_engine.plan.proportional import Plan, proportional, with_cuts
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
-from dwarfstar_engine.views import CoordinatorView, ModelView, StageView, StatusView, ThroughputView
+from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, ThroughputView
 from dwarfstar_engine.wire import channel
-from dwarfstar_engine.wire.frames import MAX_ROUNDS
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
 from dwarfstar_engine.wire.ring import RingReceiver, RingSender
-from dwarfstar_engine.wire.trust import OWNER, NodeFiles
+from dwarfstar_engine.wire.trust import NodeFiles
 
 log = logging.getLogger("dwarfstar.coordinator")
 
@@ -61,14 +59,6 @@ WARNING_S = 600.0
 MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
-@dataclass(slots=True)
-class Stage:
-    """A stage of the epoch and the node that runs it."""
-
-    plan: StagePlan
-    member: Member
-
-
 class Coordinator:
     """See the module. ``api_url`` and ``address`` are for the status only, set once they are known; ``drafter``: before
     it runs, if there is a draft model."""
@@ -80,9 +70,10 @@ class Coordinator:
         self.term, self.epoch = 1, 0
         self.context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
         self.members: dict[str, Member] = {}
+        self.gossip = Gossip()
         self._build: BuildInfo = local_build()
         self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
-        self._stages: list[Stage] = []
+        self._ring = Epoch(self.term, self.epoch)
         self._dispatcher: Dispatcher | None = None
         self._sender: RingSender | None = None
         self._planned: Plan | None = None
@@ -115,7 +106,7 @@ class Coordinator:
 
     def health(self) -> Mapping[str, Any]:
         if self._dispatcher is not None:
-            return {"status": "ok", "epoch": self.epoch, "cuts": [s.plan.layers[1] for s in self._stages[:-1]]}
+            return {"status": "ok", "epoch": self.epoch, "cuts": [s.plan.layers[1] for s in self._ring.stages[:-1]]}
         return {"status": "unavailable", "code": self._code, "reason": self._reason}
 
     async def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -145,6 +136,8 @@ class Coordinator:
         if (old := self.members.get(member.id)) is not None:
             self.detach(old)
         self.members[member.id] = member
+        self.gossip.changed()
+        self.gossip.tell(member, self.members.values())
         log.info("node %s joined with %.2f GiB", member.name, member.usable_bytes / GIB)
         self._came.set()
         self._changed.set()
@@ -154,10 +147,12 @@ class Coordinator:
         if self.members.get(member.id) is not member:
             return
         del self.members[member.id]
+        self.gossip.forget(member)
+        self.gossip.changed()
         self._gone_at = time.monotonic()
         if not self._stopping:
             log.warning("node %s is gone", member.name)
-        if any(stage.member is member for stage in self._stages):
+        if self._ring.has(member):
             self._break(f"node {member.name} was lost")
         self._changed.set()
 
@@ -186,13 +181,14 @@ class Coordinator:
             case "heartbeat":
                 member.used_bytes = message.heartbeat.memory_used_bytes
                 member.busy = message.heartbeat.stages[0].busy if message.heartbeat.stages else 0.0
+                self.gossip.tell(member, self.members.values())
             case "stage_event":
                 self._on_stage(member, message.stage_event)
             case "leave":
                 self.detach(member)
 
     def _on_stage(self, member: Member, event: pb.StageEvent) -> None:
-        if event.epoch != self.epoch or not any(stage.member is member for stage in self._stages):
+        if event.epoch != self.epoch or not self._ring.has(member):
             return
         member.stage = event
         if event.HasField("profile"):
@@ -316,28 +312,24 @@ class Coordinator:
 
     def _plan(self) -> Plan:
         costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
-        need = Need(
-            kv_cells(self.settings, self.context),
-            reserve_bytes(self.source, self.settings),
-            self.source.forbidden_lengths,
-        )
+        room = need(self.settings, self.source, self.context)
         capacities = [member.capacity for member in nodes]
         if self.settings.cuts:
-            return with_cuts(costs, self.source.cuts, need, capacities, self.settings.cuts)
-        return proportional(costs, self.source.cuts, need, capacities)
+            return with_cuts(costs, self.source.cuts, room, capacities, self.settings.cuts)
+        return proportional(costs, self.source.cuts, room, capacities)
 
     async def _bring_up(self, plan: Plan) -> None:
         """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
         self.epoch += 1
         self._broken.clear()
         self._returned.clear()
-        self._stages = [Stage(stage, self.members[stage.node]) for stage in plan.stages]
+        self._ring = Epoch(self.term, self.epoch, tuple(Stage(s, self.members[s.node]) for s in plan.stages))
         self._reason, self._code = "the model is being loaded", "loading"
-        shown = ", ".join(f"{s.member.name} [{s.plan.layers[0]}, {s.plan.layers[1]})" for s in self._stages)
-        log.info("epoch %d: %s", self.epoch, shown)
-        for index, stage in enumerate(self._stages):
+        log.info("epoch %d: %s", self.epoch, self._ring)
+        for index, stage in enumerate(self._ring.stages):
             stage.member.stage = None
-            stage.member.send(pb.CoordinatorMessage(assign=self._assign(index)))
+            assign = self._ring.assign(index, self.settings, self.source, self.context, self.vocab.eog)
+            stage.member.send(pb.CoordinatorMessage(assign=assign))
         await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
         try:
             await self._close_ring()
@@ -347,17 +339,14 @@ class Coordinator:
 
     async def _close_ring(self) -> None:
         """Join the loaded stages. Raises DwarfStarError."""
-        self.receiver.set_epoch(self.epoch, {self._stages[-1].member.id})
-        for index, stage in enumerate(self._stages):
-            following = self._stages[index + 1 : index + 2]
-            hop = _address(following[0].member) if following else ""
-            feed = "" if following or not index else _address(self._stages[0].member)
-            link = pb.Link(term=self.term, epoch=self.epoch, next_hop=hop, feed_hop=feed, senders=self._senders(index))
-            stage.member.send(pb.CoordinatorMessage(link=link))
+        stages = self._ring.stages
+        self.receiver.set_epoch(self.epoch, {stages[-1].member.id})
+        for index, stage in enumerate(stages):
+            stage.member.send(pb.CoordinatorMessage(link=self._ring.link(index)))
         sender = RingSender(lambda reason: self._break(f"the connection to the first stage was lost: {reason}"))
         self._sender = sender
         credentials = channel.channel_credentials(self._trust)
-        await sender.open(_address(self._stages[0].member), credentials, self._build, self.epoch, self._name)
+        await sender.open(stages[0].address, credentials, self._build, self.epoch, self._name)
         await self._until(pb.STAGE_STATE_LINKED, LINK_DEADLINE_S, "join the ring")
         try:
             await asyncio.wait_for(self._returned.wait(), LINK_DEADLINE_S)
@@ -365,40 +354,23 @@ class Coordinator:
             raise PeerError("the last stage did not connect to the coordinator", code="hop_failed") from None
         self._serve(sender)
 
-    def _senders(self, index: int) -> list[str]:
-        """Ids of the nodes whose frames a stage takes: the one before it; the first one, ours and the last stage's."""
-        return [self._stages[index - 1].member.id] if index else [OWNER, self._stages[-1].member.id]
-
     def _release_stuck(self) -> None:
         """Have stages that gave no answer replaced: a stopped process would fail every attempt to come."""
-        silent = (pb.STAGE_STATE_READY, pb.STAGE_STATE_LOADING)
-        for stage in self._stages:
+        for stage in self._ring.stages:
             event = stage.member.stage
-            if event is not None and event.state in silent and stage.member.id in self.members:
+            if event is not None and event.state in ANSWERED and stage.member.id in self.members:
                 log.warning("the stage on %s does not answer: it is replaced", stage.member.name)
                 with contextlib.suppress(PeerError):
                     stage.member.send(pb.CoordinatorMessage(release=pb.Release(term=self.term, epoch=self.epoch)))
 
     def _serve(self, sender: RingSender) -> None:
-        stages, settings = len(self._stages), self.settings
-        limits = Limits(
-            slots=settings.slots,
-            context=self.context,
-            stages=stages,
-            chunk=settings.chunk,
-            costs=ChunkCosts(tuple(_prompt_costs(stage.member) for stage in self._stages)),
-            queued=settings.queue,
-            cache=settings.prefix_cache != "off",
-            exact=settings.prefix_cache == "exact",
-            windowed=any(stage.member.profile.window for stage in self._stages),
-            rounds=MAX_ROUNDS if self._stages[-1].member.link.feeds else 0,
-            drafts=self.drafter is not None,
-        )
-        speculation = Speculation(settings.speculation, _ring_costs([stage.member for stage in self._stages]))
+        ring, settings = self._ring, self.settings
+        limits = ring.limits(settings, self.context, drafts=self.drafter is not None)
+        speculation = Speculation(settings.speculation, ring.costs())
         self._dispatcher = Dispatcher(
             Scheduler(limits, self.vocab.eog, None if settings.speculation == "off" else speculation),
             self.epoch,
-            stages,
+            len(ring.stages),
             sender.send,
             sender.flush,
             lambda message: self._break(message),
@@ -415,7 +387,8 @@ class Coordinator:
         gc.collect()
         gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
-        log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, stages, "s" * (stages > 1))
+        count = len(ring.stages)
+        log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, count, "s" * (count > 1))
 
     async def _until(self, state: pb.StageState.ValueType, deadline_s: float, what: str) -> None:
         """Wait until every stage has reached ``state``. Raises if the epoch breaks, or nothing moves for STALL_S."""
@@ -424,7 +397,7 @@ class Coordinator:
             self._changed.clear()
             if self._broken.is_set():
                 raise StageError(self._reason, code=self._code)
-            late = [s.member.name for s in self._stages if s.member.stage is None or s.member.stage.state != state]
+            late = [stage.member.name for stage in self._ring.stages if not stage.reached(state)]
             if not late:
                 return
             left = min(STALL_S, give_up - time.monotonic())
@@ -433,35 +406,11 @@ class Coordinator:
             except TimeoutError:
                 raise StageError(f"{late[0]} did not {what} in time") from None
 
-    def _assign(self, index: int) -> pb.Assign:
-        stage, settings, source = self._stages[index].plan, self.settings, self.source
-        return pb.Assign(
-            term=self.term,
-            epoch=self.epoch,
-            model=pb.ModelRef(
-                name=source.name, fingerprint=source.fingerprint, path_hint=source.path, layers=source.layers
-            ),
-            layer_begin=stage.layers[0],
-            layer_end=stage.layers[1],
-            first=index == 0,
-            last=index == len(self._stages) - 1,
-            options=pb.StageOptions(
-                context=self.context,
-                slots=settings.slots,
-                batch=most_rows(settings),
-                wire_type=0 if settings.wire == "auto" else WireType[settings.wire.upper()],
-                flash_attention=settings.flash_attention,
-                kv_type=settings.kv,
-                exact=settings.batching == "exact",
-                ends=sorted(self.vocab.eog),
-            ),
-        )
-
     async def _take_down(self) -> None:
         sender, self._sender = self._sender, None
         if sender is not None:
             await sender.close()
-        self._stages = []
+        self._ring = Epoch(self.term, self.epoch)
 
     async def _watch(self) -> None:
         """Find what does not announce itself: silent nodes and frames that do not come back."""
@@ -485,7 +434,7 @@ class Coordinator:
         dispatcher = self._dispatcher
         if dispatcher is None or dispatcher.scheduler.active or dispatcher.scheduler.queued:
             self._idle_since = now
-        unused = self.members.keys() - {stage.member.id for stage in self._stages}
+        unused = self.members.keys() - self._ring.nodes
         if now - self._idle_since < REPLAN_IDLE_S or not unused or not self.settings.replan:
             return
         try:
@@ -517,7 +466,7 @@ class Coordinator:
             state="serving" if dispatcher else "starting" if self._code in ("starting", "loading") else "unavailable",
             reason=self._reason,
             nodes=tuple(member.view(now) for member in sorted(self.members.values(), key=lambda m: (m.name, m.id))),
-            stages=tuple(self._stage_view(index, tok_s) for index in range(len(self._stages))),
+            stages=self._ring.views(dispatcher.stages if dispatcher else None, tok_s),
             throughput=ThroughputView(
                 tok_s=round(tok_s, 2),
                 active=dispatcher.scheduler.active if dispatcher else 0,
@@ -528,68 +477,4 @@ class Coordinator:
 
     def loading(self) -> str:
         """How far the stages are, for people; empty when nothing is being loaded."""
-        if self._dispatcher is not None:
-            return ""
-        shares = [(s.member.name, s.member.stage) for s in self._stages]
-        ready = (pb.STAGE_STATE_READY, pb.STAGE_STATE_LINKED)
-        return ", ".join(
-            f"{name} {'100' if event and event.state in ready else round(100 * event.share) if event else 0} %"
-            for name, event in shares
-        )
-
-    def _stage_view(self, index: int, tok_s: float) -> StageView:
-        stage, dispatcher = self._stages[index], self._dispatcher
-        event = stage.member.stage
-        times = dispatcher.stages[index] if dispatcher else None
-        busy = stage.member.busy
-        return StageView(
-            node=stage.member.name,
-            layers=stage.plan.layers,
-            weights_gib=round(stage.plan.weights_bytes / GIB, 4),
-            kv_gib=round(stage.plan.kv_bytes / GIB, 4),
-            ms_per_token=round(times.compute_ms, 3) if times else 0.0,
-            tok_s=round(tok_s, 2),
-            busy=round(busy, 3),
-            wait=round(max(0.0, 1.0 - busy), 3),
-            wire=_wire_name(stage.member.link) if index + 1 < len(self._stages) else "ids",
-            link_ms=round(stage.member.link.round_trip_ms, 3),
-            link_mb_s=round(stage.member.link.mb_s, 1),
-            pid=event.pid if event else 0,
-            state="ready" if dispatcher else "loading",
-        )
-
-
-def _ring_costs(members: Sequence[Member]) -> RingCosts:
-    profiles = [member.profile for member in members]
-    stages = tuple(StageCost(p.step_ms, p.together_ms if p.batched else 0.0) for p in profiles)
-    return RingCosts(stages, tuple(member.link.round_trip_ms for member in members))
-
-
-def _wire_name(link: pb.LinkProfile) -> str:
-    return WireType(link.wire_type).name.lower() if link.wire_type else ""
-
-
-def _prompt_costs(member: Member) -> tuple[tuple[int, float], ...]:
-    assert member.stage is not None, "a stage that is linked was ready before"
-    return tuple((cost.rows, cost.ms) for cost in member.profile.prompt)
-
-
-def _address(member: Member) -> str:
-    assert member.stage is not None, "a stage that is ready has said where it listens"
-    host = f"[{member.host}]" if ":" in member.host else member.host
-    return f"{host}:{member.stage.port}"
-
-
-def reserve_bytes(source: Source, settings: Settings) -> int:
-    """Compute buffers of a stage, roughly: some ten times a chunk's activations, and what the process itself takes."""
-    return (16 << 20) + most_rows(settings) * source.costs.n_embd * 4 * 16
-
-
-def kv_cells(settings: Settings, context: int) -> int:
-    """KV cells of a stage: a context for each slot, and one in which a prompt is read apart from them."""
-    return context * (settings.slots + (settings.slots > 1))
-
-
-def most_rows(settings: Settings) -> int:
-    """Rows of a frame, at most: a chunk of a prompt may be longer than asked for by ``SLACK``."""
-    return (settings.chunk or LARGEST) + SLACK
+        return "" if self._dispatcher is not None else self._ring.loading()

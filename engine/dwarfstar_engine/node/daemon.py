@@ -36,11 +36,13 @@ from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError, Trust
 from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.child import Child
-from dwarfstar_engine.node.facts import Facts, is_any, local_host, shown_host, used_bytes
+from dwarfstar_engine.node.discovery import FOREIGN, Fixed, Seek
+from dwarfstar_engine.node.facts import Facts, interfaces, is_any, is_loopback, local_host, shown_host, used_bytes
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
 from dwarfstar_engine.stage.toy import PREFIX as TOY
 from dwarfstar_engine.wire import channel
+from dwarfstar_engine.wire.enrol import split_address
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated import control_pb2_grpc
 from dwarfstar_engine.wire.handshake import local_build
@@ -58,7 +60,6 @@ OUTBOX = 1024  # messages waiting for the coordinator; more means it has stopped
 MAX_WORDS = 200  # characters of a dead stage's last words that are passed on
 STAGE = "dwarfstar_engine.stage.main"
 FINAL = (REMOVED, "identity_copied")  # refusals after which this node ends: trying on would change nothing
-FOREIGN = "CERTIFICATE_VERIFY_FAILED"  # in gRPC's words, when the server's certificate is not of our CA
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class NodeDaemon:
         self._instance = secrets.token_hex(8)
         self._outbox: asyncio.Queue[pb.NodeMessage] = asyncio.Queue(OUTBOX)
         self._coordinator = ""
+        self._seek: Seek = Fixed("")
         self._host = options.listen
         self._welcomed = False
         self._newest = 0  # epoch of the newest assignment of this connection
@@ -113,15 +115,19 @@ class NodeDaemon:
         self._tasks: set[asyncio.Task[None]] = set()
         self._told = ("", float("-inf"))  # what was last said of the coordinator, and when
 
-    async def run(self, coordinator: str) -> None:
-        """Attach to the coordinator at host:port, again and again. Raises VersionMismatch, and TrustError if this node
-        was removed or its identity is in use elsewhere: waiting would not help."""
-        self._coordinator = coordinator
+    async def run(self, where: str | Seek) -> None:
+        """Attach to the coordinator, again and again; ``where``: its host:port, or how it is found.
+
+        Raises VersionMismatch, and TrustError if this node was removed or its identity is in use elsewhere: waiting
+        would not help; PeerError when the coordinator is not found in the time given for that.
+        """
+        self._seek = Fixed(where) if isinstance(where, str) else where
         loop, attempt = asyncio.get_running_loop(), 0
-        renew = renewal.from_coordinator(coordinator, utc_now)
+        renew = renewal.from_coordinator(lambda: self._coordinator, utc_now)
         self._spawn(renewal.keep_renewed(self._options.trust, renew, utc_now, random.random))
         try:
             while True:
+                self._coordinator = coordinator = await self._seek.coordinator()
                 began, self._welcomed = loop.time(), False
                 try:
                     await self._attach(coordinator)
@@ -179,6 +185,7 @@ class NodeDaemon:
             name=self._options.name,
             data_host="" if is_any(self._host) else self._host,
             instance=self._instance,
+            hosts=[one.host for one in interfaces()],
             build=pb.Build(
                 protocol=build.protocol, llama_build=build.llama_build, version=build.version, abi=build.abi
             ),
@@ -263,6 +270,9 @@ class NodeDaemon:
                 self._welcomed = True
                 self._told = ("", float("-inf"))
                 log.info("attached to the coordinator at %s", self._coordinator)
+                self._spawn(self._seek.attached(self._coordinator))
+            case "peers":
+                self._spawn(self._seek.told(message.peers))
             case _:
                 pass  # a newer coordinator may say more than this release knows; the handshake has agreed to that
 
@@ -377,10 +387,17 @@ class NodeDaemon:
         stage.child.send(
             command="link",
             epoch=link.epoch,
-            next=link.next_hop or self._coordinator,
-            feed=link.feed_hop,
+            next=self._seen_from_here(link.next_hop) or self._coordinator,
+            feed=self._seen_from_here(link.feed_hop),
             senders=list(link.senders),
         )
+
+    def _seen_from_here(self, hop: str) -> str:
+        """Where a hop is reached: a loopback address is one of the coordinator's machine, which has another for us."""
+        if not hop:
+            return ""
+        host, port = split_address(hop)
+        return f"{shown_host(split_address(self._coordinator)[0])}:{port}" if is_loopback(host) else hop
 
     def _on_event(self, stage: _Stage, event: dict[str, Any]) -> None:
         if stage is not self._stage:

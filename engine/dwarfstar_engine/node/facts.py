@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from dwarfstar_engine.cluster.candidates import Interface
 from dwarfstar_engine.errors import PeerError
 from dwarfstar_engine.wire.enrol import split_address
 
@@ -24,6 +25,8 @@ CGROUPS = (  # (folder, limit, in use, its reclaimable part): what a container m
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+MAX_INTERFACES = 32  # addresses of this machine that are told to others and listened on; each is a socket
+VIRTUAL = ("docker", "br-", "veth", "virbr", "lxc", "lxd", "cni", "flannel", "podman", "vmnet", "vboxnet")
 _DOCUMENTATION = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))  # RFC 5737, 3849: belong to nobody
 
 
@@ -124,6 +127,24 @@ def is_any(host: str) -> bool:
         return host == ""
 
 
+def interfaces() -> tuple[Interface, ...]:
+    """The addresses other machines may reach this one at: of interfaces that are up, but loopback and link-local v6."""
+    up = {name for name, card in psutil.net_if_stats().items() if card.isup}
+    found = []
+    for name, addresses in sorted(psutil.net_if_addrs().items()):
+        for one in addresses:
+            if one.family not in (socket.AF_INET, socket.AF_INET6) or name not in up:
+                continue
+            address = ipaddress.ip_address(one.address.split("%", 1)[0])
+            if address.is_loopback or address.is_unspecified or (address.version == 6 and address.is_link_local):
+                continue
+            mask = int(ipaddress.ip_address(one.netmask)) if one.netmask else -1
+            bits = mask.bit_count() if one.netmask else address.max_prefixlen
+            found.append(Interface(name, str(address), bits, name.startswith(VIRTUAL)))
+    found.sort(key=lambda one: one.virtual)
+    return tuple(found[:MAX_INTERFACES])
+
+
 def outward_host() -> str | None:
     """The address this machine shows the network its default route leads to, or None. Nothing is sent."""
     for destination, family in _DOCUMENTATION:
@@ -132,13 +153,8 @@ def outward_host() -> str | None:
             host = str(probe.getsockname()[0])
             if not is_loopback(host) and not is_any(host):
                 return host
-    addresses = (
-        address.address
-        for card in psutil.net_if_addrs().values()
-        for address in card
-        if address.family is socket.AF_INET and not is_loopback(address.address)
-    )
-    return next(addresses, None)  # no default route: a network of its own, such as a cable between two machines
+    # No default route: a network of its own, such as a cable between two machines.
+    return next((one.host for one in sorted(interfaces(), key=lambda one: (one.virtual, ":" in one.host))), None)
 
 
 def reached_host(listened_on: str) -> str:

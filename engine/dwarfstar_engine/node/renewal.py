@@ -85,10 +85,13 @@ async def keep_renewed(
         await sleep(pause)
 
 
-def from_coordinator(address: str, clock: Callable[[], datetime]) -> Renew:
-    """Ask the coordinator at host:port."""
+def from_coordinator(where: Callable[[], str], clock: Callable[[], datetime]) -> Renew:
+    """Ask the coordinator, which is at host:port ``where()`` now; empty: it is being looked for."""
 
     async def renew(files: NodeFiles) -> None:
+        address = where()
+        if not address:
+            raise PeerError("the coordinator has not been found yet")
         held = await asyncio.to_thread(files.load)
         check_identity(held, clock())
         csr = await asyncio.to_thread(files.request, certificate_node_id(held.certificate_pem))

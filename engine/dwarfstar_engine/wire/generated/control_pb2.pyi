@@ -276,6 +276,8 @@ class NodeHello(_message.Message):
     CLUSTER_ID_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    CONTROL_PORT_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """must be the certificate's"""
     name: _builtins.str
@@ -286,6 +288,8 @@ class NodeHello(_message.Message):
     cluster_id: _builtins.str
     instance: _builtins.str
     """random, of this process: tells a copy of its identity from its own return"""
+    control_port: _builtins.int
+    """where it would be a coordinator; 0: it would not"""
     @_builtins.property
     def build(self) -> Global___Build: ...
     @_builtins.property
@@ -293,6 +297,10 @@ class NodeHello(_message.Message):
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldModel]:
         """model files at hand"""
+
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """all addresses of this machine"""
 
     def __init__(
         self,
@@ -306,10 +314,12 @@ class NodeHello(_message.Message):
         cluster_id: _builtins.str = ...,
         held: _abc.Iterable[Global___HeldModel] | None = ...,
         instance: _builtins.str = ...,
+        hosts: _abc.Iterable[_builtins.str] | None = ...,
+        control_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "cluster_id", b"cluster_id", "data_host", b"data_host", "device", b"device", "held", b"held", "instance", b"instance", "name", b"name", "node_id", b"node_id", "term_seen", b"term_seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "cluster_id", b"cluster_id", "control_port", b"control_port", "data_host", b"data_host", "device", b"device", "held", b"held", "hosts", b"hosts", "instance", b"instance", "name", b"name", "node_id", b"node_id", "term_seen", b"term_seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -593,6 +603,7 @@ class CoordinatorMessage(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """answers hello"""
@@ -609,6 +620,10 @@ class CoordinatorMessage(_message.Message):
     def refused(self) -> Global___Refused:
         """the stream ends after it"""
 
+    @_builtins.property
+    def peers(self) -> Global___Peers:
+        """after the welcome, and with a heartbeat when it has changed"""
+
     def __init__(
         self,
         *,
@@ -618,12 +633,13 @@ class CoordinatorMessage(_message.Message):
         release: Global___Release | None = ...,
         shutdown: Global___Shutdown | None = ...,
         refused: Global___Refused | None = ...,
+        peers: Global___Peers | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "link", b"link", "message", b"message", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "link", b"link", "message", b"message", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "peers"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -657,6 +673,62 @@ class Welcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Peers(_message.Message):
+    """All members but the one that is told, the coordinator among them: where to look when the coordinator is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]: ...
+    def __init__(
+        self,
+        *,
+        peers: _abc.Iterable[Global___Peer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Peers: _TypeAlias = Peers  # noqa: Y015
+
+@_typing.final
+class Peer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    CONTROL_PORT_FIELD_NUMBER: _builtins.int
+    COORDINATOR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    name: _builtins.str
+    control_port: _builtins.int
+    """where it would be a coordinator; 0: it would not"""
+    coordinator: _builtins.bool
+    """it is the one"""
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        hosts: _abc.Iterable[_builtins.str] | None = ...,
+        control_port: _builtins.int = ...,
+        coordinator: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_port", b"control_port", "coordinator", b"coordinator", "hosts", b"hosts", "id", b"id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Peer: _TypeAlias = Peer  # noqa: Y015
 
 @_typing.final
 class Assign(_message.Message):
