@@ -43,7 +43,8 @@ class Sampling:
 class Request:
     """One sequence to generate. ``prompt`` holds token ids; ``max_tokens`` None means up to the context.
 
-    cache: whether KV cells of earlier requests may stand in for a beginning of the prompt.
+    cache: whether KV cells of earlier requests may stand in for a beginning of the prompt. model: whose tokens these
+    are; empty: of the one served.
     """
 
     prompt: tuple[int, ...]
@@ -52,6 +53,7 @@ class Request:
     ignore_eos: bool = False
     priority: int = 0  # requests of a higher one leave the queue first
     cache: bool = True
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,8 @@ class Settings(BaseModel):
     """Seconds a lost node is waited for before the model is planned on those that are left."""
     on_loss: Literal["rescue", "fail"] = "rescue"
     """When a node or stage is lost: carry its streams over to what is left, or end them with an error at once."""
+    fallback: tuple[str, ...] = Field(default=(), max_length=8)
+    """Smaller models, tried in this order when the model does not fit the nodes that are left."""
     rescue_s: float = Field(default=60.0, ge=1, le=3600)
     """Seconds a stream waits for the pipeline to be back before it ends with an error."""
     replan: bool = True

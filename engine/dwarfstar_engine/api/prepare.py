@@ -100,6 +100,7 @@ def _plan(
             ignore_eos=body.ignore_eos is True,
             priority=priority,
             cache=body.cache_prompt is not False,
+            model=model.name,
         )
         for prompt in prompts
         for sampling in samplings

@@ -121,6 +121,9 @@ def start(
     on_loss: Annotated[
         str | None, typer.Option(help="When a node is lost: rescue its streams, or fail them at once.")
     ] = None,
+    fallback: Annotated[
+        str | None, typer.Option(help="Smaller models for when the model does not fit any more, as in a,b.")
+    ] = None,
     effective_vram: Annotated[float | None, typer.Option(help="GiB each node lends.")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a stage on the GPU; -1: all.")] = None,
     split_mode: Annotated[
@@ -136,6 +139,7 @@ def start(
         control_host=control_host, control_port=control_port, context=context, slots=slots,
         chunk=chunk, wire=wire, kv=kv, prefix_cache=prefix_cache, speculation=speculation, batching=batching,
         draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, on_loss=on_loss,
+        fallback=_names(fallback) or None,
         effective_vram=effective_vram,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, discovery=discovery, home=home, models=models,

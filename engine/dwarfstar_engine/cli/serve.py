@@ -121,8 +121,10 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         trust = NodeFiles(settings.home / "trust")
         issue_local(authority, trust, OWNER, utc_now(), lifetime)
         vocab = await _open_vocab(source)
-        stack.push_async_callback(vocab.close)
         coordinator = Coordinator(settings, source, vocab, trust, OWNER)
+        stack.push_async_callback(lambda: coordinator.vocab.close())
+        coordinator.fallbacks = tuple(open_source(name, settings.models_dir, settings.kv) for name in settings.fallback)
+        coordinator.open_vocab = _open_vocab
         coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
         if coordinator.drafter is not None:
             stack.push_async_callback(coordinator.drafter.close)

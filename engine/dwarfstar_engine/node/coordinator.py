@@ -18,7 +18,7 @@ import gc
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from dwarfstar_engine.batch.scheduler import Scheduler
@@ -33,7 +33,7 @@ from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.node.streams import Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
-from dwarfstar_engine.plan.proportional import Plan, proportional, with_cuts
+from dwarfstar_engine.plan.proportional import TOO_LARGE, Plan, proportional, with_cuts
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, ThroughputView
@@ -60,15 +60,18 @@ MAX_BRIEF = 2  # such failures pause no longer than this many: the model did loa
 
 
 class Coordinator:
-    """See the module. ``api_url`` and ``address`` are for the status only, set once they are known; ``drafter``: before
-    it runs, if there is a draft model."""
+    """See the module. ``api_url`` and ``address`` are for the status only, set once they are known. Before it runs:
+    ``drafter``, if there is a draft model; ``fallbacks``, smaller models for when ``source`` does not fit any more,
+    with ``open_vocab``."""
 
     def __init__(self, settings: Settings, source: Source, vocab: Vocab, trust: NodeFiles, name: str) -> None:
         self.settings, self.source, self.vocab, self._trust, self._name = settings, source, vocab, trust, name
         self.drafter: Drafter | None = None
         self.address = self.api_url = ""
         self.term, self.epoch = 1, 0
-        self.context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
+        self._main = source
+        self.fallbacks: tuple[Source, ...] = ()
+        self.open_vocab: Callable[[Source], Awaitable[Vocab]] | None = None
         self.members: dict[str, Member] = {}
         self.gossip = Gossip()
         self._build: BuildInfo = local_build()
@@ -119,6 +122,8 @@ class Coordinator:
         return self.vocab.piece(token)
 
     def generate(self, request: Request, sink: Sink) -> Generation:
+        if request.model not in ("", self.source.name):  # it changed since the prompt was made tokens
+            raise Unavailable(f"{self.source.name} is served now: send the request again", retry_after_s=RETRY_AFTER_S)
         if self._dispatcher is None:
             if self._reviving and len(self._waiting) < self.settings.queue + self.settings.slots:
                 stream = Stream(request, sink, secrets.randbits(64))
@@ -254,7 +259,7 @@ class Coordinator:
                 await self._pause(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
                 self._changed.clear()
                 try:
-                    plan = self._plan_now()
+                    source, plan = self._plan_now()
                 except PlanError as error:
                     if self._reason != error.message:
                         log.info("no plan: %s", error.message)
@@ -264,6 +269,7 @@ class Coordinator:
                     await self._until_changed(error.retry_after_s)
                     continue
                 try:
+                    await self._use(source)
                     self._planned = plan
                     await self._bring_up(plan)
                     await self._broken.wait()
@@ -291,15 +297,21 @@ class Coordinator:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), at_most_s)
 
-    def _plan_now(self) -> Plan:
-        """A plan for the nodes that are here. Raises PlanError: nodes are awaited (code WAITING), all of them before
-        the first plan, later a lost one for ``rejoin_s`` if the model does not fit those left; or it does not fit."""
+    def _plan_now(self) -> tuple[Source, Plan]:
+        """What to serve, and a plan for the nodes that are here.
+
+        Raises PlanError: nodes are awaited (code WAITING), all of them before the first plan, later a lost one for
+        ``rejoin_s`` if no model fits those left; or none fits.
+        """
         here, wanted = len(self.members), self.settings.wait_nodes
         if here < wanted and not self._served_at:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
         try:
-            return self._plan()
+            return self._main, self._plan(self._main)
         except PlanError as error:
+            for source in self.fallbacks:
+                with contextlib.suppress(PlanError):
+                    return source, self._plan(source)
             left = self._gone_at + self.settings.rejoin_s - time.monotonic()
             if here >= wanted or left <= 0:
                 raise
@@ -310,13 +322,30 @@ class Coordinator:
                 retry_after_s=left,
             ) from None
 
-    def _plan(self) -> Plan:
-        costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
-        room = need(self.settings, self.source, self.context)
+    async def _use(self, source: Source) -> None:
+        """Serve another model from now on, if it is another: who waits has tokens of the old one. Raises ModelError."""
+        if source is self.source:
+            return
+        assert self.open_vocab is not None
+        vocab = await self.open_vocab(source)
+        log.warning("serving %s from now on in the place of %s", source.name, self.source.name)
+        told = f"{self.source.name} is not served any more, {source.name} is: send the request again"
+        self._give_up(Unavailable(told, code=TOO_LARGE, retry_after_s=RETRY_AFTER_S))
+        old, self.source, self.vocab = self.vocab, source, vocab
+        await old.close()
+
+    @property
+    def context(self) -> int:
+        """Tokens of one request, at most."""
+        return _context(self.settings, self.source)
+
+    def _plan(self, source: Source) -> Plan:
+        costs, nodes = source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
+        room = need(self.settings, source, _context(self.settings, source))
         capacities = [member.capacity for member in nodes]
         if self.settings.cuts:
-            return with_cuts(costs, self.source.cuts, room, capacities, self.settings.cuts)
-        return proportional(costs, self.source.cuts, room, capacities)
+            return with_cuts(costs, source.cuts, room, capacities, self.settings.cuts)
+        return proportional(costs, source.cuts, room, capacities)
 
     async def _bring_up(self, plan: Plan) -> None:
         """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
@@ -365,7 +394,8 @@ class Coordinator:
 
     def _serve(self, sender: RingSender) -> None:
         ring, settings = self._ring, self.settings
-        limits = ring.limits(settings, self.context, drafts=self.drafter is not None)
+        drafter = self.drafter if self.source is self._main else None
+        limits = ring.limits(settings, self.context, drafts=drafter is not None)
         speculation = Speculation(settings.speculation, ring.costs())
         self._dispatcher = Dispatcher(
             Scheduler(limits, self.vocab.eog, None if settings.speculation == "off" else speculation),
@@ -374,7 +404,7 @@ class Coordinator:
             sender.send,
             sender.flush,
             lambda message: self._break(message),
-            self.drafter,
+            drafter,
         )
         self._dispatcher.always_draft = settings.speculation == "on"
         self._reason = self._code = ""
@@ -438,10 +468,12 @@ class Coordinator:
         if now - self._idle_since < REPLAN_IDLE_S or not unused or not self.settings.replan:
             return
         try:
-            plan = self._plan()
+            plan = self._plan(self._main)
         except PlanError:
-            return  # it was possible before they came; it goes on as it is
-        if plan != self._planned and any(stage.node in unused for stage in plan.stages):
+            return  # it was possible before they came, or a smaller model is served; it goes on as it is
+        if self.source is not self._main:
+            self._break(f"{self._main.name} fits again")
+        elif plan != self._planned and any(stage.node in unused for stage in plan.stages):
             self._break("a better plan is possible")
 
     # --- what front ends see ---
@@ -478,3 +510,7 @@ class Coordinator:
     def loading(self) -> str:
         """How far the stages are, for people; empty when nothing is being loaded."""
         return "" if self._dispatcher is not None else self._ring.loading()
+
+
+def _context(settings: Settings, source: Source) -> int:
+    return min(settings.context or DEFAULT_CONTEXT, source.train_context)
