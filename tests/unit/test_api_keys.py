@@ -18,7 +18,7 @@ from dwarfstar_engine.api import keys as keys_module
 from dwarfstar_engine.api.app import create_app
 from dwarfstar_engine.api.errors import KeyRefused
 from dwarfstar_engine.api.keybook import KeyBook, KeyStore, key_hash
-from dwarfstar_engine.api.keys import NO_KEY, UNKNOWN_KEY, Gate, LiveKeys, Refusals, credentials
+from dwarfstar_engine.api.keys import NO_KEY, UNKNOWN_KEY, Gate, LiveKeys, Refusals, credentials, is_foreign
 from dwarfstar_engine.errors import TrustError
 from support.api_keys import NOW, book, gate
 from support.fake_engine import FakeEngine, http_client
@@ -72,6 +72,36 @@ def test_who_passes(headers: tuple[str, ...], required: bool, open_with_keys: bo
     assert passes(gate("right", required=False), *headers) == open_with_keys
     assert passes(gate(required=False), *headers)  # loopback, and no key was ever made
     assert not passes(gate(), *headers)  # elsewhere, and all keys are withdrawn
+
+
+@pytest.mark.parametrize(
+    ("origin", "foreign"),
+    [
+        (None, False),
+        ("http://127.0.0.1:8080", False),
+        ("http://localhost:3000", False),
+        ("https://[::1]:3000", False),
+        ("https://chat.example", True),
+        ("http://127.0.0.1.evil.example", True),
+        ("http://localhost@evil.example", True),
+        ("null", True),
+        ("", True),
+        ("http://[", True),
+    ],
+)
+def test_pages_of_this_machine_may_ask_and_others_not(origin: str | None, foreign: bool) -> None:
+    assert is_foreign(origin, "127.0.0.1:8080") == foreign
+    assert not is_foreign("https://chat.example", "chat.example")  # a proxy on this machine, with pages of its own
+
+
+async def test_a_page_from_elsewhere_is_refused_on_loopback() -> None:
+    """A browser would send it without asking: no key stands in the way there."""
+    for required, status in ((False, 403), (True, 401)):
+        async with http_client(FakeEngine(), gate=gate("right", required=required)) as client:
+            answer = await client.get("/v1/models", headers={"Origin": "https://evil.example"})
+            assert answer.status_code == status
+            if not required:
+                assert answer.json()["error"]["code"] == "foreign_origin"
 
 
 def test_an_ended_key_passes_nowhere_and_is_told_so() -> None:

@@ -38,6 +38,11 @@ class KeyRefused(RequestError):
     http_status = 401
 
 
+class ForeignPage(RequestError):
+    code = "foreign_origin"
+    http_status = 403
+
+
 class UnknownModel(RequestError):
     code = "model_not_found"
     http_status = 404

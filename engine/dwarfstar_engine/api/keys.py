@@ -5,6 +5,9 @@ it is open, but a key that is given must be right as soon as there are keys, so 
 engine is bound elsewhere. A request passes the gate once, before its body is read; tokens do not. A key that is
 withdrawn lets nothing in from then on; what it let in before goes on to its end.
 
+A browser on this machine lets any web page post to loopback without asking. Where no key is needed, a request of a page
+from elsewhere is refused: browsers say in ``Origin`` where a page is from.
+
 ``LiveKeys`` follows the file: at most every LOOK_S, with the first request after that, it asks whether the file is
 another one, and reads it if so. Without requests nobody looks. While the file cannot be read, the keys known before
 count: an editor's half-written file must neither lock everybody out nor let anybody in.
@@ -22,10 +25,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from dwarfstar_engine.api.errors import KeyRefused
+from dwarfstar_engine.api.errors import ForeignPage, KeyRefused
 from dwarfstar_engine.api.keybook import Ended, KeyBook, KeyStore, Known, Signature, Unknown, judge
 from dwarfstar_engine.errors import TrustError
 
@@ -38,6 +42,7 @@ MAX_SOURCES = 64  # remembered; beyond it the one refused longest ago is forgott
 MAX_LINES = 30  # in TELL_EVERY_S, of all sources: a network full of addresses must not fill the disk
 MAX_NOTES = 256  # keys whose day of use is remembered: twice as many as there are, as some are replaced
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # pages of this machine's own servers may ask
 NO_KEY = "this server needs an API key: send it as 'Authorization: Bearer KEY'"
 UNKNOWN_KEY = "the API key is not one this server knows: check the key your client sends"
 
@@ -110,6 +115,17 @@ def credentials(headers: Sequence[str]) -> str | None:
     return (key.strip() or None) if scheme.lower() == "bearer" else None
 
 
+def is_foreign(origin: str | None, host: str) -> bool:
+    """Whether a request comes from a web page of another host than the one it was sent to. Other clients send none."""
+    if origin is None:
+        return False
+    try:
+        page = urlsplit(origin)
+        return page.netloc.lower() != host.lower() and page.hostname not in LOOPBACK
+    except ValueError:
+        return True
+
+
 class Gate:
     """Lets requests in, or raises KeyRefused.
 
@@ -132,7 +148,10 @@ class Gate:
         self._noting: set[asyncio.Future[None]] = set()
 
     def admit(self, request: Request) -> None:
-        """Let the request pass. Raises KeyRefused. Called on the event loop; it waits for nothing but LiveKeys."""
+        """Let the request pass. Raises KeyRefused, ForeignPage. Called on the event loop; it waits for nothing but
+        LiveKeys."""
+        if not self._required and is_foreign(request.headers.get("origin"), request.headers.get("host", "")):
+            raise ForeignPage("this engine answers no web pages from elsewhere: bind it with a key, or use a proxy")
         try:
             self.check(request.headers.getlist("authorization"))
         except KeyRefused as error:
