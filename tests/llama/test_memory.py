@@ -126,6 +126,7 @@ async def running_stage(
         address = f"127.0.0.1:{(await until('listening'))['port']}"
         child.send(
             command="load", backend="llama", model="m", path=str(path), layers=list(layers), wire=1, ends=[],
+            known=None,
             options={**COMMON, **options},
         )  # fmt: skip
         await until("ready")

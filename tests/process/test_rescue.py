@@ -186,13 +186,19 @@ def test_what_does_not_fit_any_more_is_said(tmp_path_factory: pytest.TempPathFac
         assert again["choices"][0]["text"].startswith(heard.text)
 
 
+def served(engine: EngineProcess) -> str:
+    model = engine.status().model
+    assert model is not None
+    return model.name
+
+
 def test_a_smaller_model_serves_while_the_other_does_not_fit(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("fallback") / "home"
     options = ("--local-nodes", "2", "--threads", "1", "--slots", "1", "--context", "512", "--effective-vram", "0.12")
     variables = {"DWARFSTAR_REJOIN_S": "0"}
     with EngineProcess(home, "demo", *options, "--fallback", "toy:6:1", variables=variables) as engine:
         engine.wait_serving()
-        main = engine.status().model.name
+        main = served(engine)
         machine = (engine.node_pid("node2"), engine.stage(1).pid)
 
         def stop() -> None:
@@ -205,10 +211,10 @@ def test_a_smaller_model_serves_while_the_other_does_not_fit(tmp_path_factory: p
             engine.wait_serving()
             answer = engine.post(TEXT, {"prompt": "small", "max_tokens": 9, "temperature": 0}).json()
             assert answer["choices"][0]["text"] == bytes(toy.expected(b"small", 9, 6)).decode()
-            assert answer["model"] == engine.status().model.name != main
+            assert answer["model"] == served(engine) != main
         finally:
             for pid in machine:
                 engine.kill(pid, signal.SIGCONT)
-        until(lambda: engine.status().model.name == main and engine.status().state == "serving", "the model is back")
+        until(lambda: served(engine) == main and engine.status().state == "serving", "the model is back")
         again = engine.post(TEXT, {**REQUESTS[0], "stream": False, "max_tokens": 450}).json()
         assert again["choices"][0]["text"].startswith(heard.text)

@@ -197,7 +197,7 @@ class Coordinator:
             return
         member.stage = event
         if event.HasField("profile"):
-            member.profile = event.profile
+            member.profile, member.profiled = event.profile, self._ring.layers_of(member)
         if event.HasField("link"):
             member.link = event.link
         if event.state in (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED, pb.STAGE_STATE_BROKEN):
@@ -358,6 +358,8 @@ class Coordinator:
         for index, stage in enumerate(self._ring.stages):
             stage.member.stage = None
             assign = self._ring.assign(index, self.settings, self.source, self.context, self.vocab.eog)
+            if len(self._waiting) and (known := stage.expected_profile()) is not None:
+                assign.known.CopyFrom(known)
             stage.member.send(pb.CoordinatorMessage(assign=assign))
         await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
         try:

@@ -303,9 +303,9 @@ class NodeDaemon:
                 self._report(assign.epoch, stage.state)
                 return
             await self._drop_stage()
-            await self._start_stage(load, assign.epoch)
+            await self._start_stage(load, assign.epoch, _known(assign))
 
-    async def _start_stage(self, load: dict[str, Any], epoch: int) -> None:
+    async def _start_stage(self, load: dict[str, Any], epoch: int, known: dict[str, Any] | None) -> None:
         stage = _Stage(load, epoch)
         child = Child(STAGE, lambda event: self._on_event(stage, event), lambda status: self._on_exit(stage, status))
         stage.child = child
@@ -317,7 +317,7 @@ class NodeDaemon:
         self._stage = stage
         options = self._options
         child.send(name=options.name, host=load["host"], trust=str(options.trust.folder), cpus=list(options.cpus))
-        child.send(command="load", **load)
+        child.send(command="load", **load, known=known)
         self._report(epoch, pb.STAGE_STATE_LOADING)
 
     async def _release(self, epoch: int) -> None:
@@ -468,6 +468,20 @@ class NodeDaemon:
         stage, self._stage = self._stage, None
         if stage is not None:
             await stage.child.stop()
+
+
+def _known(assign: pb.Assign) -> dict[str, Any] | None:
+    """The profile that the stage is to take as its own, as ``stage.measure.Profile`` has it."""
+    if not assign.HasField("known"):
+        return None
+    known = assign.known
+    return {
+        "prompt": [(cost.rows, cost.ms) for cost in known.prompt],
+        "step_ms": known.step_ms,
+        "together_ms": known.together_ms,
+        "batched": known.batched,
+        "window": known.window,
+    }
 
 
 def _profile(told: Mapping[str, Any]) -> pb.StageProfile:

@@ -36,6 +36,20 @@ class Stage:
         host = f"[{self.member.host}]" if ":" in self.member.host else self.member.host
         return f"{host}:{self.member.stage.port}"
 
+    def expected_profile(self) -> pb.StageProfile | None:
+        """What its rows will take, by what the node's last stage was measured to; None if there was none."""
+        if not self.member.profiled:
+            return None
+        share = (self.plan.layers[1] - self.plan.layers[0]) / self.member.profiled
+        measured = self.member.profile
+        return pb.StageProfile(
+            prompt=[pb.RowCost(rows=cost.rows, ms=cost.ms * share) for cost in measured.prompt],
+            step_ms=measured.step_ms * share,
+            together_ms=measured.together_ms * share,
+            batched=measured.batched,
+            window=measured.window,
+        )
+
     def reached(self, state: pb.StageState.ValueType) -> bool:
         return self.member.stage is not None and self.member.stage.state == state
 
@@ -55,6 +69,10 @@ class Epoch:
     def nodes(self) -> set[str]:
         """Ids."""
         return {stage.member.id for stage in self.stages}
+
+    def layers_of(self, member: Member) -> int:
+        """How many layers of the model a member's stage has."""
+        return next((s.plan.layers[1] - s.plan.layers[0] for s in self.stages if s.member is member), 0)
 
     def has(self, member: Member) -> bool:
         return any(stage.member is member for stage in self.stages)

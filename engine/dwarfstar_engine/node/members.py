@@ -35,6 +35,7 @@ class Member:
     stage: pb.StageEvent | None = None
     link: pb.LinkProfile = field(default_factory=pb.LinkProfile)  # of its stage to the next
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # measured by its stage, of the epoch
+    profiled: int = 0  # layers of the stage that was measured so
     hosts: tuple[str, ...] = ()  # all its machine's addresses, for its peers
     control_port: int = 0  # where it would be a coordinator; 0: it would not
     outbox: asyncio.Queue[pb.CoordinatorMessage] = field(default_factory=lambda: asyncio.Queue(OUTBOX))

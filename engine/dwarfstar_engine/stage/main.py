@@ -35,6 +35,7 @@ from dwarfstar_engine.model.slice import slice_file, token_embedding
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
+from dwarfstar_engine.stage.measure import Profile
 from dwarfstar_engine.stage.pipe import ChildPipe
 from dwarfstar_engine.stage.worker import Backend, LlamaBackend, ToyBackend, Worker
 from dwarfstar_engine.wire import channel, frames, loop
@@ -162,7 +163,8 @@ class StageProcess:
         slots = int(command["options"]["slots"])
         self._wire = int(command["wire"])
         worker = Worker(backend, slots, WireType(self._wire or WireType.F32), command["ends"])
-        profile = worker.measure()
+        known = command["known"]
+        profile = worker.measure(Profile(**known) if known else None)
         self._worker = worker
         gc.collect()
         gc.freeze()  # what is here now stays: collections between frames need not walk it

@@ -73,8 +73,8 @@ class Backend(Protocol):
 
     def copy(self, source: int, target: int, position: int) -> None: ...
     def clear(self) -> None: ...
-    def measure(self) -> Profile:
-        """What rows take; before any frame."""
+    def measure(self, known: Profile | None = None) -> Profile:
+        """What rows take, unless that is known; before any frame."""
         ...
 
     def tune(self, wire: WireType, *, batched: bool, ends: Collection[int]) -> None:
@@ -130,8 +130,8 @@ class LlamaBackend:
     def clear(self) -> None:
         self._slice.hot.clear()
 
-    def measure(self) -> Profile:
-        profile = measure(self._slice, self._slice.options.threads)
+    def measure(self, known: Profile | None = None) -> Profile:
+        profile = known or measure(self._slice, self._slice.options.threads)
         if not profile.batched:
             self._slice.open_slots()
         return profile
@@ -198,7 +198,7 @@ class ToyBackend:
     def clear(self) -> None:
         self._slice.clear()
 
-    def measure(self) -> Profile:
+    def measure(self, known: Profile | None = None) -> Profile:
         ms = 1000 * self._delay_s
         return Profile(((FIRST_ROWS, ms),), ms, ms, batched=True)
 
@@ -225,9 +225,10 @@ class Worker:
         self.wire = wire
         self.backend.tune(wire, batched=self.profile.batched, ends=self._ends)
 
-    def measure(self) -> Profile:
-        """See what rows take, and whether rows of several slots are better run together. Before any frame."""
-        self.profile = self.backend.measure()
+    def measure(self, known: Profile | None = None) -> Profile:
+        """See what rows take, unless it is known, and whether rows of several slots are better run together. Before any
+        frame."""
+        self.profile = self.backend.measure(known)
         self.use_wire(self.wire)
         return self.profile
 

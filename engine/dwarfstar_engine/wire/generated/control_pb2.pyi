@@ -744,6 +744,7 @@ class Assign(_message.Message):
     FIRST_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     epoch: _builtins.int
     layer_begin: _builtins.int
@@ -755,6 +756,10 @@ class Assign(_message.Message):
     def model(self) -> Global___ModelRef: ...
     @_builtins.property
     def options(self) -> Global___StageOptions: ...
+    @_builtins.property
+    def known(self) -> Global___StageProfile:
+        """what rows will take, about: there is no time to measure, as streams wait"""
+
     def __init__(
         self,
         *,
@@ -766,10 +771,11 @@ class Assign(_message.Message):
         first: _builtins.bool = ...,
         last: _builtins.bool = ...,
         options: Global___StageOptions | None = ...,
+        known: Global___StageProfile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "model", b"model", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first", b"first", "last", b"last", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "model", b"model", "options", b"options", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first", b"first", "known", b"known", "last", b"last", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "model", b"model", "options", b"options", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
