@@ -237,10 +237,11 @@ class Dispatcher:
         if self._error is None:
             self._error = StageError(reason, retry_after_s=retry_after_s)
         self._flights.clear()
-        streams, self._streams = list(self._streams.values()), {}
-        for stream in streams:
+        carried, self._streams = self._streams, {}
+        for sequence, stream in carried.items():
             stream.leave = None
-        return streams
+            self._forget(sequence)
+        return list(carried.values())
 
     def fail(self, reason: str, retry_after_s: float) -> None:
         """The pipeline broke: every request gets an error; nothing is sent any more. Idempotent."""
