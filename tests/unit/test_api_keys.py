@@ -18,7 +18,7 @@ from dwarfstar_engine.api import keys as keys_module
 from dwarfstar_engine.api.app import create_app
 from dwarfstar_engine.api.errors import KeyRefused
 from dwarfstar_engine.api.keybook import KeyBook, KeyStore, key_hash
-from dwarfstar_engine.api.keys import NO_KEY, UNKNOWN_KEY, Gate, LiveKeys, Refusals, credentials, is_foreign
+from dwarfstar_engine.api.keys import NO_KEY, UNKNOWN_KEY, Gate, LiveKeys, credentials, is_foreign
 from dwarfstar_engine.errors import TrustError
 from support.api_keys import NOW, book, gate
 from support.fake_engine import FakeEngine, http_client
@@ -212,33 +212,6 @@ async def test_the_day_of_use_is_noted_once_and_trouble_with_it_is_none(caplog: 
     while watched._noting:
         await asyncio.wait(watched._noting, timeout=10)
     assert noted == [(key_hash("right"), NOW.date()), (key_hash("right"), (NOW + DAY).date())]
-
-
-# --- lines in the log ---
-
-
-def test_a_source_has_a_line_a_minute() -> None:
-    told = Refusals()
-    assert [told.worth_a_line("a", 60.0 + at) for at in (0, 1, 59, 60, 61, 121)] == [
-        True, False, False, True, False, True,
-    ]  # fmt: skip
-
-
-def test_many_sources_cost_bounded_memory_and_few_lines() -> None:
-    told = Refusals()
-    lines = [sum(told.worth_a_line(f"{minute}.{n}", 60.0 * minute) for n in range(1000)) for minute in range(1, 9)]
-    assert lines == [keys_module.MAX_LINES] * 8
-    assert len(told.told) == keys_module.MAX_SOURCES
-
-
-@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.floats(0, 30)), max_size=60))
-def test_no_source_has_two_lines_within_a_minute(calls: list[tuple[str, float]]) -> None:
-    told, now, last = Refusals(), 60.0, dict[str, float]()
-    for source, wait in calls:
-        now += wait
-        if told.worth_a_line(source, now):
-            assert now - last.get(source, 0.0) >= keys_module.TELL_EVERY_S
-            last[source] = now
 
 
 # --- a changed file ---

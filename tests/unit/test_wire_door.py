@@ -13,11 +13,9 @@ import grpc
 import grpc.aio
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dwarfstar_engine.wire import channel, door, trust
-from dwarfstar_engine.wire.door import Door, Once, Visitors, source_of
+from dwarfstar_engine.wire.door import Door, Visitors, source_of
 from dwarfstar_engine.wire.trust import Authority, NodeFiles
 
 LITTLE = sys.byteorder == "little"
@@ -39,31 +37,6 @@ NOW = trust.utc_now()  # TLS looks at the real clock
 )
 def test_a_source_is_a_machine(peer: str, source: str) -> None:
     assert source_of(peer) == source
-
-
-def test_a_source_is_named_once_an_hour() -> None:
-    once = Once()
-    assert [once.worth("a", now) for now in (0.0, 1.0, door.TOLD_S - 1, door.TOLD_S)] == [True, False, False, True]
-
-
-@given(st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 5)), max_size=300))
-def test_lines_and_memory_are_bounded_whoever_asks(asking: list[tuple[int, float]]) -> None:
-    once, now, lines = Once(), 0.0, list[float]()
-    for who, pause in asking:
-        now += pause
-        if once.worth(str(who), now):
-            lines.append(now)
-    assert all(sum(at <= line < at + door.LINES_S / 2 for line in lines) <= 2 * door.LINES for at in lines)
-    assert len(once._told) <= door.TOLD
-
-
-def test_ten_thousand_sources_get_few_lines_and_little_memory() -> None:
-    once = Once()
-    assert sum(once.worth(str(who), 1.0) for who in range(10_000)) == door.LINES
-    for minute in range(100):
-        for who in range(100):
-            once.worth(f"{minute} {who}", door.LINES_S * (minute + 2))
-    assert len(once._told) == door.TOLD
 
 
 def test_who_calls_is_no_stranger_and_who_does_not_is_named_after_a_while() -> None:

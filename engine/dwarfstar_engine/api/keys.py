@@ -13,7 +13,7 @@ another one, and reads it if so. Without requests nobody looks. While the file c
 count: an editor's half-written file must neither lock everybody out nor let anybody in.
 
 Bounds. MAX_AUTHORIZATION characters of the header are looked at. Refusals are logged once a source in a while, a few a
-minute in all (:class:`Refusals`). No key, right or wrong, is in a log, a message or a ``repr``.
+minute in all (``once``). No key, right or wrong, is in a log, a message or a ``repr``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from urllib.parse import urlsplit
 
@@ -32,14 +30,14 @@ from starlette.requests import Request
 from dwarfstar_engine.api.errors import ForeignPage, KeyRefused
 from dwarfstar_engine.api.keybook import Ended, KeyBook, KeyStore, Known, Signature, Unknown, judge
 from dwarfstar_engine.errors import TrustError
+from dwarfstar_engine.once import Once
 
 log = logging.getLogger("dwarfstar.keys")
 
 LOOK_S = 1.0  # how long a withdrawn key may still work; a look costs a few microseconds
 MAX_AUTHORIZATION = 1024  # characters; ours have 53, and longer ones are nobody's key
 TELL_EVERY_S = 60.0  # between two lines about one source
-MAX_SOURCES = 64  # remembered; beyond it the one refused longest ago is forgotten
-MAX_LINES = 30  # in TELL_EVERY_S, of all sources: a network full of addresses must not fill the disk
+MAX_LINES = 30  # a minute, of all sources: a network full of addresses must not fill the disk
 MAX_NOTES = 256  # keys whose day of use is remembered: twice as many as there are, as some are replaced
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")  # pages of this machine's own servers may ask
@@ -78,28 +76,6 @@ class LiveKeys:
             if error.message != self._complaint:
                 self._complaint = error.message
                 log.error("%s Until then the keys known before count.", error.message)
-
-
-@dataclass(slots=True)
-class Refusals:
-    """Which refusals are worth a line in the log. Pure: ``now`` is a monotonic time, in s."""
-
-    told: OrderedDict[str, float] = field(default_factory=OrderedDict)  # source → when, longest ago first
-    begin: float = 0.0
-    lines: int = 0
-
-    def worth_a_line(self, source: str, now: float) -> bool:
-        if now - self.begin >= TELL_EVERY_S:
-            self.begin, self.lines = now, 0
-        at = self.told.get(source)
-        if self.lines >= MAX_LINES or (at is not None and now - at < TELL_EVERY_S):
-            return False
-        self.lines += 1
-        self.told[source] = now
-        self.told.move_to_end(source)
-        if len(self.told) > MAX_SOURCES:
-            self.told.popitem(last=False)
-        return True
 
 
 def credentials(headers: Sequence[str]) -> str | None:
@@ -143,7 +119,7 @@ class Gate:
         note: Callable[[str, date], None] | None = None,
     ) -> None:
         self._keys, self._required, self._clock, self._monotonic, self._note = keys, required, clock, monotonic, note
-        self._refusals = Refusals()
+        self._refusals = Once(TELL_EVERY_S, MAX_LINES)
         self._noted: dict[str, date] = {}
         self._noting: set[asyncio.Future[None]] = set()
 
@@ -156,7 +132,7 @@ class Gate:
             self.check(request.headers.getlist("authorization"))
         except KeyRefused as error:
             source = request.client.host if request.client else "an unknown address"
-            if self._refusals.worth_a_line(source, self._monotonic()):
+            if self._refusals.worth(source, self._monotonic()):
                 log.warning("refused a request of %s: %s", source, error.message)
             raise
 

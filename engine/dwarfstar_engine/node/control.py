@@ -24,8 +24,9 @@ from dwarfstar_engine.node.copies import Presence, Verdict, judge
 from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, MAX_NODES, Member
 from dwarfstar_engine.node.roster import REFUSAL, REMOVED
+from dwarfstar_engine.once import Once
 from dwarfstar_engine.wire import channel
-from dwarfstar_engine.wire.door import Once, source_of
+from dwarfstar_engine.wire.door import source_of
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlServicer
 from dwarfstar_engine.wire.handshake import BuildInfo, check_peer, local_build

@@ -7,8 +7,8 @@ looked at, as long as that costs little (:class:`Budget`); an address from which
 stranger's, and is named once. An address from which a member speaks is never called a stranger's, so a stranger on a
 member's machine is refused and not named.
 
-Bounds. TOLD sources are remembered, the least recent forgotten first, each worth a line in TOLD_S; and LINES lines in
-LINES_S altogether, whoever asks. Sources of IPv6 are networks of 64 bits: one machine has that many addresses.
+Bounds. Lines in the log are those of :class:`~dwarfstar_engine.once.Once`, whoever asks. Sources of IPv6 are networks
+of 64 bits: one machine has that many addresses.
 """
 
 from __future__ import annotations
@@ -35,14 +35,11 @@ import psutil
 from google.protobuf.message import DecodeError
 
 from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.once import Once
 from dwarfstar_engine.wire import channel
 
 log = logging.getLogger("dwarfstar.door")
 
-TOLD = 256
-TOLD_S = 3600.0
-LINES = 20
-LINES_S = 60.0
 SOURCES = 1024  # that are watched at one time: many more than there are machines at home
 GRACE_S = channel.HANDSHAKE_MS / 1000 + 1.0  # after it a connection has made a call or is closed
 LOOK_LINES = 65536  # of the system's table of connections that are read
@@ -68,32 +65,6 @@ def source_of(peer: str) -> str:
             return str(address.ipv4_mapped)
         return str(address) if address.is_loopback else str(ipaddress.ip_network((address, 64), strict=False))
     return str(address)
-
-
-@dataclass(slots=True)
-class Once:
-    """Whether something is worth a line in the log. Pure: ``now`` is a monotonic time, s."""
-
-    _told: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    _begin: float = float("-inf")
-    _lines: int = 0
-
-    def worth(self, what: str, now: float) -> bool:
-        """True the first time in TOLD_S, as long as there were not LINES others in LINES_S."""
-        told = self._told.get(what)
-        if told is not None and now - told < TOLD_S:
-            self._told.move_to_end(what)
-            return False
-        if now - self._begin >= LINES_S:
-            self._begin, self._lines = now, 0
-        if self._lines >= LINES:
-            return False
-        self._lines += 1
-        self._told[what] = now
-        self._told.move_to_end(what)
-        if len(self._told) > TOLD:
-            self._told.popitem(last=False)
-        return True
 
 
 @dataclass(slots=True)

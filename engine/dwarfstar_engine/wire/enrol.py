@@ -34,13 +34,14 @@ import grpc
 import grpc.aio
 
 from dwarfstar_engine.errors import DwarfStarError, PeerError, SettingsError, TrustError
+from dwarfstar_engine.once import Once
 from dwarfstar_engine.wire.channel import (
     ENROLMENT_SERVER_OPTIONS,
     MAX_CONTROL_BYTES,
     enrolment_credentials,
     open_channel,
 )
-from dwarfstar_engine.wire.door import Door, Once, Watch, source_of
+from dwarfstar_engine.wire.door import Door, Watch, source_of
 from dwarfstar_engine.wire.generated import control_pb2, control_pb2_grpc
 from dwarfstar_engine.wire.trust import (
     NODE_LIFETIME,
