@@ -216,7 +216,7 @@ class Striker:
                 if fault.kind is Kind.KILL_STAGE:
                     return signalled(stages[0], signal.SIGKILL)
                 return await _hold(stages[0], fault.hold_s)
-            case Kind.STOP_NODE:
+            case Kind.STOP_NODE | Kind.STOP_ENGINE:
                 return await _hold(await asyncio.to_thread(lambda: machine.pid), fault.hold_s)
             case Kind.KILL_NODE | Kind.RESTART:
                 number = signal.SIGKILL if fault.kind is Kind.KILL_NODE else signal.SIGTERM
@@ -329,6 +329,8 @@ def report(tally: Tally, seed: int, lines: int) -> str:
     """For people."""
     text = [f"seed {seed}: {len(tally.struck)} strikes, {tally.missed} faults found nothing to strike", ""]
     text += [faults.table(faults.stalls(tally.struck, tally.times, tally.ended)), ""]
+    pauses = ", ".join(f"{gap:.1f}" for gap in faults.silences(tally.times, tally.ended)[:5])
+    text += [f"longest silences of all streams, whatever struck meanwhile: {pauses} s"]
     text += [f"requests: {', '.join(f'{count} {what}' for what, count in sorted(tally.outcomes.items()))}"]
     for what, samples in tally.samples.items():
         first, last, _ = faults.grown(samples, 0, 0)

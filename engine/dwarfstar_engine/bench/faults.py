@@ -1,12 +1,13 @@
 """Which faults strike when, and how their outcome is told. Pure: a seed replays a run's choice of faults.
 
-A *strike* is one fault or two at once, on different nodes. Node 0 is the engine's own: its daemon is part of the engine,
-so only its stage is struck. Room is left on every node, so a stream may end with an error in one case only:
-it was carried over as often as is allowed.
+A *strike* is one fault or two at once, on different nodes. Node 0 is the engine's own: its daemon is part of the
+engine, which may be stopped for a while and is not killed. Room is left on every node, so a stream may end with an
+error in one case only: it was carried over as often as is allowed.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,12 @@ class Kind(Enum):
     RESTART = "restart of a node"
     CUT = "link cut"
     DEAF = "link cut one way"
+    STOP_ENGINE = "SIGSTOP of the engine"
 
 
 ON_STAGES = frozenset({Kind.KILL_STAGE, Kind.STOP_STAGE})
 OF_LINKS = frozenset({Kind.CUT, Kind.DEAF})
+OF_ENGINE = frozenset({*ON_STAGES, Kind.STOP_ENGINE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ def strikes(rng: random.Random, count: int, nodes: int, *, links: bool, own: boo
         targets = rng.sample(range(0 if own else 1, nodes + 1), many)
         faults = []
         for target in targets:
-            kind = rng.choice([kind for kind in kinds if target or kind in ON_STAGES])
+            kind = rng.choice([k for k in kinds if (k is not Kind.STOP_ENGINE if target else k in OF_ENGINE)])
             faults.append(Fault(kind, target, round(rng.uniform(MIN_HOLD_S, MAX_HOLD_S), 2)))
         chosen.append(Strike(tuple(faults), round(rng.uniform(MIN_PAUSE_S, MAX_PAUSE_S), 2)))
         count -= many
@@ -81,9 +84,14 @@ def stalls(struck: Sequence[tuple[float, str]], tokens: Sequence[float], end: fl
     for index, (at, name) in enumerate(struck):
         until = struck[index + 1][0] if index + 1 < len(struck) else end
         times = [at, *(time for time in tokens if at < time < until), until]
-        gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         found.setdefault(name, []).append(max(gaps))
     return found
+
+
+def silences(tokens: Sequence[float], end: float) -> list[float]:
+    """Pauses of all streams together, however many strikes fell into one; the longest first, s."""
+    return sorted((later - earlier for earlier, later in itertools.pairwise([*tokens, end])), reverse=True)
 
 
 def table(found: Mapping[str, Sequence[float]]) -> str:

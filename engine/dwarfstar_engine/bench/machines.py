@@ -32,7 +32,7 @@ STAGE = "dwarfstar_engine.stage.main"
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=IP_S)
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=IP_S)  # noqa: S607
 
 
 class Network:
@@ -95,7 +95,7 @@ class Host:
     def enter(self) -> None:
         """Have this thread's new sockets belong to that host."""
         if self.space:
-            with open(f"/run/netns/{self.space}", "rb") as space:
+            with Path("/run/netns", self.space).open("rb") as space:
                 if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), CLONE_NEWNET):
                     raise OSError(ctypes.get_errno(), "setns")
 
