@@ -36,7 +36,7 @@ class Wanted:
     longest: int
     local: bool = False
     namespaces: bool = True
-    engine: tuple[str, ...] = ()  # more options of it
+    haste: float = 1.0
 
 
 def play(wanted: Wanted, folder: Path, rng: random.Random) -> tuple[chaos.Tally, str]:
@@ -57,7 +57,7 @@ def set_up(wanted: Wanted, folder: Path, network: Network) -> list[Machine]:
     head = network.host(0)
     engine = Machine("head", head, folder / "head")
     room = ("--effective-vram", "1", "--threads", "1")  # each could hold the whole model: something is always left
-    more = [*room, "--slots", str(chaos.STREAMS), "--context", "512", "--batching", "exact", *wanted.engine]
+    more = [*room, "--slots", str(chaos.STREAMS), "--context", "512", "--batching", "exact"]
     ports = ("--port", "0", "--control-port", str(CONTROL_PORT if network.real else 0))
     nodes = ("--local-nodes", str(wanted.nodes)) if wanted.local else ("--wait-nodes", str(wanted.nodes + 1))
     engine.arguments = ["--serve", wanted.model, "--control-host", head.address, *ports, *nodes, *more]
@@ -117,7 +117,8 @@ def wait_serving(engine: Machine) -> None:
 
 def _run(wanted: Wanted, machines: list[Machine], rng: random.Random, *, links: bool) -> chaos.Tally:
     wait_serving(machines[0])
-    strikes = faults.strikes(rng, wanted.faults, wanted.nodes, links=links, own=not wanted.local)
+    own = not wanted.local
+    strikes = faults.strikes(rng, wanted.faults, wanted.nodes, links=links, own=own, haste=wanted.haste)
     return asyncio.run(chaos.run(machines, api_url(machines[0]), strikes, wanted.seed, wanted.longest))
 
 

@@ -58,9 +58,9 @@ class Strike:
         return self.faults[0].kind.value if len(self.faults) == 1 else "two at once"
 
 
-def strikes(rng: random.Random, count: int, nodes: int, *, links: bool, own: bool) -> list[Strike]:
+def strikes(rng: random.Random, count: int, nodes: int, *, links: bool, own: bool, haste: float = 1.0) -> list[Strike]:
     """Strikes with ``count`` faults in all, on the nodes 1 to ``nodes``. links: they can be cut. own: the engine's
-    process is a node as well, number 0."""
+    process is a node as well, number 0. haste: by how much pauses and holds are shorter."""
     kinds = [kind for kind in Kind if links or kind not in OF_LINKS]
     chosen: list[Strike] = []
     while count:
@@ -69,8 +69,8 @@ def strikes(rng: random.Random, count: int, nodes: int, *, links: bool, own: boo
         faults = []
         for target in targets:
             kind = rng.choice([k for k in kinds if (k is not Kind.STOP_ENGINE if target else k in OF_ENGINE)])
-            faults.append(Fault(kind, target, round(rng.uniform(MIN_HOLD_S, MAX_HOLD_S), 2)))
-        chosen.append(Strike(tuple(faults), round(rng.uniform(MIN_PAUSE_S, MAX_PAUSE_S), 2)))
+            faults.append(Fault(kind, target, round(rng.uniform(MIN_HOLD_S, MAX_HOLD_S) / haste, 2)))
+        chosen.append(Strike(tuple(faults), round(rng.uniform(MIN_PAUSE_S, MAX_PAUSE_S) / haste, 2)))
         count -= many
     return chosen
 
