@@ -16,6 +16,7 @@ from dwarfstar_engine.batch.scheduler import Limits, Scheduler
 from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, Overloaded, StageError
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.node.dispatcher import RATE_WINDOW_S, Dispatcher
+from dwarfstar_engine.node.streams import Stream
 from dwarfstar_engine.serving import Request, Sampling, Token
 from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.worker import ToyBackend, Worker
@@ -413,6 +414,33 @@ async def test_a_full_queue_refuses_and_the_others_go_on() -> None:
             await anext(tokens_of(dispatcher, request([99], 5)))
         assert len([token async for token in first]) == 4
         assert [token.id for token in await second] == reference([98], 5)[0]
+
+
+async def test_a_full_queue_refuses_nobody_it_accepted_before() -> None:
+    """A ring breaks under a full queue: those whose prompts were still read count as well in the next one."""
+    ring, sinks = Ring(slots=1, queued=1), [Queue() for _ in range(2)]
+    broken = Ring(slots=1, queued=1).dispatcher
+    broken.generate(request([97], 5), sinks[0])
+    assert broken._pump() and broken.scheduler.active == 1
+    broken.generate(request([98], 5), sinks[1])
+    streams = broken.suspend("a stage was lost", RETRY_S)
+    streams.insert(1, Stream(request([99], 5), Queue(), 1))  # and one that came while there was no ring
+    async with running(ring) as dispatcher:
+        for stream in streams:
+            dispatcher.carry(stream)
+        await until(ring.idle)
+    for sink, prompt in zip(sinks, ([97], [98]), strict=True):
+        items = [sink.items.get_nowait() for _ in range(sink.items.qsize())]
+        assert [item.id for item in items if isinstance(item, Token)] == reference(prompt, 5)[0]
+
+
+async def test_a_stream_whose_client_left_between_two_rings_is_not_carried_on() -> None:
+    ring, broken = Ring(), Ring().dispatcher
+    stream = broken.generate(request([97], 5), Queue())
+    assert broken.suspend("a stage was lost", RETRY_S) == [stream]
+    stream.cancel()
+    ring.dispatcher.carry(stream)
+    assert ring.dispatcher.scheduler.queued == 0
 
 
 async def test_seeds_are_fresh_unless_given() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dwarfstar_engine.errors import DwarfStarError, StageError
-from dwarfstar_engine.node.streams import MAX_RESCUES, Stream, WaitingRoom
+from dwarfstar_engine.node.streams import MAX_RESCUES, PROGRESS, Stream, WaitingRoom
 from dwarfstar_engine.serving import Request, Sampling, Token
 
 BROKE = StageError("the pipeline broke")
@@ -13,12 +15,14 @@ LATE = StageError("the pipeline was not back in time")
 class Sink:
     def __init__(self) -> None:
         self.errors: list[DwarfStarError] = []
+        self.then: Callable[[], None] = lambda: None
 
     def put(self, token: Token) -> None:
         raise AssertionError("nothing is said while a stream waits")
 
     def fail(self, error: DwarfStarError) -> None:
         self.errors.append(error)
+        self.then()
 
 
 def stream() -> tuple[Stream, Sink]:
@@ -68,3 +72,36 @@ def test_all_are_given_up_when_nothing_fits() -> None:
         room.put(waiting, 0.0)
     assert room.fail(BROKE) == 3 and len(room) == 0
     assert all(sink.errors == [BROKE] for _, sink in pairs)
+
+
+def test_a_stream_that_goes_on_is_rescued_as_often_as_pipelines_break() -> None:
+    room, (innocent, sink) = WaitingRoom(60.0), stream()
+    for _ in range(3 * MAX_RESCUES):
+        room.rescue([innocent], 0.0, BROKE)
+        assert room.take() == [innocent] and not sink.errors
+        innocent.answer += [1] * PROGRESS
+    for _ in range(MAX_RESCUES):  # and then it goes on no more
+        room.rescue([innocent], 0.0, BROKE)
+        innocent.answer += [1] * (PROGRESS - 1)
+    assert not sink.errors
+    room.rescue([innocent], 0.0, BROKE)
+    assert sink.errors == [BROKE]
+
+
+def test_a_choice_that_another_ones_error_ends_is_carried_no_further() -> None:
+    """Choices of one request: the first one's error cancels the other, which nobody holds at that moment."""
+    room, (poison, sink), (sibling, told) = WaitingRoom(60.0), stream(), stream()
+    poison.rescues = MAX_RESCUES
+    sink.then = sibling.cancel
+    room.rescue([poison, sibling], 0.0, BROKE)
+    assert sink.errors == [BROKE] and not told.errors and room.take() == []
+    room.put(sibling, 0.0)
+    assert room.take() == []
+
+
+def test_who_left_is_told_nothing_when_all_are_given_up() -> None:
+    room, (first, sink), (second, told) = WaitingRoom(60.0), stream(), stream()
+    room.put(first, 0.0)
+    room.put(second, 0.0)
+    sink.then = second.cancel
+    assert room.fail(BROKE) and sink.errors == [BROKE] and not told.errors

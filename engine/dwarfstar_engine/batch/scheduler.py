@@ -190,14 +190,14 @@ class Scheduler:
 
     # --- requests ---
 
-    def submit(self, sequence: int, request: Request, answer: Seq[int] = ()) -> None:
+    def submit(self, sequence: int, request: Request, answer: Seq[int] = (), *, accepted: bool = False) -> None:
         """Queue a request under a fresh id. Its prompt must be shorter than the context. Raises Overloaded.
 
-        answer: tokens it was given in another pipeline; their rows are computed again, and it goes on behind them. Such
-        a request is not refused.
+        answer: tokens it was given in another pipeline; their rows are computed again, and it goes on behind them.
+        accepted: by another pipeline; such a request is not refused, also if it was given no token yet.
         """
         assert 0 < len(request.prompt) < self.limits.context and sequence not in self._waiting
-        if not answer and len(self._waiting) >= self.limits.queued and not self._may_start():
+        if not accepted and len(self._waiting) >= self.limits.queued and not self._may_start():
             raise Overloaded(
                 f"{len(self._waiting)} requests are waiting already: try again later",
                 retry_after_s=1.0,

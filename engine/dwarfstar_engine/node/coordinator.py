@@ -18,7 +18,7 @@ import gc
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from dwarfstar_engine.batch.scheduler import Scheduler
@@ -49,6 +49,8 @@ LOAD_DEADLINE_S = 600.0  # a stage of a large model from a slow disk
 STALL_S = 60.0  # a load that makes no progress for so long is given up
 LINK_DEADLINE_S = 15.0
 WATCH_S = 0.5
+OVERSLEPT_S = 1.0  # woken so much later than asked, this process was stopped: the silence of that time is its own
+STUCK_S = 5.0  # a stage that has not joined the ring after so long is stuck; those that live need a fraction of it
 RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
@@ -140,6 +142,7 @@ class Coordinator:
         """A node is here. One of the same id that was here before is replaced: it has reconnected."""
         if (old := self.members.get(member.id)) is not None:
             self.detach(old)
+            old.dismiss()
         self.members[member.id] = member
         self.gossip.changed()
         self.gossip.tell(member, self.members.values())
@@ -362,10 +365,12 @@ class Coordinator:
                 assign.known.CopyFrom(known)
             stage.member.send(pb.CoordinatorMessage(assign=assign))
         await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
+        began = time.monotonic()
         try:
             await self._close_ring()
         except DwarfStarError:
-            self._release_stuck()
+            if time.monotonic() - began > STUCK_S:  # else they had no time to answer: they keep their weights
+                self._release_stuck()
             raise
 
     async def _close_ring(self) -> None:
@@ -377,13 +382,27 @@ class Coordinator:
         sender = RingSender(lambda reason: self._break(f"the connection to the first stage was lost: {reason}"))
         self._sender = sender
         credentials = channel.channel_credentials(self._trust)
-        await sender.open(stages[0].address, credentials, self._build, self.epoch, self._name)
+        await self._unless_broken(sender.open(stages[0].address, credentials, self._build, self.epoch, self._name))
         await self._until(pb.STAGE_STATE_LINKED, LINK_DEADLINE_S, "join the ring")
         try:
-            await asyncio.wait_for(self._returned.wait(), LINK_DEADLINE_S)
+            async with asyncio.timeout(LINK_DEADLINE_S):
+                await self._unless_broken(self._returned.wait())
         except TimeoutError:
             raise PeerError("the last stage did not connect to the coordinator", code="hop_failed") from None
         self._serve(sender)
+
+    async def _unless_broken(self, work: Coroutine[Any, Any, object]) -> None:
+        """Await ``work``, which is cancelled if the epoch breaks first. Raises StageError then, and also if both."""
+        task, broken = asyncio.create_task(work), asyncio.create_task(self._broken.wait())
+        try:
+            await asyncio.wait({task, broken}, return_when=asyncio.FIRST_COMPLETED)
+            if self._broken.is_set():
+                raise StageError(self._reason, code=self._code)
+            await task
+        finally:
+            task.cancel()
+            broken.cancel()
+            await asyncio.gather(task, broken, return_exceptions=True)
 
     def _release_stuck(self) -> None:
         """Have stages that gave no answer replaced: a stopped process would fail every attempt to come."""
@@ -395,6 +414,7 @@ class Coordinator:
                     stage.member.send(pb.CoordinatorMessage(release=pb.Release(term=self.term, epoch=self.epoch)))
 
     def _serve(self, sender: RingSender) -> None:
+        assert not self._broken.is_set()  # or nobody would tell the streams that are taken on now
         ring, settings = self._ring, self.settings
         drafter = self.drafter if self.source is self._main else None
         limits = ring.limits(settings, self.context, drafts=drafter is not None)
@@ -416,8 +436,9 @@ class Coordinator:
                 self._dispatcher.carry(stream)
             except DwarfStarError as error:
                 stream.sink.fail(error)
-        gc.collect()
-        gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
+        if not self._served_at:  # once: what is frozen is never collected, and later there are requests among it
+            gc.collect()
+            gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
         count = len(ring.stages)
         log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, count, "s" * (count > 1))
@@ -446,9 +467,12 @@ class Coordinator:
 
     async def _watch(self) -> None:
         """Find what does not announce itself: silent nodes and frames that do not come back."""
+        now = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_S)
-            now = time.monotonic()
+            due, now = now + WATCH_S, time.monotonic()
+            if now - due > OVERSLEPT_S:
+                self._woke(now)
             for member in [m for m in self.members.values() if m.state(now) == "lost"]:
                 log.warning("node %s has been silent for %.1f s", member.name, now - member.heard)
                 self.detach(member)
@@ -460,6 +484,11 @@ class Coordinator:
             deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
                 self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")
+
+    def _woke(self, now: float) -> None:
+        """This process was stopped for a while: what others said meanwhile is not read yet."""
+        for member in self.members.values():
+            member.heard = now
 
     def _improve(self, now: float) -> None:
         """Carry out a plan with nodes that came after the last one, when nobody is served."""

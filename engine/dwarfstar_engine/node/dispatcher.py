@@ -89,11 +89,15 @@ class Dispatcher:
     def generate(self, request: Request, sink: Sink) -> Stream:
         """See ``serving.Engine.generate``."""
         stream = Stream(request, sink, secrets.randbits(64))
-        self.carry(stream)
+        self._begin(stream, accepted=False)
         return stream
 
     def carry(self, stream: Stream) -> None:
-        """Begin a stream, or go on with it. Raises as ``serving.Engine.generate``."""
+        """Go on with a stream that was accepted before, unless its client left. Raises if it can never be carried."""
+        if not stream.left:
+            self._begin(stream, accepted=True)
+
+    def _begin(self, stream: Stream, *, accepted: bool) -> None:
         request = stream.request
         context = self.scheduler.limits.context
         if len(request.prompt) >= context:
@@ -105,7 +109,7 @@ class Dispatcher:
         if self._error is not None:
             raise self._error
         sequence = next(self._ids)
-        self.scheduler.submit(sequence, request, stream.answer)
+        self.scheduler.submit(sequence, request, stream.answer, accepted=accepted)
         self._streams[sequence] = stream
         stream.leave = functools.partial(self.cancel, sequence)
         self._pump_apart()

@@ -5,8 +5,12 @@ epoch breaks, streams wait here for the next one, which computes their rows agai
 the answer's as a step, so that the bits and with them the text are those of an undisturbed run.
 
 Bounds. A stream waits ``patience_s`` at most, then it gets the error it would have got at once. One that was carried
-over MAX_RESCUES times gets it too: perhaps it is what kills its stages. As many streams wait as were running, and
-requests that come meanwhile up to the bound of the queue.
+over MAX_RESCUES times and hardly went on in between gets it too: perhaps it is what kills its stages. One that went on
+is not, whatever else breaks; so such rescues are bounded by the tokens it may draw. As many streams wait as were
+running, and requests that come meanwhile up to the bound of the queue.
+
+Invariant. A stream that its client left is carried no further, wherever it is at that moment: also while it belongs to
+nobody, as when an error for one choice of a request ends the others.
 """
 
 from __future__ import annotations
@@ -17,23 +21,27 @@ from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.serving import Request, Sink
 
 MAX_RESCUES = 3
+PROGRESS = 8  # tokens since the last rescue that clear a stream: what kills its stages does so at once
 
 
 class Stream:
     """See ``serving.Generation``. answer: the tokens delivered. seed: drawn once, so that a replay draws the same.
 
-    leave: has its carrier forget it; set by the carrier.
+    leave: has its carrier forget it; set by the carrier. left: its client did. rescues: without PROGRESS in between;
+    had: tokens of the answer at the last one.
     """
 
-    __slots__ = ("answer", "leave", "request", "rescues", "seed", "sink")
+    __slots__ = ("answer", "had", "leave", "left", "request", "rescues", "seed", "sink")
 
     def __init__(self, request: Request, sink: Sink, seed: int) -> None:
         self.request, self.sink, self.seed = request, sink, seed
         self.answer: list[int] = []
-        self.rescues = 0
+        self.rescues = self.had = 0
+        self.left = False
         self.leave: Callable[[], None] | None = None
 
     def cancel(self) -> None:
+        self.left = True
         leave, self.leave = self.leave, None
         if leave is not None:
             leave()
@@ -50,13 +58,20 @@ class WaitingRoom:
         return len(self._streams)
 
     def put(self, stream: Stream, now: float) -> None:
-        """Let a stream wait for the next epoch."""
+        """Let a stream wait for the next epoch, unless its client left."""
+        if stream.left:
+            return
         self._streams[stream] = now
         stream.leave = lambda: self._forget(stream)
 
     def rescue(self, streams: list[Stream], now: float, error: DwarfStarError) -> None:
         """Streams of an epoch that broke: those that were rescued too often get ``error``."""
         for stream in streams:
+            if stream.left:  # for an error of the one before
+                continue
+            if len(stream.answer) - stream.had >= PROGRESS:
+                stream.rescues = 0
+            stream.had = len(stream.answer)
             stream.rescues += 1
             if stream.rescues > MAX_RESCUES:
                 stream.leave = None
@@ -75,7 +90,8 @@ class WaitingRoom:
         for stream in lost:
             self._forget(stream)
             stream.leave = None
-            stream.sink.fail(error)
+            if not stream.left:
+                stream.sink.fail(error)
         return len(lost)
 
     def expire(self, now: float, error: DwarfStarError) -> int:

@@ -100,15 +100,15 @@ class StageProcess:
             except queue.Full:
                 raise FrameError(f"{PROMPT_FRAMES} frames of prompts wait already") from None
             return
-        out, feeder = self._worker.run(data), self._feeder
-        self._sender.send(out)
+        out, sender, feeder = self._worker.run(data), self._sender, self._feeder
+        sender.send(out)
         if feed := self._worker.take_feed():  # first: the ring waits for it
             if feeder is not None:
                 feeder.send(feed)
                 await feeder.flush()
             else:
                 self._feed_self(self._epoch, feed)
-        await self._sender.flush()
+        await sender.flush()  # of this ring: ``_sender`` may be another one's by now
 
     def _read_prompts(self) -> None:
         """The thread of prompts."""
@@ -197,12 +197,13 @@ class StageProcess:
             link = await sender.open(
                 str(command["next"]), channel.channel_credentials(self._trust), self._build, epoch, self._name
             )
+            feeds = await self._open_feeder(epoch, str(command["feed"]))
         except DwarfStarError as error:
             self._pipe.emit("broken", epoch=epoch, code=error.code, message=error.message)
             return
-        feeds = await self._open_feeder(epoch, str(command["feed"]))
-        if epoch != self._epoch:
-            return
+        except asyncio.CancelledError:  # by the link of a newer epoch, which knows nothing of this hop
+            await sender.close()
+            raise
         self._sender = sender
         wire = self._choose_wire(link)
         self._pipe.emit(

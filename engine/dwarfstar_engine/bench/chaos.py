@@ -1,0 +1,342 @@
+"""Faults on real processes under a crowd of requests: is every answer whole and right, does nothing hang or leak?
+
+Each request of a pool is first run undisturbed. Then ``STREAMS`` clients ask for them again and again, some leave in
+the middle, while processes are killed and stopped and links cut (``faults``). Every request must end once: with the
+undisturbed text, or, having been carried over MAX_RESCUES times, with an error that says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+
+from dwarfstar_engine.bench import faults
+from dwarfstar_engine.bench.faults import Fault, Kind, Strike
+from dwarfstar_engine.bench.machines import Machine, signalled
+from dwarfstar_engine.bench.soak import WORDS
+from dwarfstar_engine.node.streams import MAX_RESCUES
+
+STREAMS = 8
+POOL = 24  # different requests
+DEADLINE_S = 180.0  # of a request: the engine gives up a stream that waits for 60 s
+SETTLE_S = 120.0  # after the last fault, until all nodes serve again
+SAMPLE_S = 0.5
+MEMORY_SHARE, MEMORY_BYTES = 0.05, 8 << 20  # growth that is no leak: of the first third, and absolute
+FILES = 8  # open files likewise
+LOG_LINES = 60  # of all machines together for each fault: an epoch is told in some ten lines, and breaks twice or so
+TEXT = "/v1/completions"
+EARLY = "the pipeline broke during this request"  # of the error after MAX_RESCUES
+SLACK_S = 15.0  # a fault's effect may last so long
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, and the undisturbed answer."""
+
+    body: dict[str, Any]
+    text: str = ""
+    finish: str = ""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was seen. times: at which any client got something. struck: strikes, with their names."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    struck: list[tuple[float, str]] = field(default_factory=list)
+    missed: int = 0  # faults that found no process
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    ended: float = 0.0
+
+    def problem(self, what: str) -> None:
+        self.outcomes["WRONG"] += 1
+        self.wrong.append(what)
+
+
+def pool(rng: random.Random, longest: int) -> list[dict[str, Any]]:
+    """Requests of all kinds: greedy, seeded, with penalties, with logprobs; streaming and not."""
+    bodies = []
+    for number in range(POOL):
+        text = f"{' '.join(rng.choices(WORDS, k=rng.choice([3, 12, 40])))} {number}:"
+        kinds: tuple[dict[str, Any], ...] = (
+            {"temperature": 0},
+            {"temperature": 0.9, "seed": rng.randrange(1 << 40)},
+            {"temperature": 0, "frequency_penalty": 0.6, "presence_penalty": 0.4},
+            {"temperature": 0.8, "seed": rng.randrange(1 << 30), "repeat_penalty": 1.3, "logprobs": 2},
+        )
+        bodies.append(
+            {
+                "model": "any",
+                "prompt": text,
+                "max_tokens": rng.choice([longest // 4, longest // 2, longest]),
+                "ignore_eos": True,
+                "stream": rng.random() < 0.7,
+                **kinds[number % len(kinds)],
+            }
+        )
+    return bodies
+
+
+async def undisturbed(client: httpx.AsyncClient, bodies: Sequence[dict[str, Any]]) -> list[Asked]:
+    """The answers as they should be."""
+    asked = []
+    for body in bodies:
+        answer = (await client.post(TEXT, json={**body, "stream": False})).raise_for_status().json()
+        choice = answer["choices"][0]
+        asked.append(Asked(body, choice["text"], choice["finish_reason"]))
+    return asked
+
+
+class Client:
+    """Asks for one thing after the other until ``stop`` is set."""
+
+    def __init__(self, http: httpx.AsyncClient, asked: Sequence[Asked], rng: random.Random, tally: Tally) -> None:
+        self._http, self._asked, self._rng, self._tally = http, asked, rng, tally
+
+    async def run(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            asked = self._rng.choice(self._asked)
+            leave = self._rng.randint(1, 20) if asked.body["stream"] and self._rng.random() < 0.2 else 0
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(DEADLINE_S):
+                    await (self._stream(asked, leave, began) if asked.body["stream"] else self._plain(asked, began))
+            except TimeoutError:
+                self._tally.problem(f"no end within {DEADLINE_S:.0f} s: {asked.body}")
+            except (httpx.HTTPError, ValueError) as error:
+                self._tally.problem(f"broken answer: {type(error).__name__} {error}")
+                await asyncio.sleep(0.2)  # an engine that is gone is not asked in a busy loop
+
+    async def _plain(self, asked: Asked, began: float) -> None:
+        answer = await self._http.post(TEXT, json=asked.body)
+        self._tally.times.append(time.monotonic())
+        said = answer.json()
+        if answer.status_code != 200:
+            self._refused(said["error"], began)
+            return
+        choice = said["choices"][0]
+        if asked.body.get("logprobs") and len(choice["logprobs"]["tokens"]) != said["usage"]["completion_tokens"]:
+            self._tally.problem("tokens without log probabilities")
+        self._whole(asked, choice["text"], [choice["finish_reason"]])
+
+    async def _stream(self, asked: Asked, leave: int, began: float) -> None:
+        text, finishes, done, events = "", [], 0, 0
+        async with self._http.stream("POST", TEXT, json=asked.body) as answer:
+            if answer.status_code != 200:
+                self._refused(json.loads(await answer.aread())["error"], began)
+                return
+            async for line in answer.aiter_lines():
+                done += line == "data: [DONE]"
+                if not line.startswith("data: {"):
+                    continue
+                self._tally.times.append(time.monotonic())
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    self._prefix(asked, text)
+                    self._refused(event["error"], began)
+                    return
+                for choice in event["choices"]:
+                    text += choice["text"]
+                    finishes += [choice["finish_reason"]] if choice["finish_reason"] else []
+                events += 1
+                if leave and events >= leave:
+                    self._prefix(asked, text)
+                    self._tally.outcomes["left by the client"] += 1
+                    return
+        if done != 1:
+            self._tally.problem(f"the stream ended {done} times")
+        else:
+            self._whole(asked, text, finishes)
+
+    def _prefix(self, asked: Asked, text: str) -> None:
+        if not asked.text.startswith(text):
+            self._tally.problem(f"wanted {asked.text!r}, so far {text!r}: {asked.body}")
+
+    def _whole(self, asked: Asked, text: str, finishes: list[str]) -> None:
+        if (text, finishes) == (asked.text, [asked.finish]):
+            self._tally.outcomes["whole"] += 1
+        else:
+            self._tally.problem(f"wanted {asked.text!r}, got {text!r} {finishes}: {asked.body}")
+
+    def _refused(self, error: dict[str, Any], began: float) -> None:
+        struck = len(self._tally.struck) - bisect.bisect(self._tally.struck, (began - SLACK_S, ""))
+        if error["message"].startswith(EARLY) and struck > MAX_RESCUES:
+            self._tally.outcomes["given up"] += 1
+        else:
+            self._tally.problem(f"after {struck} strikes in {time.monotonic() - began:.1f} s: {error['message']}")
+
+
+class Striker:
+    """Carries faults out. A node is struck by one at a time."""
+
+    def __init__(self, machines: Sequence[Machine], tally: Tally) -> None:
+        self._machines, self._tally = machines, tally
+        self._struck = [asyncio.Lock() for _ in machines]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def run(self, strikes: Sequence[Strike]) -> None:
+        """All strikes, and until the last one's effect is taken back."""
+        for strike in strikes:
+            await asyncio.sleep(strike.pause_s)
+            for fault in strike.faults:
+                await self._struck[fault.node].acquire()
+            self._tally.struck.append((time.monotonic(), strike.name))
+            for fault in strike.faults:
+                self._tasks.append(asyncio.create_task(self._one(fault)))
+            self._tasks = [task for task in self._tasks if not task.done() or task.exception()]
+        await asyncio.gather(*self._tasks)
+
+    async def _one(self, fault: Fault) -> None:
+        try:
+            self._tally.missed += not await self._carry_out(fault, self._machines[fault.node])
+        finally:
+            self._struck[fault.node].release()
+
+    async def _carry_out(self, fault: Fault, machine: Machine) -> bool:
+        """Whether there was something to strike."""
+        match fault.kind:
+            case Kind.KILL_STAGE | Kind.STOP_STAGE:
+                stages = await asyncio.to_thread(machine.stages)
+                if not stages:
+                    return False
+                if fault.kind is Kind.KILL_STAGE:
+                    return signalled(stages[0], signal.SIGKILL)
+                return await _hold(stages[0], fault.hold_s)
+            case Kind.STOP_NODE | Kind.STOP_ENGINE:
+                return await _hold(await asyncio.to_thread(lambda: machine.pid), fault.hold_s)
+            case Kind.KILL_NODE | Kind.RESTART:
+                number = signal.SIGKILL if fault.kind is Kind.KILL_NODE else signal.SIGTERM
+                found = signalled(await asyncio.to_thread(lambda: machine.pid), number)
+                await asyncio.to_thread(machine.wait)
+                await asyncio.sleep(fault.hold_s / 2)
+                await asyncio.to_thread(machine.start)
+                return found
+            case Kind.CUT:
+                await asyncio.to_thread(machine.host.link, up=False)
+                await asyncio.sleep(fault.hold_s)
+                await asyncio.to_thread(machine.host.link, up=True)
+            case Kind.DEAF:
+                others = [one.host.address for one in self._machines if one is not machine]
+                await asyncio.to_thread(machine.host.deaf, others, on=True)
+                await asyncio.sleep(fault.hold_s)
+                await asyncio.to_thread(machine.host.deaf, others, on=False)
+        return True
+
+
+async def _hold(pid: int, hold_s: float) -> bool:
+    if not signalled(pid, signal.SIGSTOP):
+        return False
+    await asyncio.sleep(hold_s)
+    signalled(pid, signal.SIGCONT)
+    return True
+
+
+async def watch(machines: Sequence[Machine], tally: Tally) -> None:
+    """Memory and open files of the engine's process and of the daemons, for as long as it runs."""
+    while True:
+        seen = await asyncio.to_thread(lambda: [_look(machine) for machine in machines])
+        for what, figure in (("memory", 0), ("files", 1)):
+            daemons = [look[figure] for look in seen[1:] if look is not None]
+            if seen[0] is not None:
+                tally.samples.setdefault(f"{what} of the engine", []).append(seen[0][figure])
+            if daemons:
+                tally.samples.setdefault(f"{what} of a daemon", []).append(sum(daemons) / len(daemons))
+        await asyncio.sleep(SAMPLE_S)
+
+
+def _look(machine: Machine) -> tuple[float, float] | None:
+    try:
+        process = psutil.Process(machine.pid)
+        return process.memory_info().rss, process.num_fds()
+    except psutil.Error:
+        return None
+
+
+async def run(machines: Sequence[Machine], url: str, strikes: Sequence[Strike], seed: int, longest: int) -> Tally:
+    """The whole run against an engine that serves. ``machines``: the engine's first. longest: tokens of an answer."""
+    tally, rng = Tally(), random.Random(seed)
+    limits = httpx.Limits(max_connections=STREAMS)
+    async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=limits) as http:
+        asked = await undisturbed(http, pool(rng, longest))
+        stop = asyncio.Event()
+        clients = [Client(http, asked, random.Random(rng.random()), tally) for _ in range(STREAMS)]
+        async with asyncio.TaskGroup() as group:
+            watcher = group.create_task(watch(machines, tally))
+            crowd = [group.create_task(client.run(stop)) for client in clients]
+            await Striker(machines, tally).run(strikes)
+            tally.ended = time.monotonic()
+            stop.set()
+            await asyncio.wait(crowd)
+            watcher.cancel()
+        await asyncio.to_thread(settled, machines, tally)
+    return tally
+
+
+def settled(machines: Sequence[Machine], tally: Tally) -> None:
+    """Until all nodes serve again and nothing is left of any request."""
+    deadline, seen = time.monotonic() + SETTLE_S, ""
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError):
+            status = json.loads(machines[0].ask("status", "--json"))
+            stages, busy = len(status["stages"]), status["throughput"]["active"] + status["throughput"]["queued"]
+            seen = f"{status['state']} over {stages} stages, {busy} requests, {status['reason']}"
+            joined = sum(node["state"] == "joined" for node in status["nodes"])
+            if status["state"] == "serving" and stages == joined >= len(machines) - 1 and not busy:
+                break
+        time.sleep(0.5)
+    else:
+        tally.problem(f"it did not settle: {seen}")
+    for machine in machines[1:]:
+        if len(machine.family()) != 2:
+            tally.problem(f"{machine.name} has the processes {machine.family()}: not a daemon and a stage")
+
+
+def check(machines: Sequence[Machine], tally: Tally) -> None:
+    """After all commands were ended: nothing is left, nothing grew, and logs can be read."""
+    for machine in machines:
+        if left := machine.leftovers():
+            tally.problem(f"{machine.name} left the processes {left}")
+    for what, samples in tally.samples.items():
+        memory = what.startswith("memory")
+        first, last, grew = faults.grown(samples, MEMORY_SHARE if memory else 0.0, MEMORY_BYTES if memory else FILES)
+        if grew:
+            tally.problem(f"{what} grew from {first:.0f} to {last:.0f}")
+    lines = log_lines(machines)
+    if lines > LOG_LINES * (len(tally.struck) + 10):  # starting and ending are told as well
+        tally.problem(f"{lines} lines of logs for {len(tally.struck)} strikes")
+
+
+def log_lines(machines: Sequence[Machine]) -> int:
+    """Of all machines."""
+    return sum(machine.log.read_bytes().count(b"\n") for machine in machines if machine.log.exists())
+
+
+def report(tally: Tally, seed: int, lines: int) -> str:
+    """For people."""
+    text = [f"seed {seed}: {len(tally.struck)} strikes, {tally.missed} faults found nothing to strike", ""]
+    text += [faults.table(faults.stalls(tally.struck, tally.times, tally.ended)), ""]
+    pauses = ", ".join(f"{gap:.1f}" for gap in faults.silences(tally.times, tally.ended)[:5])
+    text += [f"longest silences of all streams, whatever struck meanwhile: {pauses} s"]
+    text += [f"requests: {', '.join(f'{count} {what}' for what, count in sorted(tally.outcomes.items()))}"]
+    for what, samples in tally.samples.items():
+        first, last, _ = faults.grown(samples, 0, 0)
+        shown = (f"{value / 2**20:.1f} MiB" if what.startswith("memory") else f"{value:.0f}" for value in (first, last))
+        text.append(f"{what}: {' in the first third, '.join(shown)} in the last")
+    text.append(f"log lines: {lines}")
+    text.append(f"wrong: {len(tally.wrong)}")
+    text += [f"  {problem[:600]}" for problem in tally.wrong[:20]]
+    return "\n".join(text)

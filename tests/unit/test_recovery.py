@@ -1,0 +1,211 @@
+"""A coordinator whose nodes are played: what breaks while an epoch is brought up is seen at once and harms nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.node import coordinator as module
+from dwarfstar_engine.node.coordinator import Coordinator
+from dwarfstar_engine.node.members import END, LOST_S, Member
+from dwarfstar_engine.node.source import open_source
+from dwarfstar_engine.node.vocab import ToyVocab
+from dwarfstar_engine.serving import Request, Sampling, Token
+from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.wire import trust
+from dwarfstar_engine.wire.generated import control_pb2 as pb
+from dwarfstar_engine.wire.trust import OWNER, NodeFiles
+
+SOON_S = 4.0  # far below the deadlines of links, which are 10 and 15 s
+NOW = trust.utc_now()
+PROFILE = pb.StageProfile(step_ms=1.0)
+
+
+class Hop:
+    """The coordinator's hop to the first stage. gate: cleared, it takes for ever to open."""
+
+    gate: asyncio.Event
+
+    def __init__(self, on_lost: Callable[[str], None]) -> None:
+        self.on_lost = on_lost
+
+    async def open(self, *_: Any) -> None:
+        await Hop.gate.wait()
+
+    def send(self, frame: bytes) -> None: ...
+
+    async def flush(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.errors: list[DwarfStarError] = []
+
+    def put(self, token: Token) -> None: ...
+
+    def fail(self, error: DwarfStarError) -> None:
+        self.errors.append(error)
+
+
+class Player:
+    """A node that does as it is told. returns: its stage, if it is the last one, connects to the coordinator."""
+
+    def __init__(self, coordinator: Coordinator, name: str) -> None:
+        device = pb.Device(effective_vram_bytes=1 << 30)
+        self.member = Member(f"id-{name}", name, "127.0.0.1", device, time.monotonic(), "first")
+        self.told: list[str] = []
+        self.returns = self.answers = True
+        self._coordinator = coordinator
+
+    async def play(self) -> None:
+        while True:
+            message = await self.member.outbox.get()
+            what = message.WhichOneof("message") or "end"
+            self.told.append(what)
+            if what == "assign" and self.answers:
+                self.say(pb.STAGE_STATE_READY)
+            elif what == "link":
+                self.say(pb.STAGE_STATE_LINKED)
+                if self.returns and not message.link.next_hop:
+                    self._coordinator._on_open(message.link.epoch)
+
+    def say(self, state: pb.StageState.ValueType) -> None:
+        event = pb.StageEvent(epoch=self._coordinator.epoch, state=state, port=1, detail="it died", profile=PROFILE)
+        self._coordinator.heard(self.member, pb.NodeMessage(stage_event=event))
+
+
+def make(folder: Path) -> Coordinator:
+    files = NodeFiles(folder / "trust")
+    trust.issue_local(trust.load_or_create_authority(folder / "trust", NOW), files, OWNER, NOW)
+    settings = Settings(home=folder, wait_nodes=2)
+    return Coordinator(settings, open_source("toy:8", folder, settings.kv), ToyVocab(), files, "coordinator")
+
+
+@asynccontextmanager
+async def playing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> AsyncIterator[tuple[Coordinator, Player, Player]]:
+    """A coordinator that runs, and its two nodes, in the order of the ring."""
+    Hop.gate = asyncio.Event()
+    Hop.gate.set()
+    monkeypatch.setattr(module, "RingSender", Hop)
+    coordinator = make(folder)
+    players = Player(coordinator, "a"), Player(coordinator, "b")
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(player.play()) for player in players]
+        tasks.append(group.create_task(coordinator.run()))
+        for player in players:
+            coordinator.attach(player.member)
+        yield coordinator, *players
+        for task in tasks:
+            task.cancel()
+
+
+async def until(look: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SOON_S):
+        while not look():  # noqa: ASYNC110 - looks at what another part of the program does
+            await asyncio.sleep(0.005)
+
+
+def serves(coordinator: Coordinator) -> bool:
+    return coordinator.health()["status"] == "ok"
+
+
+async def test_a_stage_that_dies_before_the_ring_is_closed_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And a ring that closes after it broke takes on no streams, whom nobody would ever tell."""
+    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
+        await until(lambda: serves(coordinator))
+        sink, b.returns = Sink(), False
+        coordinator.generate(Request((97,), Sampling()), sink)
+        a.say(pb.STAGE_STATE_BROKEN)
+        await until(lambda: coordinator.epoch == 2 and b.told[-1] == "link")
+        a.say(pb.STAGE_STATE_BROKEN)
+        coordinator._on_open(2)  # too late
+        b.returns = True
+        await until(lambda: coordinator.epoch == 3 and serves(coordinator))
+        await until(lambda: coordinator.status().throughput.active == 1)  # the stream is there
+        assert not sink.errors
+        assert "release" not in a.told + b.told, "they had no time to answer: they keep their weights"
+
+
+async def test_a_node_that_is_lost_while_the_first_hop_opens_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
+        await until(lambda: serves(coordinator))
+        Hop.gate.clear()
+        a.say(pb.STAGE_STATE_BROKEN)
+        await until(lambda: coordinator.epoch == 2 and b.told[-1] == "link")
+        coordinator.detach(b.member)
+        await until(lambda: coordinator.epoch == 3)
+        Hop.gate.set()
+        await until(lambda: serves(coordinator))
+        assert [stage.node for stage in coordinator.status().stages] == ["a"] and "release" not in a.told
+
+
+async def test_epochs_freeze_no_garbage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is frozen is never collected: with each epoch that would be the requests of that moment."""
+    gc.unfreeze()
+    try:
+        async with playing(monkeypatch, tmp_path) as (coordinator, a, _):
+            await until(lambda: serves(coordinator))
+            frozen = gc.get_freeze_count()
+            a.say(pb.STAGE_STATE_BROKEN)
+            await until(lambda: coordinator.epoch == 2 and serves(coordinator))
+            assert frozen and gc.get_freeze_count() <= frozen
+    finally:
+        gc.unfreeze()
+
+
+class Clock:
+    """The coordinator's ``time``."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+    def time(self) -> float:
+        return time.time()
+
+
+async def test_a_coordinator_that_was_stopped_does_not_take_that_for_its_nodes_silence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "WATCH_S", 0.02)
+    looked: list[None] = []
+    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
+        monkeypatch.setattr(coordinator, "_improve", lambda _: looked.append(None))
+        await until(lambda: serves(coordinator))
+        clock.ahead_s += 2 * LOST_S  # at once, as seen by a process that did not run meanwhile
+        looked.clear()
+        await until(lambda: len(looked) > 2)
+        assert coordinator.members.keys() == {a.member.id, b.member.id} and coordinator.epoch == 1
+        for _ in range(int(LOST_S / 0.5) + 1):  # one that runs sees silence for what it is
+            clock.ahead_s += 0.5
+            looked.clear()
+            await until(lambda: len(looked) > 1)
+        assert not coordinator.members
+
+
+async def test_the_old_connection_of_a_node_that_came_back_is_ended(tmp_path: Path) -> None:
+    """Or a process that was stopped, and replaced meanwhile, would believe for ever that it takes part."""
+    coordinator = make(tmp_path)
+    old, new = Player(coordinator, "a").member, Player(coordinator, "a").member
+    coordinator.attach(old)
+    coordinator.attach(new)
+    said = [old.outbox.get_nowait() for _ in range(old.outbox.qsize())]
+    assert said[-1] is END and coordinator.members == {new.id: new}

@@ -1,0 +1,84 @@
+"""A stage's hops when epochs follow each other quickly: none is forgotten, none is used after its ring is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from dwarfstar_engine.native import WireType
+from dwarfstar_engine.stage import main as module
+from dwarfstar_engine.stage.main import StageProcess
+from dwarfstar_engine.stage.pipe import ChildPipe
+from dwarfstar_engine.stage.worker import ToyBackend, Worker
+from dwarfstar_engine.wire import trust
+from dwarfstar_engine.wire.link import Link
+from dwarfstar_engine.wire.trust import NodeFiles
+
+NOW = trust.utc_now()
+SOON_S = 5.0
+NEXT, FIRST = "127.0.0.1:1", "127.0.0.1:2"
+LINK = Link(round_trip_s=0.001, bytes_s=1e9)
+
+
+class Pipe:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+
+class Hop:
+    """A hop that opens at once, but the one to FIRST when ``stuck``."""
+
+    made: list[Hop]
+    stuck: bool
+
+    def __init__(self, _: object) -> None:
+        self.open_ = self.waits = False
+        Hop.made.append(self)
+
+    async def open(self, address: str, *_: object) -> Link:
+        if address == FIRST and Hop.stuck:
+            self.waits = True
+            await asyncio.Event().wait()
+        self.open_ = True
+        return LINK
+
+    async def close(self) -> None:
+        self.open_ = False
+
+
+@pytest.fixture
+async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageProcess:
+    """The last of two stages."""
+    Hop.made, Hop.stuck = [], False
+    monkeypatch.setattr(module, "RingSender", Hop)
+    files = NodeFiles(tmp_path)
+    trust.issue_local(trust.create_authority(NOW), files, "n1", NOW)
+    stage = StageProcess(cast(ChildPipe, Pipe()), "b", files)
+    stage._worker = Worker(ToyBackend(2, 4, 4), 2, WireType.F32)
+    return stage
+
+
+def link(epoch: int) -> dict[str, Any]:
+    return {"epoch": epoch, "next": NEXT, "feed": FIRST, "senders": ["n1"]}
+
+
+async def test_a_link_that_is_given_up_leaves_no_hop_open(stage: StageProcess) -> None:
+    Hop.stuck = True
+    first = asyncio.create_task(stage._link(link(1)))
+    async with asyncio.timeout(SOON_S):
+        while not any(hop.waits for hop in Hop.made):  # noqa: ASYNC110 - looks at what another task does
+            await asyncio.sleep(0.005)
+    first.cancel()  # as the command of the next epoch does
+    Hop.stuck = False
+    await asyncio.wait_for(stage._link(link(2)), SOON_S)
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert [hop.open_ for hop in Hop.made] == [False, False, True, True]
+    await asyncio.wait_for(stage._link(link(3)), SOON_S)
+    assert [hop.open_ for hop in Hop.made] == [False] * 4 + [True] * 2
