@@ -92,9 +92,9 @@ class News:
         self._ready.pop(member.id, None)
 
     def _add(self, kind: Kind, member: Member, event: pb.StageEvent, text: str, **more: str) -> None:
-        self._journal.add(
-            kind, text, member.name, {"node_id": member.id, "epoch": event.epoch, "pid": event.pid, **more}
-        )
+        pid = event.pid or (member.stage.pid if member.stage is not None else 0)  # a process that is gone has none
+        details: Details = {"node_id": member.id, "epoch": event.epoch, "pid": pid, **more}
+        self._journal.add(kind, text, member.name, details)
 
     # --- streams ---
 
