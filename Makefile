@@ -47,7 +47,7 @@ proto: $(STAMP)          ## generated code of the wire protocol
 
 lock:                    ## pin what the ranges in pyproject.toml give today
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock
-	.cache/lock/bin/python -m pip install --quiet '.[demo,dev]'
+	.cache/lock/bin/python -m pip install --quiet '.[demo,nvidia,dev]'
 	(echo "# Exact versions, written by make lock. The ranges are in pyproject.toml."; \
 	 .cache/lock/bin/python -m pip freeze --exclude dwarfstar-tui) > requirements.lock
 

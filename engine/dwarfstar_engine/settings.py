@@ -89,6 +89,12 @@ class Settings(BaseModel):
     """Layer boundaries set by hand; default: in proportion to effective VRAM."""
     wait_nodes: int = Field(default=1, ge=1, le=1024)
     """Nodes to wait for before the first plan."""
+    heartbeat_s: float = Field(default=1.0, ge=0.05, le=10)
+    """Seconds between two heartbeats of a node."""
+    late_s: float = Field(default=2.5, gt=0, le=600)
+    """Seconds without a heartbeat after which a node is late."""
+    lost_s: float = Field(default=5.0, gt=0, le=3600)
+    """Seconds without a heartbeat after which a node is lost."""
     rejoin_s: float = Field(default=10.0, ge=0, le=3600)
     """Seconds a lost node is waited for before the model is planned on those that are left."""
     on_loss: Literal["rescue", "fail"] = "rescue"
@@ -106,6 +112,15 @@ class Settings(BaseModel):
     def _kv_and_attention(self) -> Self:
         if self.kv != "f16" and self.flash_attention == "off":
             raise ValueError(f"with flash_attention off llama.cpp has no {self.kv} cache: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _heartbeats(self) -> Self:
+        if not self.heartbeat_s < self.late_s < self.lost_s:
+            raise ValueError(
+                f"heartbeat_s ({self.heartbeat_s:g}) must be less than late_s ({self.late_s:g}), and that less than "
+                f"lost_s ({self.lost_s:g}): set them so that they increase"
+            )
         return self
 
     @model_validator(mode="after")

@@ -37,6 +37,10 @@ class NodeView(View):
     used_gib: float
     effective_vram_gib: float
     heartbeat_age_s: float
+    free_gib: float | None = None  # None here and below: not known
+    load: float | None = None  # share of its processors in use, 0 … 1
+    temperature_c: float | None = None  # of what computes, the hottest part
+    power_w: float | None = None  # of what computes
 
 
 class StageView(View):
@@ -53,6 +57,8 @@ class StageView(View):
     link_mb_s: float  # 1e6 bytes
     pid: int
     state: str  # loading | ready | failed
+    rss_gib: float | None = None  # memory of its process; None here and below: not known
+    rows_s: float | None = None  # tokens that passed it in the last second, guesses and prompts among them
 
 
 class ThroughputView(View):
@@ -71,3 +77,18 @@ class StatusView(View):
     stages: tuple[StageView, ...]
     throughput: ThroughputView
     warnings: tuple[str, ...] = ()  # what its owner should look into, newest last
+    last_event: int = 0  # number of the latest; 0: none yet
+
+
+class EventView(View):
+    number: int  # from 1, without gaps
+    time_s: float  # since 1970, by the coordinator's clock
+    kind: str  # a stable word, such as node_lost
+    node: str  # name; empty: about none
+    cause: str  # for people
+    details: dict[str, str | int | float]  # for programs
+
+
+class EventsView(View):
+    events: tuple[EventView, ...]  # oldest first
+    missed: int = 0  # events before these that are not kept any more

@@ -19,7 +19,7 @@ import pytest
 
 from dwarfstar_engine.bench import arena
 from dwarfstar_engine.bench.machines import Machine, Network
-from dwarfstar_engine.node.members import LOST_S
+from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.stage import toy
 
 pytestmark = pytest.mark.process
@@ -31,7 +31,8 @@ SHORT, LONG = 80, 450  # tokens; the long one lasts until the node is back
 STRIKE_AT = 20  # tokens
 DEADLINE_S = 60.0
 SLACK_S = 2.0  # beside LOST_S + 1: test machines have other work
-GONE, BACK = "node node1 is gone", "attached to the coordinator"
+GONE, BACK = "node node1 is lost", "attached to the coordinator"
+LOST_S: float = Settings.model_fields["lost_s"].default
 
 
 @dataclass

@@ -14,9 +14,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from dwarfstar_engine.cluster.membership import COPIED
 from dwarfstar_engine.errors import PeerError, TrustError
-from dwarfstar_engine.node import control as control_module
-from dwarfstar_engine.node import copies, renewal
+from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator
@@ -64,7 +64,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
     admission = Admission(trust.load_or_create_authority(folder, NOW), folder, trust.utc_now)
     own = NodeFiles(folder)
     trust.issue_local(admission.authority, own, OWNER, NOW)
-    settings = Settings(home=tmp_path)
+    settings = Settings(home=tmp_path, heartbeat_s=0.1, late_s=0.5, lost_s=1.0)
     coordinator = Coordinator(settings, open_source("toy:8", tmp_path, settings.kv), ToyVocab(), own, "coordinator")
     server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=(Door(admission.refusal),))
     held = Cluster(tmp_path, admission, coordinator, "")
@@ -73,7 +73,9 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
     port = server.add_secure_port("127.0.0.1:0", channel.server_credentials(own))
     await server.start()
     held.address = f"127.0.0.1:{port}"
+    ticking = asyncio.create_task(coordinator.nodes.run())
     yield held
+    ticking.cancel()
     await server.stop(None)
 
 
@@ -184,7 +186,7 @@ async def test_a_copied_identity_is_refused_and_named_on_both_sides(
     held = cluster.coordinator.members[files.key_id()]
     with pytest.raises(TrustError) as refused:
         await asyncio.wait_for(cluster.daemon(files, "attic").run(cluster.address), DEADLINE_S)
-    assert refused.value.code == control_module.COPIED and held.peer in refused.value.message
+    assert refused.value.code == COPIED and held.peer in refused.value.message
     assert refused.value.message.count("at 127.0.0.1:") == 2  # both, and they differ in their ports
     assert cluster.coordinator.members[files.key_id()] is held and not first.done()
     (warning,) = cluster.coordinator.status().warnings
@@ -195,10 +197,9 @@ async def test_a_copied_identity_is_refused_and_named_on_both_sides(
 
 
 async def test_a_node_started_again_takes_the_place_of_its_silent_self(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster,
 ) -> None:
     files = cluster.machine("attic")
-    monkeypatch.setattr(copies, "PATIENCE_S", 0.3)
     async with calling(cluster, files) as one, calling(cluster, files) as two, calling(cluster, files) as three:
         old = Attached(one, files.key_id(), "old", "attic")
         assert (await old.first()).HasField("welcome")

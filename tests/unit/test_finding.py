@@ -222,7 +222,7 @@ def test_what_is_no_address_is_said(given: str) -> None:
 
 
 def attached(node_id: str, *hosts: str, port: int = 0) -> Member:
-    return Member(node_id, node_id.upper(), "10.0.0.1", pb.Device(), 0.0, hosts=hosts, control_port=port)
+    return Member(node_id, node_id.upper(), "10.0.0.1", pb.Device(), hosts=hosts, control_port=port)
 
 
 def told(to: Member) -> list[list[str]]:

@@ -164,7 +164,7 @@ def test_a_copied_identity_is_refused_and_both_are_told_both_addresses() -> None
     warned = [e for e in effects if isinstance(e, Warn)]
     assert [e.instance for e in refused] == [TWO] and [e.instance for e in warned] == [ONE]
     assert (warned[0].code, warned[0].sentence) == (refused[0].code, refused[0].sentence)
-    assert refused[0].code == "identity_in_use"
+    assert refused[0].code == membership.COPIED
     assert "10.0.0.1" in refused[0].sentence and "10.9.9.9" in refused[0].sentence
     assert moves(effects) == [] and room.machine.instance(A) == ONE
     assert room.run(10.0, ONE, TWO) == []  # what the refused one still says is nothing
@@ -189,6 +189,8 @@ def test_a_removed_node_is_refused_from_then_on_also_by_the_next_coordinator() -
     assert [type(e) for e in room.attach(TWO)] == [Refuse]
     after = Membership(Timings(), 0.0, room.machine.fenced)
     assert [type(e) for e in after.handle(Attached(A, "kitchen", TWO, "x"), 0.0)] == [Refuse]
+    assert after.handle(membership.Readmitted(A), 0.0) == []
+    assert moves(after.handle(Attached(A, "kitchen", TWO, "x"), 0.0)) == [(None, State.JOINED)]
 
 
 def test_a_clock_that_jumps_back_harms_nothing() -> None:

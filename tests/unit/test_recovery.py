@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.node import coordinator as module
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.members import END, LOST_S, Member
+from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.source import open_source
 from dwarfstar_engine.node.vocab import ToyVocab
 from dwarfstar_engine.serving import Request, Sampling, Token
@@ -62,7 +61,7 @@ class Player:
 
     def __init__(self, coordinator: Coordinator, name: str) -> None:
         device = pb.Device(effective_vram_bytes=1 << 30)
-        self.member = Member(f"id-{name}", name, "127.0.0.1", device, time.monotonic(), "first")
+        self.member = Member(f"id-{name}", name, "127.0.0.1", device, "first")
         self.told: list[str] = []
         self.returns = self.answers = True
         self._coordinator = coordinator
@@ -103,7 +102,7 @@ async def playing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> AsyncIterato
         tasks = [group.create_task(player.play()) for player in players]
         tasks.append(group.create_task(coordinator.run()))
         for player in players:
-            coordinator.attach(player.member)
+            coordinator.nodes.attach(player.member)
         yield coordinator, *players
         for task in tasks:
             task.cancel()
@@ -146,7 +145,7 @@ async def test_a_node_that_is_lost_while_the_first_hop_opens_is_not_waited_for(
         Hop.gate.clear()
         a.say(pb.STAGE_STATE_BROKEN)
         await until(lambda: coordinator.epoch == 2 and b.told[-1] == "link")
-        coordinator.detach(b.member)
+        coordinator.nodes.broken(b.member)
         await until(lambda: coordinator.epoch == 3)
         Hop.gate.set()
         await until(lambda: serves(coordinator))
@@ -167,45 +166,11 @@ async def test_epochs_freeze_no_garbage(monkeypatch: pytest.MonkeyPatch, tmp_pat
         gc.unfreeze()
 
 
-class Clock:
-    """The coordinator's ``time``."""
-
-    def __init__(self) -> None:
-        self.ahead_s = 0.0
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self.ahead_s
-
-    def time(self) -> float:
-        return time.time()
-
-
-async def test_a_coordinator_that_was_stopped_does_not_take_that_for_its_nodes_silence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(module, "WATCH_S", 0.02)
-    looked: list[None] = []
-    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
-        monkeypatch.setattr(coordinator, "_improve", lambda _: looked.append(None))
-        await until(lambda: serves(coordinator))
-        clock.ahead_s += 2 * LOST_S  # at once, as seen by a process that did not run meanwhile
-        looked.clear()
-        await until(lambda: len(looked) > 2)
-        assert coordinator.members.keys() == {a.member.id, b.member.id} and coordinator.epoch == 1
-        for _ in range(int(LOST_S / 0.5) + 1):  # one that runs sees silence for what it is
-            clock.ahead_s += 0.5
-            looked.clear()
-            await until(lambda: len(looked) > 1)
-        assert not coordinator.members
-
-
 async def test_the_old_connection_of_a_node_that_came_back_is_ended(tmp_path: Path) -> None:
     """Or a process that was stopped, and replaced meanwhile, would believe for ever that it takes part."""
     coordinator = make(tmp_path)
     old, new = Player(coordinator, "a").member, Player(coordinator, "a").member
-    coordinator.attach(old)
-    coordinator.attach(new)
+    coordinator.nodes.attach(old)
+    coordinator.nodes.attach(new)
     said = [old.outbox.get_nowait() for _ in range(old.outbox.qsize())]
     assert said[-1] is END and coordinator.members == {new.id: new}

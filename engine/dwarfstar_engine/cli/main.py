@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,7 +19,10 @@ import typer
 import dwarfstar_engine
 from dwarfstar_engine.cli import chat as chat_module
 from dwarfstar_engine.cli import remote, running
+from dwarfstar_engine.cli.events import FollowOption, SinceOption
+from dwarfstar_engine.cli.events import show as show_events
 from dwarfstar_engine.cli.keys import keys_app
+from dwarfstar_engine.cli.status_text import status_text
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.source import find_model
 from dwarfstar_engine.settings import Settings, load_settings
@@ -70,6 +74,10 @@ def _numbers(text: str | None, name: str) -> tuple[int, ...] | None:
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _status_text(home: Path) -> str:
+    return status_text(remote.status(running.require(home), home), shutil.get_terminal_size().columns)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
@@ -147,7 +155,7 @@ def start(
     if model is None and not demo:
         if serve:
             raise SettingsError("--serve needs a model: give a GGUF file, or --demo to try a small one")
-        print(remote.status_text(running.require(settings.home), settings.home))
+        print(_status_text(settings.home))
         return
     if model is not None and demo:
         raise SettingsError("--demo brings its own model: leave the other one out")
@@ -213,7 +221,18 @@ def status(home: Home = None, as_json: AsJson = False) -> None:
     """What runs, where, and how fast."""
     settings = _settings(home=home)
     engine = running.require(settings.home)
-    print(remote.status_json(engine, settings.home) if as_json else remote.status_text(engine, settings.home))
+    print(remote.status_json(engine, settings.home) if as_json else _status_text(settings.home))
+
+
+@app.command()
+def events(
+    since: SinceOption = 0,
+    follow: FollowOption = False,
+    home: Home = None,
+    as_json: AsJson = False,
+) -> None:
+    """What happened in the cluster, and why."""
+    show_events(_settings(home=home), since, follow=follow, as_json=as_json)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import grpc
 
 from dwarfstar_engine.cli import running
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.views import StatusView
+from dwarfstar_engine.views import EventsView, StatusView
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlStub
@@ -60,27 +61,19 @@ def remove_node(engine: running.Running, home: Path, wanted: str) -> tuple[str, 
     return reply.node_id, reply.name, reply.attached
 
 
-def status_text(engine: running.Running, home: Path) -> str:
-    """The status for people, at most 80 columns for usual names."""
-    view = status(engine, home)
-    model = f"{view.model.name}, {view.model.layers} layers" if view.model else "no model"
-    lines = [
-        f"{view.state}: {model} · epoch {view.epoch} · {view.coordinator.api_url}",
-        *([f"  {view.reason}"] if view.reason else []),
-        f"  {view.throughput.tok_s:.1f} tok/s, {view.throughput.active} active, {view.throughput.queued} queued",
-        "",
-        f"{'node':16}{'state':8}{'beat s':>7}{'lends GiB':>11}{'layers':>10}{'ms/tok':>8}{'busy':>6}{'pid':>9}",
-    ]
-    stages = {stage.node: stage for stage in view.stages}
-    for node in view.nodes:
-        row = f"{node.name[:15]:16}{node.state:8}{node.heartbeat_age_s:7.1f}{node.effective_vram_gib:11.2f}"
-        if (stage := stages.get(node.name)) is not None:
-            layers = f"{stage.layers[0]}–{stage.layers[1] - 1}"
-            row += f"{layers:>10}{stage.ms_per_token:8.2f}{stage.busy:6.0%}{stage.pid:9}"
-        else:
-            row += f"{'–':>10}"
-        lines.append(row)
-    if not view.nodes:
-        lines.append("(no node has joined)")
-    lines += [f"! {warning}" for warning in view.warnings]
-    return "\n".join(lines)
+def events(engine: running.Running, home: Path, since: int, *, follow: bool) -> Iterator[EventsView]:
+    """The events after a number; with ``follow`` also those to come, without end. Raises DwarfStarError."""
+    credentials = channel.channel_credentials(NodeFiles(home / "trust"))
+    options = channel.channel_options(channel.MAX_CONTROL_BYTES)
+    request = pb.EventsRequest(since=since, follow=follow)
+    with grpc.secure_channel(engine.control, credentials, options=options) as link:
+        try:
+            for reply in ControlStub(link).Events(request, timeout=None if follow else CALL_S):
+                yield EventsView.model_validate_json(reply.json)
+        except grpc.RpcError as error:
+            detail = error.details() if isinstance(error, grpc.Call) else error
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise DwarfStarError(str(detail)) from None
+            if running.gone(engine):
+                raise DwarfStarError("the engine has ended", code="not_running") from None
+            raise DwarfStarError(f"the engine at {engine.control} does not answer: {detail}") from None

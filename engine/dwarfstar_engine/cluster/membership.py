@@ -17,6 +17,7 @@ stream); a copied identity looks the same at first. What tells them apart is whe
 speak. So a newcomer waits: it is let in as soon as the old stream breaks or is silent for ``late_s``; it is refused as
 soon as the old one is heard ``settle_s`` after the newcomer came (what is heard sooner may have been on its way when
 the old process died). Both are told both addresses. A refused node may try again at any time.
+A node that was removed is refused until ``Readmitted`` says that its owner has let it in again.
 
 **Time.** Readings may jump. Backwards is no time; forwards counts at most ``most_step_s``, because a coordinator that
 was stopped has not listened and must not take that for its nodes' silence.
@@ -39,6 +40,14 @@ TICK_S = 0.25  # how soon after its time a silence must be noticed
 MAX_NODES = 1024  # joined or late; a control stream each
 MAX_GONE = 256  # lost or left nodes kept: enough for a status to tell of, small beside the streams
 MAX_FENCED = 4096  # removed ids; they are never forgotten, so a cluster that needs more needs a new CA
+
+# Codes of refusals after which a node need not try again.
+REMOVED = "node_removed"
+COPIED = "identity_copied"
+REMOVAL = (
+    "This machine was removed from the cluster: to let it in again, make a new join token with `dwarfstar token` "
+    "on the coordinator's machine."
+)
 
 
 class State(StrEnum):
@@ -109,11 +118,18 @@ class Removed:
 
 
 @dataclass(frozen=True, slots=True)
+class Readmitted:
+    """The owner let a removed node in again."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
 
-Event = Attached | Heard | Broken | Leaving | Removed | Tick
+Event = Attached | Heard | Broken | Leaving | Removed | Readmitted | Tick
 
 
 # --- effects ---
@@ -242,13 +258,16 @@ class Membership:
                 return self._ended(event, State.LEFT, event.reason, t)
             case Removed():
                 return self._removed(event.node, t)
+            case Readmitted():
+                self._fenced.discard(event.node)
+                return []
         assert_never(event)
 
     # --- a node comes ---
 
     def _attached(self, event: Attached, t: float) -> list[Effect]:
         if event.node in self._fenced:
-            return [Refuse(event.node, event.instance, "node_removed", _removed_sentence(event.name))]
+            return [Refuse(event.node, event.instance, REMOVED, REMOVAL)]
         link = _Connection(event.instance, event.name, event.address, t, t)
         known = self._nodes.get(event.node)
         if known is not None and known.open:
@@ -331,10 +350,10 @@ class Membership:
                 effects += self._replace(known, known.newcomer, t)
             elif silent >= timings.lost_s:
                 known.open = False
-                effects.append(self._change(known, State.LOST, f"silent for {silent:.1f} s", t))
+                effects.append(self._change(known, State.LOST, f"{_silence(silent)}: it is stopped or cut off", t))
                 effects.append(Close(known.id, known.link.instance, "it was silent for too long: attach again"))
             elif known.state is State.JOINED:
-                effects.append(self._change(known, State.LATE, f"silent for {silent:.1f} s", t))
+                effects.append(self._change(known, State.LATE, _silence(silent), t))
         if gone:
             self._forget(t)
         return effects
@@ -370,12 +389,11 @@ class Membership:
         known = self._nodes.get(node)
         if known is None or not known.open:
             return []
-        sentence = _removed_sentence(known.link.name)
         known.open = False
         effects: list[Effect] = [self._change(known, State.LEFT, "removed by its owner", t)]
         for link in (known.link, known.newcomer):
             if link is not None:
-                effects.append(Refuse(node, link.instance, "node_removed", sentence))
+                effects.append(Refuse(node, link.instance, REMOVED, REMOVAL))
         known.newcomer = None
         return effects
 
@@ -391,13 +409,14 @@ class Membership:
                 del self._nodes[known.id]
 
 
+def _silence(silent_s: float) -> str:
+    return f"nothing was heard of it for {silent_s:.1f} s"
+
+
 def _in_use(known: _Node, newcomer: _Connection) -> Refuse:
     sentence = (
-        f"two nodes have the identity of {known.link.name}: one is attached from {known.link.address}, one came from "
-        f"{newcomer.address}; if they are two machines, delete the identity on the copy and join it again"
+        f"Two machines show the identity of node {known.link.name} ({known.id}): one at {known.link.address} is here, "
+        f"one at {newcomer.address} asks to be. If the second is a copy, remove its folder `member` and join it with a "
+        "new token; if it was moved there, stop the first."
     )
-    return Refuse(known.id, newcomer.instance, "identity_in_use", sentence)
-
-
-def _removed_sentence(name: str) -> str:
-    return f"node {name} was removed by its owner: to lend this machine again, join it with a new identity and token"
+    return Refuse(known.id, newcomer.instance, COPIED, sentence)

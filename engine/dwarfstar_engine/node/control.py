@@ -7,9 +7,9 @@ CA's holder only, that is from the home folder of the engine: a machine that len
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import unquote
@@ -17,16 +17,13 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
-from dwarfstar_engine.errors import DwarfStarError, PeerError, TrustError
+from dwarfstar_engine.errors import ClusterError, DwarfStarError, Overloaded, PeerError, TrustError
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.copies import Presence, Verdict, judge
 from dwarfstar_engine.node.gossip import sound_hosts
-from dwarfstar_engine.node.members import END, MAX_NODES, Member
-from dwarfstar_engine.node.roster import REFUSAL, REMOVED
-from dwarfstar_engine.once import Once
+from dwarfstar_engine.node.members import END, Member
+from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.wire import channel
-from dwarfstar_engine.wire.door import source_of
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlServicer
 from dwarfstar_engine.wire.handshake import BuildInfo, check_peer, local_build
@@ -36,8 +33,6 @@ log = logging.getLogger("dwarfstar.control")
 
 HELLO_DEADLINE_S = 10.0
 MAX_NAME = 64
-LOOK_S = 0.1  # how often it is looked whether the old process of a node has spoken
-COPIED = "identity_copied"
 
 
 class ControlService(ControlServicer):
@@ -45,40 +40,28 @@ class ControlService(ControlServicer):
 
     def __init__(self, coordinator: Coordinator, admission: Admission, on_stop: Callable[[], None]) -> None:
         self._coordinator, self._admission, self._on_stop = coordinator, admission, on_stop
-        self._once = Once()
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.NodeMessage], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.CoordinatorMessage]:
+        nodes = self._coordinator.nodes
         try:
-            member = await self._welcome(request_iterator, context)
+            member = await self._hello(request_iterator, context)
         except DwarfStarError as error:
-            if self._once.worth(f"{error.code} {source_of(context.peer())}", time.monotonic()):
-                log.warning("refused a node at %s: %s", unquote(context.peer()), error.message)
-            if error.code == COPIED:
-                self._coordinator.warn(channel.peer_node_id(context), error.message)
+            nodes.refused(_peer(context), "", error.code, error.message)
             yield pb.CoordinatorMessage(refused=pb.Refused(code=error.code, message=error.message))
             return
         reader = asyncio.create_task(self._read(member, request_iterator))
         reader.add_done_callback(lambda task: _over(task, member))
-        self._coordinator.attach(member)
+        nodes.attach(member)
         try:
-            build = local_build()
-            yield pb.CoordinatorMessage(
-                welcome=pb.Welcome(
-                    term=self._coordinator.term,
-                    build=pb.Build(
-                        protocol=build.protocol, llama_build=build.llama_build, version=build.version, abi=build.abi
-                    ),
-                )
-            )
             while (message := await member.outbox.get()) is not END:
                 yield message
         finally:
             reader.cancel()
-            self._coordinator.detach(member)
+            nodes.broken(member)
 
-    async def _welcome(
+    async def _hello(
         self, messages: AsyncIterator[pb.NodeMessage], context: grpc.aio.ServicerContext[Any, Any]
     ) -> Member:
         try:
@@ -94,35 +77,14 @@ class ControlService(ControlServicer):
         )
         if channel.peer_node_id(context) != hello.node_id:
             raise TrustError(f"the certificate is of {channel.peer_node_id(context)} and the hello of {hello.node_id}")
-        if len(self._coordinator.members) >= MAX_NODES:
-            raise PeerError(f"{MAX_NODES} nodes have joined already", code="too_many_nodes")
-        peer = unquote(context.peer()).partition(":")[2]
-        await self._alone(hello, peer)
+        if (refusal := self._admission.refusal(hello.node_id)) is not None:  # it was removed since it called
+            raise TrustError(refusal, code=REMOVED)
+        self._coordinator.nodes.readmitted(hello.node_id)
         host = hello.data_host or peer_host(context.peer())
-        member = Member(
-            hello.node_id, hello.name[:MAX_NAME], host, hello.device, time.monotonic(), hello.instance, peer
-        )
+        name, instance = hello.name[:MAX_NAME], hello.instance[:MAX_NAME]
+        member = Member(hello.node_id, name, host, hello.device, instance, _peer(context))
         member.hosts, member.control_port = sound_hosts(hello.hosts), min(hello.control_port, 65535)
         return member
-
-    async def _alone(self, hello: pb.NodeHello, peer: str) -> None:
-        """Wait until it is clear that no other process lives under this id. Raises TrustError if one does."""
-        came = time.monotonic()
-        while True:
-            held = self._coordinator.members.get(hello.node_id)
-            presence = None if held is None else Presence(held.instance, held.heard)
-            verdict = judge(presence, hello.instance[:MAX_NAME], came, time.monotonic())
-            if verdict is Verdict.ADMIT:
-                return
-            if verdict is Verdict.COPY:
-                assert held is not None
-                raise TrustError(
-                    f"Two machines show the identity of node {hello.name[:MAX_NAME]} ({hello.node_id}): one at "
-                    f"{held.peer} is here, one at {peer} asks to be. If the second is a copy, remove its folder "
-                    "`member` and join it with a new token; if it was moved there, stop the first.",
-                    code=COPIED,
-                )
-            await asyncio.sleep(LOOK_S)
 
     async def _read(self, member: Member, messages: AsyncIterator[pb.NodeMessage]) -> None:
         async for message in messages:
@@ -130,6 +92,17 @@ class ControlService(ControlServicer):
 
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatusReply:
         return pb.StatusReply(json=self._coordinator.status().model_dump_json().encode())
+
+    async def Events(
+        self, request: pb.EventsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.EventsReply]:
+        try:
+            reading = self._coordinator.journal.read(request.since, follow=request.follow)
+            async with contextlib.aclosing(reading) as batches:
+                async for batch in batches:
+                    yield pb.EventsReply(json=batch.model_dump_json().encode())
+        except Overloaded as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
 
     async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
         await _owner_only(context)
@@ -152,10 +125,9 @@ class ControlService(ControlServicer):
         here = [(member.id, member.name) for member in self._coordinator.members.values()]
         try:
             node_id, name = await asyncio.to_thread(self._admission.remove, request.node, here)
-        except TrustError as error:
+            attached = self._coordinator.nodes.removed(node_id, name)
+        except (TrustError, ClusterError) as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
-        attached = self._coordinator.expel(node_id, REMOVED, REFUSAL)
-        log.warning("node %s (%s) is removed from the cluster", name, node_id)
         return pb.RemoveNodeReply(node_id=node_id, name=name, attached=attached)
 
 
@@ -171,6 +143,11 @@ def _over(reader: asyncio.Task[None], member: Member) -> None:
     if not reader.cancelled() and (error := reader.exception()) is not None:
         log.warning("the control stream of node %s failed: %s", member.name, error)
     member.dismiss()
+
+
+def _peer(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Where a call comes from: "host:port"."""
+    return unquote(context.peer()).partition(":")[2]
 
 
 def peer_host(peer: str) -> str:

@@ -28,10 +28,13 @@ from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
 from dwarfstar_engine.node.gossip import Gossip
+from dwarfstar_engine.node.journal import Journal
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.needs import need
+from dwarfstar_engine.node.news import News
+from dwarfstar_engine.node.nodes import Nodes
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
-from dwarfstar_engine.node.streams import Stream, WaitingRoom
+from dwarfstar_engine.node.streams import MAX_RESCUES, Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
 from dwarfstar_engine.plan.proportional import TOO_LARGE, Plan, proportional, with_cuts
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
@@ -49,7 +52,6 @@ LOAD_DEADLINE_S = 600.0  # a stage of a large model from a slow disk
 STALL_S = 60.0  # a load that makes no progress for so long is given up
 LINK_DEADLINE_S = 15.0
 WATCH_S = 0.5
-OVERSLEPT_S = 1.0  # woken so much later than asked, this process was stopped: the silence of that time is its own
 STUCK_S = 5.0  # a stage that has not joined the ring after so long is stuck; those that live need a fraction of it
 RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
@@ -74,7 +76,10 @@ class Coordinator:
         self._main = source
         self.fallbacks: tuple[Source, ...] = ()
         self.open_vocab: Callable[[Source], Awaitable[Vocab]] | None = None
-        self.members: dict[str, Member] = {}
+        self.journal = Journal()
+        self.nodes = Nodes(settings, self, self.journal)
+        self.members = self.nodes.members
+        self._news = News(self.journal)
         self.gossip = Gossip()
         self._build: BuildInfo = local_build()
         self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
@@ -138,42 +143,22 @@ class Coordinator:
 
     # --- nodes come, speak and go ---
 
-    def attach(self, member: Member) -> None:
-        """A node is here. One of the same id that was here before is replaced: it has reconnected."""
-        if (old := self.members.get(member.id)) is not None:
-            self.detach(old)
-            old.dismiss()
-        self.members[member.id] = member
+    def joined(self, member: Member) -> None:
+        """See ``nodes.Host``."""
         self.gossip.changed()
         self.gossip.tell(member, self.members.values())
-        log.info("node %s joined with %.2f GiB", member.name, member.usable_bytes / GIB)
         self._came.set()
         self._changed.set()
 
-    def detach(self, member: Member) -> None:
-        """A node is gone."""
-        if self.members.get(member.id) is not member:
-            return
-        del self.members[member.id]
+    def gone(self, member: Member) -> None:
+        """See ``nodes.Host``."""
         self.gossip.forget(member)
+        self._news.forget(member)
         self.gossip.changed()
         self._gone_at = time.monotonic()
-        if not self._stopping:
-            log.warning("node %s is gone", member.name)
         if self._ring.has(member):
             self._break(f"node {member.name} was lost")
         self._changed.set()
-
-    def expel(self, node_id: str, code: str, reason: str) -> bool:
-        """End a node's part in the cluster, and tell it why. Whether it was here."""
-        member = self.members.get(node_id)
-        if member is None:
-            return False
-        with contextlib.suppress(PeerError):  # it has stopped reading: its stream ends without a word
-            member.send(pb.CoordinatorMessage(refused=pb.Refused(code=code, message=reason)))
-        self.detach(member)
-        member.dismiss()
-        return True
 
     def warn(self, about: str, sentence: str) -> None:
         """Show the owner something in the status, for WARNING_S. It replaces what was said about the same."""
@@ -183,19 +168,23 @@ class Coordinator:
             del self._warnings[next(iter(self._warnings))]
 
     def heard(self, member: Member, message: pb.NodeMessage) -> None:
-        """A message of an attached node."""
-        member.heard = time.monotonic()
-        match message.WhichOneof("message"):
+        """A message of a node, which may still wait to be let in."""
+        kind = message.WhichOneof("message")
+        if kind == "heartbeat":
+            self.nodes.heard(member, message.heartbeat.number)
+        if self.members.get(member.id) is not member:
+            return
+        match kind:
             case "heartbeat":
-                member.used_bytes = message.heartbeat.memory_used_bytes
-                member.busy = message.heartbeat.stages[0].busy if message.heartbeat.stages else 0.0
+                member.live = message.heartbeat
                 self.gossip.tell(member, self.members.values())
             case "stage_event":
                 self._on_stage(member, message.stage_event)
             case "leave":
-                self.detach(member)
+                self.nodes.left(member, message.leave.reason)
 
     def _on_stage(self, member: Member, event: pb.StageEvent) -> None:
+        self._news.stage(member, event, self._ring)
         if event.epoch != self.epoch or not self._ring.has(member):
             return
         member.stage = event
@@ -226,9 +215,7 @@ class Coordinator:
         if self._broken.is_set():
             return
         if self.epoch and not self._stopping:
-            # While an epoch is brought up this is one attempt of several, and the status tells it.
-            level = logging.INFO if self._dispatcher is None else logging.WARNING
-            log.log(level, "epoch %d is over: %s", self.epoch, reason)
+            self._news.epoch_over(self.epoch, reason, served=self._dispatcher is not None)
         self._reason, self._code = reason, code or StageError.code
         self._broken.set()
         self._changed.set()
@@ -241,22 +228,22 @@ class Coordinator:
             return
         self._reviving = True
         streams = dispatcher.suspend(told, RETRY_AFTER_S)
-        self._waiting.rescue(streams, time.monotonic(), StageError(told, retry_after_s=RETRY_AFTER_S))
-        if len(self._waiting):
-            log.info("%d streams wait for the next epoch", len(self._waiting))
+        lost = self._waiting.rescue(streams, time.monotonic(), StageError(told, retry_after_s=RETRY_AFTER_S))
+        self._news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
+        self._news.waiting(len(self._waiting))
 
     def _give_up(self, error: DwarfStarError) -> None:
         """There will be no pipeline soon: who waits for one is told."""
         self._reviving = False
-        if lost := self._waiting.fail(error):
-            log.warning("%d streams end: %s", lost, error.message)
+        self._news.given_up(self._waiting.fail(error), error.message)
 
     # --- bringing epochs up ---
 
     async def run(self) -> None:
         """Keep an epoch up until cancelled."""
         failures = 0
-        watcher = asyncio.create_task(self._watch())
+        watchers = [asyncio.create_task(self._watch()), asyncio.create_task(self.nodes.run())]
+        self._news.settings(self.settings)
         try:
             while True:
                 await self._pause(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
@@ -265,7 +252,7 @@ class Coordinator:
                     source, plan = self._plan_now()
                 except PlanError as error:
                     if self._reason != error.message:
-                        log.info("no plan: %s", error.message)
+                        self._news.no_plan(error.code, error.message)
                     self._reason, self._code = error.message, error.code
                     if error.code != WAITING:
                         self._give_up(Unavailable(error.message, code=error.code, retry_after_s=RETRY_AFTER_S))
@@ -284,8 +271,9 @@ class Coordinator:
                 finally:
                     await self._take_down()
         finally:
-            watcher.cancel()
-            self._stopping = True
+            for watcher in watchers:
+                watcher.cancel()
+            self._stopping = self.nodes.stopping = True
             self._break("the engine is stopping")
             self._give_up(StageError("the engine is stopping: send the request again", retry_after_s=RETRY_AFTER_S))
             await self._take_down()
@@ -357,7 +345,7 @@ class Coordinator:
         self._returned.clear()
         self._ring = Epoch(self.term, self.epoch, tuple(Stage(s, self.members[s.node]) for s in plan.stages))
         self._reason, self._code = "the model is being loaded", "loading"
-        log.info("epoch %d: %s", self.epoch, self._ring)
+        self._news.plan_made(self._ring, plan.excluded, self.members)
         for index, stage in enumerate(self._ring.stages):
             stage.member.stage = None
             assign = self._ring.assign(index, self.settings, self.source, self.context, self.vocab.eog)
@@ -431,17 +419,20 @@ class Coordinator:
         self._dispatcher.always_draft = settings.speculation == "on"
         self._reason = self._code = ""
         self._reviving = False
-        for stream in self._waiting.take():
+        self._news.epoch_up(ring, self.source, self.context)
+        streams, lost = self._waiting.take(), 0
+        for stream in streams:
             try:
                 self._dispatcher.carry(stream)
             except DwarfStarError as error:
+                lost += 1
                 stream.sink.fail(error)
+        self._news.resumed(len(streams) - lost)
+        self._news.given_up(lost, "they do not fit what is served now")
         if not self._served_at:  # once: what is frozen is never collected, and later there are requests among it
             gc.collect()
             gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
-        count = len(ring.stages)
-        log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, count, "s" * (count > 1))
 
     async def _until(self, state: pb.StageState.ValueType, deadline_s: float, what: str) -> None:
         """Wait until every stage has reached ``state``. Raises if the epoch breaks, or nothing moves for STALL_S."""
@@ -466,29 +457,17 @@ class Coordinator:
         self._ring = Epoch(self.term, self.epoch)
 
     async def _watch(self) -> None:
-        """Find what does not announce itself: silent nodes and frames that do not come back."""
-        now = time.monotonic()
+        """Find what does not announce itself: frames that do not come back, streams that wait for too long."""
         while True:
             await asyncio.sleep(WATCH_S)
-            due, now = now + WATCH_S, time.monotonic()
-            if now - due > OVERSLEPT_S:
-                self._woke(now)
-            for member in [m for m in self.members.values() if m.state(now) == "lost"]:
-                log.warning("node %s has been silent for %.1f s", member.name, now - member.heard)
-                self.detach(member)
-                member.dismiss()
+            now = time.monotonic()
             waited_s, settings = self.settings.rescue_s, self.settings
             error = StageError(f"the pipeline was not back in {waited_s:.0f} s: {self._reason}", retry_after_s=waited_s)
-            self._waiting.expire(now, error)
+            self._news.given_up(self._waiting.expire(now, error), error.message)
             self._improve(now)
             deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
                 self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")
-
-    def _woke(self, now: float) -> None:
-        """This process was stopped for a while: what others said meanwhile is not read yet."""
-        for member in self.members.values():
-            member.heard = now
 
     def _improve(self, now: float) -> None:
         """Carry out a plan with nodes that came after the last one, when nobody is served."""
@@ -528,13 +507,14 @@ class Coordinator:
             epoch=self.epoch,
             state="serving" if dispatcher else "starting" if self._code in ("starting", "loading") else "unavailable",
             reason=self._reason,
-            nodes=tuple(member.view(now) for member in sorted(self.members.values(), key=lambda m: (m.name, m.id))),
+            nodes=self.nodes.views(),
             stages=self._ring.views(dispatcher.stages if dispatcher else None, tok_s),
             throughput=ThroughputView(
                 tok_s=round(tok_s, 2),
                 active=dispatcher.scheduler.active if dispatcher else 0,
                 queued=dispatcher.scheduler.queued if dispatcher else 0,
             ),
+            last_event=self.journal.last,
             warnings=tuple(text for told, text in self._warnings.values() if now - told < WARNING_S),
         )
 

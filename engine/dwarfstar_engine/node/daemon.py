@@ -30,16 +30,16 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import psutil
 
 from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError, TrustError, VersionMismatch
 from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.child import Child
 from dwarfstar_engine.node.discovery import FOREIGN, Fixed, Seek
-from dwarfstar_engine.node.facts import Facts, interfaces, is_any, is_loopback, local_host, shown_host, used_bytes
+from dwarfstar_engine.node.facts import Facts, interfaces, is_any, is_loopback, local_host, shown_host
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
+from dwarfstar_engine.node.vitals import Vitals, reported
 from dwarfstar_engine.stage.toy import PREFIX as TOY
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.enrol import split_address
@@ -50,7 +50,8 @@ from dwarfstar_engine.wire.trust import NodeFiles, check_identity, utc_now
 
 log = logging.getLogger("dwarfstar.node")
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 1.0  # until the coordinator has said how often; it bounds what it may say, too:
+LEAST_BEAT_S, MOST_BEAT_S = 0.05, 10.0
 SILENT_S = 5.0  # a stage tells each second that it lives; one that is silent for so long is stopped or hangs
 RETRY_S = (0.2, 0.5, 1.0, 2.0)  # pauses between attempts to reach the coordinator; the last one repeats
 STEADY_S = 10.0  # a connection that lived so long was sound: the pauses begin anew
@@ -113,6 +114,9 @@ class NodeDaemon:
         self._newest = 0  # epoch of the newest assignment of this connection
         self._assigning = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._vitals = Vitals(options.facts.kind)
+        self._beat_s = HEARTBEAT_S
+        self._beats_changed = asyncio.Event()
         self._told = ("", float("-inf"))  # what was last said of the coordinator, and when
 
     async def run(self, where: str | Seek) -> None:
@@ -158,9 +162,10 @@ class NodeDaemon:
         """One life of the control stream. Raises PeerError: not reached, not answering, or it refuses us."""
         self._host = self._options.listen or await local_host(coordinator, ANSWER_S)
         self._outbox, self._newest = asyncio.Queue(OUTBOX), 0
+        self._beat_s = HEARTBEAT_S
         check_identity(await asyncio.to_thread(self._options.trust.load), utc_now())
         self._post(hello=self._hello())
-        beat = asyncio.create_task(self._beat(), name="heartbeat")
+        beat = asyncio.gather(self._beat(), self._vitals.watch())
         try:
             async with channel.open_channel(coordinator, channel.channel_credentials(self._options.trust)) as link:
                 stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(link)
@@ -212,17 +217,19 @@ class NodeDaemon:
         loop = asyncio.get_running_loop()
         last = loop.time()
         for number in itertools.count(1):
-            await asyncio.sleep(HEARTBEAT_S)
-            awake, last = loop.time() - last < SILENT_S / 2, loop.time()
+            beat_s = self._beat_s
+            with contextlib.suppress(TimeoutError):  # the welcome may ask for others than we began with
+                await asyncio.wait_for(self._beats_changed.wait(), beat_s)
+                self._beats_changed.clear()
+            awake, last = loop.time() - last < beat_s + SILENT_S / 2, loop.time()
             self._check_stage(last, awake)
-            self._post(
-                heartbeat=pb.Heartbeat(
-                    number=number,
-                    memory_used_bytes=used_bytes(),
-                    load=psutil.cpu_percent() / 100,
-                    stages=self._stage_reports(),
-                )
-            )
+            self._post(heartbeat=self._vitals.heartbeat(number, self._stage_reports()))
+
+    def _use_beats(self, told_ms: int) -> None:
+        beat_s = min(max(told_ms / 1000, LEAST_BEAT_S), MOST_BEAT_S) if told_ms else HEARTBEAT_S
+        if beat_s != self._beat_s:
+            self._beat_s = beat_s
+            self._beats_changed.set()
 
     def _check_stage(self, now: float, awake: bool) -> None:
         """End a stage that is silent; ``_on_exit`` tells. awake: this process was not the one that slept."""
@@ -242,8 +249,7 @@ class NodeDaemon:
             pb.StageReport(
                 epoch=stage.epoch,
                 state=stage.state,
-                busy=stage.stats.get("busy", 0.0),
-                rss_bytes=stage.stats.get("rss", 0),
+                **reported(stage.stats),
                 frames=stage.frames,
             )
         ]
@@ -268,6 +274,7 @@ class NodeDaemon:
                 )
             case "welcome":
                 self._welcomed = True
+                self._use_beats(message.welcome.heartbeat_ms)
                 self._told = ("", float("-inf"))
                 log.info("attached to the coordinator at %s", self._coordinator)
                 self._spawn(self._seek.attached(self._coordinator))

@@ -16,6 +16,7 @@ import psutil
 
 from dwarfstar_engine.cluster.candidates import Interface
 from dwarfstar_engine.errors import PeerError
+from dwarfstar_engine.node.nvidia import Nvidia
 from dwarfstar_engine.wire.enrol import split_address
 
 GIB = 1 << 30
@@ -47,23 +48,8 @@ def _gpu() -> tuple[str, int, int] | None:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not any(any((Path(folder) / "lib").glob("*ggml-cuda*")) for folder in folders):
         return None
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        memory = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
-        if not handles:
-            return None
-        name = pynvml.nvmlDeviceGetName(handles[0])
-        return str(name), sum(int(m.total) for m in memory), sum(int(m.free) for m in memory)
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
+    gpus = Nvidia().read()
+    return None if gpus is None else (gpus.name, gpus.total_bytes, gpus.free_bytes)
 
 
 def measure(override_gib: float | None) -> Facts:
@@ -73,13 +59,13 @@ def measure(override_gib: float | None) -> Facts:
         device, total, free = gpu
         kind, usable = "cuda", int(free * VRAM_SHARE)
     else:
-        total, available = _memory()
+        total, available = memory()
         kind, device = "cpu", platform.processor() or platform.machine()
         usable = int(available * RAM_SHARE)
     return Facts(kind, device, total, usable, int((override_gib or 0) * GIB))
 
 
-def _memory() -> tuple[int, int]:
+def memory() -> tuple[int, int]:
     """(total, available) bytes of RAM to this process: the machine's, or its container's where that is less."""
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
@@ -90,12 +76,6 @@ def _memory() -> tuple[int, int]:
             if limit < total:
                 total, available = limit, min(available, max(0, limit - use + int(statistics[cache_key])))
     return total, available
-
-
-def used_bytes() -> int:
-    """Memory in use on this machine now."""
-    total, available = _memory()
-    return total - available
 
 
 def cores() -> list[int]:

@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
+from dwarfstar_engine.cluster.ids import InstanceId
+from dwarfstar_engine.cluster.membership import Known
 from dwarfstar_engine.errors import PeerError
 from dwarfstar_engine.plan.proportional import Capacity
 from dwarfstar_engine.views import NodeView
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 
 GIB = 1 << 30
-LATE_S = 2.5  # without a heartbeat a node is late, and after LOST_S lost; heartbeats come each second
-LOST_S = 5.0
 OUTBOX = 256  # messages waiting for a node; it is told a few per epoch, so more means it has stopped reading
-MAX_NODES = 1024
+_NOT_ATTACHED = InstanceId("")
+_NO_REPORT = pb.StageReport()
 END = pb.CoordinatorMessage()  # in an outbox: close the control stream
 
 
@@ -27,11 +28,10 @@ class Member:
     name: str
     host: str
     device: pb.Device
-    heard: float  # monotonic time of its last message
     instance: str = ""  # of its process
     peer: str = ""  # where its control stream comes from
-    used_bytes: int = 0
-    busy: float = 0.0
+    connection: InstanceId = _NOT_ATTACHED  # its control stream, as ``Nodes`` calls it
+    live: pb.Heartbeat = field(default_factory=pb.Heartbeat)  # its last
     stage: pb.StageEvent | None = None
     link: pb.LinkProfile = field(default_factory=pb.LinkProfile)  # of its stage to the next
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # measured by its stage, of the epoch
@@ -61,19 +61,25 @@ class Member:
         with contextlib.suppress(asyncio.QueueFull):  # then it has stopped reading, and the transport's timeout ends it
             self.outbox.put_nowait(END)
 
-    def state(self, now: float) -> str:
-        age = now - self.heard
-        return "joined" if age < LATE_S else "late" if age < LOST_S else "lost"
+    @property
+    def report(self) -> pb.StageReport:
+        """The live figures of its stage; empty if it told none."""
+        return self.live.stages[0] if self.live.stages else _NO_REPORT
 
-    def view(self, now: float) -> NodeView:
+    def view(self, known: Known) -> NodeView:
+        live = self.live
         return NodeView(
             id=self.id,
             name=self.name,
             address=self.host,
-            state=self.state(now),
+            state=known.state.value,
             device=self.device.description or self.device.kind,
             memory_gib=round(self.device.memory_total_bytes / GIB, 3),
-            used_gib=round(self.used_bytes / GIB, 3),
+            used_gib=round(live.memory_used_bytes / GIB, 3),
             effective_vram_gib=round(self.usable_bytes / GIB, 3),
-            heartbeat_age_s=round(now - self.heard, 2),
+            heartbeat_age_s=round(known.silent_s, 2),
+            free_gib=round(live.memory_free_bytes / GIB, 3) if live.memory_free_bytes else None,
+            load=round(live.load, 3) if live.number else None,
+            temperature_c=round(live.temperature_c, 1) if live.HasField("temperature_c") else None,
+            power_w=round(live.power_w, 1) if live.HasField("power_w") else None,
         )

@@ -22,19 +22,18 @@ from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from dwarfstar_engine.cluster.membership import REMOVAL as REFUSAL
+from dwarfstar_engine.cluster.membership import REMOVED
 from dwarfstar_engine.errors import TrustError
 from dwarfstar_engine.wire.private_files import locked, read_private, replace_file
 from dwarfstar_engine.wire.trust import KEY_ID
+
+__all__ = ["REFUSAL", "REMOVED", "Known", "Roster", "RosterStore", "find", "let_in", "remove"]
 
 MAX_KNOWN = 4096  # four times the nodes of a cluster: also those that come and go
 MAX_FILE_BYTES = 4 << 20  # MAX_KNOWN entries of up to 500 bytes, twice
 LOCK_WAIT_S = 5.0  # the file is held for a few milliseconds at a time
 FILE = "roster.json"
-REMOVED = "node_removed"  # code of the refusal
-REFUSAL = (
-    "This machine was removed from the cluster: to let it in again, make a new join token with `dwarfstar token` "
-    "on the coordinator's machine."
-)
 
 
 class Known(BaseModel):

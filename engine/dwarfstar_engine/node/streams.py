@@ -64,8 +64,9 @@ class WaitingRoom:
         self._streams[stream] = now
         stream.leave = lambda: self._forget(stream)
 
-    def rescue(self, streams: list[Stream], now: float, error: DwarfStarError) -> None:
-        """Streams of an epoch that broke: those that were rescued too often get ``error``."""
+    def rescue(self, streams: list[Stream], now: float, error: DwarfStarError) -> int:
+        """Streams of an epoch that broke: those that were rescued too often get ``error``; how many."""
+        lost = 0
         for stream in streams:
             if stream.left:  # for an error of the one before
                 continue
@@ -76,8 +77,10 @@ class WaitingRoom:
             if stream.rescues > MAX_RESCUES:
                 stream.leave = None
                 stream.sink.fail(error)
+                lost += 1
             else:
                 self.put(stream, now)
+        return lost
 
     def take(self) -> list[Stream]:
         """All that wait, longest first; they wait no more."""

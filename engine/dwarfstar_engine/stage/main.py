@@ -21,7 +21,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
 from dwarfstar_engine.stage.measure import Profile
 from dwarfstar_engine.stage.pipe import ChildPipe
-from dwarfstar_engine.stage.worker import Backend, LlamaBackend, ToyBackend, Worker
+from dwarfstar_engine.stage.worker import Backend, Counted, LlamaBackend, ToyBackend, Worker
 from dwarfstar_engine.wire import channel, frames, loop
 from dwarfstar_engine.wire.door import Door, Watch
 from dwarfstar_engine.wire.handshake import local_build
@@ -250,17 +250,22 @@ class StageProcess:
     def _busy_s(self) -> float:
         return self._worker.backend.busy_s if self._worker is not None else 0.0
 
+    @property
+    def _steps(self) -> Counted:
+        return self._worker.counted if self._worker is not None else Counted()
+
     def _stats(self) -> None:
         """Tell that this process lives. A thread, as the event loop's may compute for seconds on a slow machine."""
         process = psutil.Process()
         while True:
-            busy, count = self._busy_s, self._frames
+            busy, count, steps = self._busy_s, self._frames, replace(self._steps)
             time.sleep(STATS_EVERY_S)
             self._pipe.emit(
                 "stats",
                 busy=round(min(1.0, (self._busy_s - busy) / STATS_EVERY_S), 4),
                 frames=self._frames - count,
                 rss=process.memory_info().rss,
+                **steps.until(self._steps, STATS_EVERY_S),
             )
 
 

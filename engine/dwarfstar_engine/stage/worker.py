@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -209,12 +210,40 @@ class ToyBackend:
         pass
 
 
+@dataclass(slots=True)
+class Counted:
+    """Frames of generated tokens since the start: rows, and seconds computed and waited for them. frames: how many."""
+
+    rows: int = 0
+    frames: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+
+    def add(self, rows: int, compute_s: float, wait_s: float) -> None:
+        self.rows += rows
+        self.frames += 1
+        self.compute_s += compute_s
+        self.wait_s += wait_s
+
+    def until(self, later: Counted, span_s: float) -> dict[str, float]:
+        """Means between two counts that are ``span_s`` apart; empty if no frame was run."""
+        rows, frames = later.rows - self.rows, later.frames - self.frames
+        if rows <= 0 or frames <= 0:
+            return {"rows_s": 0.0}
+        return {
+            "rows_s": round(rows / span_s, 2),
+            "compute_ms": round(1000 * (later.compute_s - self.compute_s) / rows, 4),
+            "wait_ms": round(1000 * (later.wait_s - self.wait_s) / frames, 4),
+        }
+
+
 class Worker:
     """Runs frames on a backend, and keeps the figures of it. ends: tokens behind which no row goes on by itself."""
 
     def __init__(self, backend: Backend, slots: int, wire: WireType, ends: Collection[int] = ()) -> None:
         self.backend, self._slots, self._ends = backend, slots, frozenset(ends)
         self._feed = b""
+        self.counted = Counted()
         self.profile = Profile()
         self.use_wire(wire)
         now = time.perf_counter()
@@ -246,13 +275,15 @@ class Worker:
         Raises FrameError if ``data`` is not a frame at all: the connection that sent it must be closed.
         """
         started, prompt = time.perf_counter(), frames.is_prompt(data)
-        wait_us = int(1e6 * (started - self._idle_since[prompt]))
+        wait_s = started - self._idle_since[prompt]
+        wait_us = int(1e6 * wait_s)
         fault: DwarfStarError | None = None
         if not prompt:
             try:
                 done = self.backend.run_frame(data, wait_us)
                 if done is not None:
-                    self._idle_since[False] = time.perf_counter()
+                    now = self._idle_since[False] = time.perf_counter()
+                    self.counted.add(frames.count_rows(data), now - started, wait_s)
                     out_data, self._feed = done
                     return out_data
             except DwarfStarError as error:
@@ -267,6 +298,8 @@ class Worker:
         except DwarfStarError as error:
             return frames.encode(FaultFrame(frame.epoch, frame.number, error.code, error.message))
         now = self._idle_since[prompt] = time.perf_counter()
+        if not prompt:
+            self.counted.add(len(frame.slots), now - started, wait_s)
         out.timings = (*frame.timings, (int(1e6 * (now - started)), wait_us))
         return frames.encode(out)
 

@@ -221,7 +221,11 @@ class Door(grpc.aio.ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(
                 self._stream(handler.stream_stream), handler.request_deserializer, handler.response_serializer
             )
-        assert not handler.request_streaming and not handler.response_streaming, "we have no such calls"
+        assert not handler.request_streaming, "we have no such calls"
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._told(handler.unary_stream, handler.request_deserializer), None, handler.response_serializer
+            )
         return grpc.unary_unary_rpc_method_handler(
             self._unary(handler.unary_unary, handler.request_deserializer), None, handler.response_serializer
         )
@@ -246,15 +250,28 @@ class Door(grpc.aio.ServerInterceptor):
 
     def _unary(self, serve: Any, read: Callable[[bytes], Any] | None) -> Any:
         async def checked(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            await self._check(context)
-            try:
-                request = read(data) if read is not None else data
-            except (DecodeError, ValueError):  # left to gRPC it would be a traceback in the log, each time
-                self._tell("a caller", context, "its message is not one of ours")
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The message cannot be read.")
-            return await serve(request, context)
+            return await serve(await self._read(data, read, context), context)
 
         return checked
+
+    def _told(self, serve: Any, read: Callable[[bytes], Any] | None) -> Any:
+        async def checked(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            request = await self._read(data, read, context)
+            async with contextlib.aclosing(serve(request, context)) as messages:
+                async for message in messages:
+                    yield message
+
+        return checked
+
+    async def _read(
+        self, data: bytes, read: Callable[[bytes], Any] | None, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:
+        await self._check(context)
+        try:
+            return read(data) if read is not None else data
+        except (DecodeError, ValueError):  # left to gRPC it would be a traceback in the log, each time
+            self._tell("a caller", context, "its message is not one of ours")
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The message cannot be read.")
 
     def _stream(self, serve: Any) -> Any:
         async def checked(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -263,7 +280,8 @@ class Door(grpc.aio.ServerInterceptor):
 
         async def generated(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             await self._check(context)
-            async for message in serve(requests, context):
-                yield message
+            async with contextlib.aclosing(serve(requests, context)) as messages:
+                async for message in messages:
+                    yield message
 
         return generated if inspect.isasyncgenfunction(serve) else checked

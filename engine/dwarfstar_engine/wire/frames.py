@@ -99,7 +99,7 @@ _CRC = struct.Struct("<I")
 _RESIDUE = 0x48674BC7  # CRC32C of any bytes followed by their own CRC32C, little endian
 _ROW_BYTES = 4 + 4 + 2 + 1
 _PROMPT = 1  # flag of a step frame
-_KIND_AT, _FLAGS_AT = 5, 12
+_KIND_AT, _FLAGS_AT, _COUNT_AT = 5, 12, 24
 _TIMING_BYTES = 8
 
 _RESULT_ROW = struct.Struct("<HHid")  # slot, entries of top, token, logprob
@@ -241,6 +241,13 @@ def encode_tokens(
 def is_prompt(data: bytes) -> bool:
     """Whether ``data``, if it is a frame at all, is one of a prompt."""
     return len(data) > _FLAGS_AT and data[_KIND_AT] == FrameKind.STEP and bool(data[_FLAGS_AT] & _PROMPT)
+
+
+def count_rows(data: bytes) -> int:
+    """Rows that a step frame says it has; 0 for other frames, and what is none."""
+    if len(data) < _HEADER.size or data[_KIND_AT] != FrameKind.STEP:
+        return 0
+    return int.from_bytes(data[_COUNT_AT : _COUNT_AT + 4], "little")
 
 
 def decode(data: bytes) -> Frame:

@@ -358,11 +358,20 @@ class Heartbeat(_message.Message):
     MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """counts up by one"""
     memory_used_bytes: _builtins.int
     load: _builtins.float
     """0 … 1 of the processors"""
+    memory_free_bytes: _builtins.int
+    """that can be had; 0: not known"""
+    temperature_c: _builtins.float
+    """of what computes, the hottest part; absent: not known"""
+    power_w: _builtins.float
+    """of what computes"""
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageReport]: ...
     def __init__(
@@ -372,12 +381,22 @@ class Heartbeat(_message.Message):
         memory_used_bytes: _builtins.int = ...,
         load: _builtins.float = ...,
         stages: _abc.Iterable[Global___StageReport] | None = ...,
+        memory_free_bytes: _builtins.int = ...,
+        temperature_c: _builtins.float | None = ...,
+        power_w: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_temperature_c", b"_temperature_c", "power_w", b"power_w", "temperature_c", b"temperature_c"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "memory_used_bytes", b"memory_used_bytes", "number", b"number", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_temperature_c", b"_temperature_c", "load", b"load", "memory_free_bytes", b"memory_free_bytes", "memory_used_bytes", b"memory_used_bytes", "number", b"number", "power_w", b"power_w", "stages", b"stages", "temperature_c", b"temperature_c"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_c: _TypeAlias = _typing.Literal["temperature_c"]  # noqa: Y015
+    _WhichOneofArgType__temperature_c: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_c) -> _WhichOneofReturnType__temperature_c | None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
 
@@ -392,6 +411,7 @@ class StageReport(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
     WAIT_MS_FIELD_NUMBER: _builtins.int
+    ROWS_S_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     state: Global___StageState.ValueType
     busy: _builtins.float
@@ -403,6 +423,8 @@ class StageReport(_message.Message):
     """mean of a decode row"""
     wait_ms: _builtins.float
     """mean wait for a frame"""
+    rows_s: _builtins.float
+    """rows that passed in the last second"""
     def __init__(
         self,
         *,
@@ -413,10 +435,11 @@ class StageReport(_message.Message):
         frames: _builtins.int = ...,
         compute_ms: _builtins.float = ...,
         wait_ms: _builtins.float = ...,
+        rows_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "compute_ms", b"compute_ms", "epoch", b"epoch", "frames", b"frames", "rss_bytes", b"rss_bytes", "state", b"state", "wait_ms", b"wait_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "compute_ms", b"compute_ms", "epoch", b"epoch", "frames", b"frames", "rows_s", b"rows_s", "rss_bytes", b"rss_bytes", "state", b"state", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1074,6 +1097,50 @@ class RenewReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RenewReply: _TypeAlias = RenewReply  # noqa: Y015
+
+@_typing.final
+class EventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
+    since: _builtins.int
+    """number of the last event seen; 0: none"""
+    follow: _builtins.bool
+    """go on with those to come"""
+    def __init__(
+        self,
+        *,
+        since: _builtins.int = ...,
+        follow: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "since", b"since"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventsRequest: _TypeAlias = EventsRequest  # noqa: Y015
+
+@_typing.final
+class EventsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_FIELD_NUMBER: _builtins.int
+    json: _builtins.bytes
+    """views.EventsView"""
+    def __init__(
+        self,
+        *,
+        json: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EventsReply: _TypeAlias = EventsReply  # noqa: Y015
 
 @_typing.final
 class RemoveNodeRequest(_message.Message):

@@ -92,6 +92,8 @@ class ControlStub:
     """Another certificate for the id of the one that the connection was made with."""
     RemoveNode: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveNodeRequest, _control_pb2.RemoveNodeReply]
     """A node is let in no more. Of the owner only."""
+    Events: _grpc.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.EventsReply]
+    """What happened in the cluster, and why."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -106,6 +108,8 @@ class ControlAsyncStub(ControlStub):
     """Another certificate for the id of the one that the connection was made with."""
     RemoveNode: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveNodeRequest, _control_pb2.RemoveNodeReply]  # type: ignore[assignment]
     """A node is let in no more. Of the owner only."""
+    Events: _aio.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.EventsReply]  # type: ignore[assignment]
+    """What happened in the cluster, and why."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Served with mutual TLS: every caller holds a certificate of the cluster."""
@@ -147,5 +151,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.RemoveNodeReply, _abc.Awaitable[_control_pb2.RemoveNodeReply]]:
         """A node is let in no more. Of the owner only."""
+
+    @_abc_1.abstractmethod
+    def Events(
+        self,
+        request: _control_pb2.EventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.EventsReply], _abc.AsyncIterator[_control_pb2.EventsReply]]:
+        """What happened in the cluster, and why."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
