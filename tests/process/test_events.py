@@ -112,12 +112,12 @@ def test_a_killed_stage_is_named_with_its_signal(engine: EngineProcess) -> None:
         assert end() == "data: [DONE]"
     settled(engine)
     found = events(engine, since)
-    in_order(found, "stage_failed", "plan_made", "epoch_up", "streams_resumed")
-    in_order(found, "epoch_over", "streams_waiting", "plan_made")
+    in_order(found, "stage_failed", "epoch_over", "streams_waiting", "plan_made", "epoch_up", "streams_resumed")
     failed = first(found, "stage_failed")
     assert (failed.node, failed.details["pid"]) == ("node2", pid) and "ended with signal 9" in failed.cause
     assert first(found, "streams_waiting").details["streams"] == first(found, "streams_resumed").details["streams"] == 1
-    assert min(failed.time_s, first(found, "epoch_over").time_s) - struck < SOON_S
+    assert failed.cause in first(found, "epoch_over").cause
+    assert failed.time_s - struck < SOON_S
     assert {event.node for event in found if event.kind == "stage_ready"} == {"node1", "node2", "node3"}
 
 
@@ -128,12 +128,12 @@ def test_a_killed_node_is_lost_and_comes_back(engine: EngineProcess) -> None:
     until(lambda: "node_rejoined" in kinds(events(engine, since)), "it is back")
     settled(engine)
     found = events(engine, since)
+    assert kinds(found)[:2] == ["node_lost", "epoch_over"]
     in_order(found, "node_lost", "node_rejoined")
     lost = first(found, "node_lost")
     assert lost.node == "node2" and "its connection broke: its process ended" in lost.cause
     assert lost.time_s - struck < SOON_S
-    over = first(found, "epoch_over")
-    assert over.number > lost.number or "node2" in over.cause
+    assert "node2 was lost" in first(found, "epoch_over").cause or lost.cause in first(found, "epoch_over").cause
     assert first(found, "node_rejoined").details["rejoins"] == 1
 
 

@@ -193,7 +193,7 @@ class Coordinator:
         if event.HasField("link"):
             member.link = event.link
         if event.state in (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED, pb.STAGE_STATE_BROKEN):
-            self._break(f"{member.name}: {event.detail}", event.code)
+            self._break(f"{member.name}: {event.detail}", event.code, sure=event.state != pb.STAGE_STATE_BROKEN)
         self._changed.set()
 
     # --- the ring ---
@@ -208,14 +208,17 @@ class Coordinator:
 
     def _on_hop_lost(self, epoch: int, sender: str) -> None:
         if epoch == self.epoch:
-            self._break(f"the connection from {sender} was lost")
+            self._break(f"the connection from {sender} was lost", sure=False)
 
-    def _break(self, reason: str, code: str = "") -> None:
-        """The epoch is over: requests in flight get their error now, ``run`` does the rest."""
+    def _break(self, reason: str, code: str = "", *, sure: bool = True) -> None:
+        """The epoch is over: requests in flight get their error now, ``run`` does the rest.
+
+        sure: this is why; else it may follow from what is not known yet.
+        """
         if self._broken.is_set():
             return
         if self.epoch and not self._stopping:
-            self._news.epoch_over(self.epoch, reason, served=self._dispatcher is not None)
+            self._news.epoch_over(self.epoch, reason, served=self._dispatcher is not None, sure=sure)
         self._reason, self._code = reason, code or StageError.code
         self._broken.set()
         self._changed.set()
@@ -367,7 +370,9 @@ class Coordinator:
         self.receiver.set_epoch(self.epoch, {stages[-1].member.id})
         for index, stage in enumerate(stages):
             stage.member.send(pb.CoordinatorMessage(link=self._ring.link(index)))
-        sender = RingSender(lambda reason: self._break(f"the connection to the first stage was lost: {reason}"))
+        sender = RingSender(
+            lambda reason: self._break(f"the connection to the first stage was lost: {reason}", sure=False)
+        )
         self._sender = sender
         credentials = channel.channel_credentials(self._trust)
         await self._unless_broken(sender.open(stages[0].address, credentials, self._build, self.epoch, self._name))

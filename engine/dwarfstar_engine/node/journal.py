@@ -3,6 +3,10 @@
 Readers keep a number and no queue: each is given what is in the ring behind its number when it is ready for more. A
 slow reader costs nothing, misses what has left the ring meanwhile, and is told how many.
 
+**Causes come first.** When a process is killed, its neighbours' broken connections may be known some milliseconds
+before its own end. Who records a consequence and does not know the cause says ``hold``: for HOLD_S what is recorded
+waits, and if a ROOT comes meanwhile, it is put before and named as the cause. Nothing but the record waits.
+
 All calls come from the event loop's thread.
 """
 
@@ -12,6 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from dwarfstar_engine.cluster.events import CAPACITY, Event, EventLog
@@ -21,6 +26,8 @@ from dwarfstar_engine.views import EventsView, EventView
 log = logging.getLogger("dwarfstar.events")
 
 BATCH = 8  # events of a message: 17 texts of 1024 characters, six bytes each in JSON, stay below MAX_CONTROL_BYTES
+HOLD_S = 0.1  # a process's end was seen up to 10 ms after its neighbours' news of it; more where a machine is busy
+MAX_HELD = 64  # events; there are some ten in that time
 MAX_READERS = 64  # a few front ends and dashboards; each is a stream
 
 
@@ -64,6 +71,20 @@ _LEVELS = {
 }
 
 
+ROOTS = frozenset({Kind.NODE_LOST, Kind.NODE_LEFT, Kind.NODE_REMOVED, Kind.STAGE_FAILED})
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """An event that has no number yet."""
+
+    kind: Kind
+    cause: str
+    node: str
+    details: Details | None
+    level: int
+
+
 class Journal:
     """See the module. clock: seconds since 1970, for people and for comparing with other programs' logs."""
 
@@ -71,6 +92,8 @@ class Journal:
         self._clock = clock
         self._log = EventLog(capacity)
         self._readers: set[asyncio.Event] = set()
+        self._held: list[_Note] | None = None  # None: nothing waits
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def last(self) -> int:
@@ -79,16 +102,44 @@ class Journal:
 
     def add(
         self, kind: Kind, cause: str, node: str = "", details: Details | None = None, *, level: int | None = None
-    ) -> Event:
+    ) -> None:
         """Record an event and log it. cause: a sentence that stands alone. node: a name.
 
         level: of the log's line, if not the kind's own.
         """
-        event = self._log.add(self._clock(), kind, _one_line(cause), _one_line(node), details)
-        log.log(_LEVELS.get(kind, logging.INFO) if level is None else level, "%s", event.cause)
+        note = _Note(kind, cause, node, details, _LEVELS.get(kind, logging.INFO) if level is None else level)
+        if self._held is None:
+            self._write(note)
+        elif kind in ROOTS:
+            self._write(note)
+            self.release(cause)
+        else:
+            self._held.append(note)
+            if len(self._held) >= MAX_HELD:
+                self.release()
+
+    def hold(self) -> None:
+        """What is recorded from now on may have a cause that is not known yet."""
+        if self._held is None:
+            self._held = []
+            self._timer = asyncio.get_running_loop().call_later(HOLD_S, self.release)
+
+    def release(self, root: str = "") -> None:
+        """Write what was held; ``root`` is why the epochs among it are over."""
+        held, self._held = self._held or (), None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for note in held:
+            if root and note.kind is Kind.EPOCH_OVER:
+                note = replace(note, cause=f"{note.cause.partition(': ')[0]}: {root}")
+            self._write(note)
+
+    def _write(self, note: _Note) -> None:
+        event = self._log.add(self._clock(), note.kind, _one_line(note.cause), _one_line(note.node), note.details)
+        log.log(note.level, "%s", event.cause)
         for reader in self._readers:
             reader.set()
-        return event
 
     async def read(self, since: int, *, follow: bool) -> AsyncGenerator[EventsView]:
         """The events after a number, BATCH at a time; with ``follow`` also those to come, without end.

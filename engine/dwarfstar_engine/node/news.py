@@ -62,8 +62,10 @@ class News:
         text = f"epoch {ring.number} serves {source.name} over {count} stage{'s' * (count > 1)}"
         self._journal.add(Kind.EPOCH_UP, text, details={"epoch": ring.number, "stages": _stages(ring)})
 
-    def epoch_over(self, number: int, cause: str, *, served: bool) -> None:
-        """While an epoch is brought up this is one attempt of several, and no warning."""
+    def epoch_over(self, number: int, cause: str, *, served: bool, sure: bool) -> None:
+        """While an epoch is brought up this is one attempt of several, and no warning. sure: the cause is the first."""
+        if not sure:
+            self._journal.hold()
         level = logging.WARNING if served else logging.INFO
         self._journal.add(Kind.EPOCH_OVER, f"epoch {number} is over: {cause}", details={"epoch": number}, level=level)
 
