@@ -10,6 +10,7 @@ import argparse
 import logging
 import random
 import secrets
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -28,9 +29,12 @@ def main() -> None:
     parser.add_argument("--loopback", action="store_true", help="without network namespaces; no link is cut")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--longest", type=int, default=160, help="tokens of an answer")
+    parser.add_argument("--haste", type=float, default=1.0, help="by how much pauses and holds are shorter")
+    parser.add_argument("--minutes", type=float, default=60.0, help="no fault begins later")
     parser.add_argument("--keep", type=Path, default=None, help="folder for homes and logs that stays")
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # not without ending what was started
     seed = secrets.randbelow(1 << 31) if given.seed is None else given.seed
     print(f"seed {seed}", flush=True)
     wanted = arena.Wanted(
@@ -39,6 +43,8 @@ def main() -> None:
         faults=given.faults,
         seed=seed,
         longest=given.longest,
+        haste=given.haste,
+        limit_s=60 * given.minutes,
         local=given.local_nodes,
         namespaces=not given.loopback,
     )

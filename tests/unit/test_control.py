@@ -213,3 +213,21 @@ async def test_a_node_started_again_takes_the_place_of_its_silent_self(
 async def test_a_coordinator_that_is_away_is_no_refusal(cluster: Cluster) -> None:
     with pytest.raises(PeerError, match="is not reached"):
         await renewal.from_coordinator(lambda: "127.0.0.1:1", trust.utc_now)(cluster.machine("attic"))
+
+
+async def test_connections_that_end_leave_no_task_behind(cluster: Cluster) -> None:
+    """gRPC reads what a node says in a task of its own, which must not wait for the next word for ever."""
+    files = cluster.machine("mine")
+    running = asyncio.create_task(cluster.daemon(files, "mine").run(cluster.address))
+    members = cluster.coordinator.members
+    tasks: list[int] = []
+    for _ in range(3):
+        await until(lambda: members)
+        (member,) = members.values()
+        await until(member.outbox.empty)
+        tasks.append(len([task for task in asyncio.all_tasks() if "request_iterator" in repr(task.get_coro())]))
+        member.dismiss()
+        await until(lambda held=member: members.get(held.id) is not held)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert tasks == [1, 1, 1]

@@ -37,6 +37,7 @@ class Wanted:
     local: bool = False
     namespaces: bool = True
     haste: float = 1.0
+    limit_s: float = 3600.0  # no strike begins later
 
 
 def play(wanted: Wanted, folder: Path, rng: random.Random) -> tuple[chaos.Tally, str]:
@@ -95,7 +96,7 @@ def inside(machine: Machine, work: Callable[[], T]) -> T:
         except BaseException as error:  # told by the thread that asked
             errors.append(error)
 
-    thread = threading.Thread(target=go, name="inside")
+    thread = threading.Thread(target=go, name="inside", daemon=True)
     thread.start()
     thread.join()
     if errors:
@@ -119,7 +120,7 @@ def _run(wanted: Wanted, machines: list[Machine], rng: random.Random, *, links: 
     wait_serving(machines[0])
     own = not wanted.local
     strikes = faults.strikes(rng, wanted.faults, wanted.nodes, links=links, own=own, haste=wanted.haste)
-    return asyncio.run(chaos.run(machines, api_url(machines[0]), strikes, wanted.seed, wanted.longest))
+    return asyncio.run(chaos.run(machines, api_url(machines[0]), strikes, wanted.seed, wanted.longest, wanted.limit_s))
 
 
 def _until(look: Callable[[], bool], engine: Machine, what: str) -> None:

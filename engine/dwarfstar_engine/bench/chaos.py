@@ -33,11 +33,13 @@ POOL = 24  # different requests
 DEADLINE_S = 180.0  # of a request: the engine gives up a stream that waits for 60 s
 SETTLE_S = 120.0  # after the last fault, until all nodes serve again
 SAMPLE_S = 0.5
+PATIENCE_S = 20.0  # before the next strike, whatever became of the last one
 MEMORY_SHARE, MEMORY_BYTES = 0.05, 8 << 20  # growth that is no leak: of the first third, and absolute
 FILES = 8  # open files likewise
 LOG_LINES = 60  # of all machines together for each fault: an epoch is told in some ten lines, and breaks twice or so
 TEXT = "/v1/completions"
 EARLY = "the pipeline broke during this request"  # of the error after MAX_RESCUES
+LATE, LATE_S = "the pipeline was not back in", 60.0  # of the error after rescue_s
 SLACK_S = 15.0  # a fault's effect may last so long
 
 
@@ -58,6 +60,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     struck: list[tuple[float, str]] = field(default_factory=list)
+    faults: int = 0
     missed: int = 0  # faults that found no process
     samples: dict[str, list[float]] = field(default_factory=dict)
     ended: float = 0.0
@@ -172,10 +175,15 @@ class Client:
         else:
             self._tally.problem(f"wanted {asked.text!r}, got {text!r} {finishes}: {asked.body}")
 
+    def _silent_s(self) -> float:
+        return time.monotonic() - (self._tally.times[-1] if self._tally.times else 0.0)
+
     def _refused(self, error: dict[str, Any], began: float) -> None:
         struck = len(self._tally.struck) - bisect.bisect(self._tally.struck, (began - SLACK_S, ""))
         if error["message"].startswith(EARLY) and struck > MAX_RESCUES:
             self._tally.outcomes["given up"] += 1
+        elif error["message"].startswith(LATE) and self._silent_s() >= LATE_S:
+            self._tally.outcomes["waited too long"] += 1
         else:
             self._tally.problem(f"after {struck} strikes in {time.monotonic() - began:.1f} s: {error['message']}")
 
@@ -183,22 +191,35 @@ class Client:
 class Striker:
     """Carries faults out. A node is struck by one at a time."""
 
-    def __init__(self, machines: Sequence[Machine], tally: Tally) -> None:
-        self._machines, self._tally = machines, tally
+    def __init__(self, http: httpx.AsyncClient, machines: Sequence[Machine], tally: Tally) -> None:
+        self._http, self._machines, self._tally = http, machines, tally
         self._struck = [asyncio.Lock() for _ in machines]
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def run(self, strikes: Sequence[Strike]) -> None:
-        """All strikes, and until the last one's effect is taken back."""
+    async def run(self, strikes: Sequence[Strike], limit_s: float) -> None:
+        """All strikes, or those that begin within ``limit_s``; and until the last one's effect is taken back."""
+        end = time.monotonic() + limit_s
         for strike in strikes:
+            if time.monotonic() > end:
+                break
+            if strike.patient:
+                await self._served()
             await asyncio.sleep(strike.pause_s)
             for fault in strike.faults:
                 await self._struck[fault.node].acquire()
             self._tally.struck.append((time.monotonic(), strike.name))
+            self._tally.faults += len(strike.faults)
             for fault in strike.faults:
                 self._tasks.append(asyncio.create_task(self._one(fault)))
             self._tasks = [task for task in self._tasks if not task.done() or task.exception()]
         await asyncio.gather(*self._tasks)
+
+    async def _served(self) -> None:
+        """Until the model is served, or for PATIENCE_S."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S):
+                while (await self._http.get("/health")).status_code != 200:  # noqa: ASYNC110 - another process
+                    await asyncio.sleep(0.1)
 
     async def _one(self, fault: Fault) -> None:
         try:
@@ -266,10 +287,13 @@ def _look(machine: Machine) -> tuple[float, float] | None:
         return None
 
 
-async def run(machines: Sequence[Machine], url: str, strikes: Sequence[Strike], seed: int, longest: int) -> Tally:
-    """The whole run against an engine that serves. ``machines``: the engine's first. longest: tokens of an answer."""
+async def run(
+    machines: Sequence[Machine], url: str, strikes: Sequence[Strike], seed: int, longest: int, limit_s: float
+) -> Tally:
+    """The whole run against an engine that serves. ``machines``: the engine's first. longest: tokens of an answer.
+    limit_s: no strike begins later."""
     tally, rng = Tally(), random.Random(seed)
-    limits = httpx.Limits(max_connections=STREAMS)
+    limits = httpx.Limits(max_connections=STREAMS + 1)
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=limits) as http:
         asked = await undisturbed(http, pool(rng, longest))
         stop = asyncio.Event()
@@ -277,7 +301,7 @@ async def run(machines: Sequence[Machine], url: str, strikes: Sequence[Strike], 
         async with asyncio.TaskGroup() as group:
             watcher = group.create_task(watch(machines, tally))
             crowd = [group.create_task(client.run(stop)) for client in clients]
-            await Striker(machines, tally).run(strikes)
+            await Striker(http, machines, tally).run(strikes, limit_s)
             tally.ended = time.monotonic()
             stop.set()
             await asyncio.wait(crowd)
@@ -327,7 +351,10 @@ def log_lines(machines: Sequence[Machine]) -> int:
 
 def report(tally: Tally, seed: int, lines: int) -> str:
     """For people."""
-    text = [f"seed {seed}: {len(tally.struck)} strikes, {tally.missed} faults found nothing to strike", ""]
+    text = [
+        f"seed {seed}: {tally.faults} faults in {len(tally.struck)} strikes, {tally.missed} found nothing to strike",
+        "",
+    ]
     text += [faults.table(faults.stalls(tally.struck, tally.times, tally.ended)), ""]
     pauses = ", ".join(f"{gap:.1f}" for gap in faults.silences(tally.times, tally.ended)[:5])
     text += [f"longest silences of all streams, whatever struck meanwhile: {pauses} s"]

@@ -16,6 +16,7 @@ from enum import Enum
 
 TWICE = 0.15  # share of strikes that are two faults at once
 MIN_PAUSE_S, MAX_PAUSE_S = 0.3, 6.0  # between strikes: some hit a pipeline that is just being brought up
+PATIENT = 0.6  # share of strikes that wait until the model is served again: else no stream would go on
 MIN_HOLD_S, MAX_HOLD_S = 0.5, 8.0  # a stop or a cut: shorter and longer than the time-outs of 2.5 and 5 s
 
 
@@ -48,10 +49,11 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Strike:
-    """faults: one or two. pause_s: after the strike before."""
+    """faults: one or two. pause_s: after the strike before. patient: and not before the model is served again."""
 
     faults: tuple[Fault, ...]
     pause_s: float
+    patient: bool
 
     @property
     def name(self) -> str:
@@ -70,7 +72,8 @@ def strikes(rng: random.Random, count: int, nodes: int, *, links: bool, own: boo
         for target in targets:
             kind = rng.choice([k for k in kinds if (k is not Kind.STOP_ENGINE if target else k in OF_ENGINE)])
             faults.append(Fault(kind, target, round(rng.uniform(MIN_HOLD_S, MAX_HOLD_S) / haste, 2)))
-        chosen.append(Strike(tuple(faults), round(rng.uniform(MIN_PAUSE_S, MAX_PAUSE_S) / haste, 2)))
+        pause_s = round(rng.uniform(MIN_PAUSE_S, MAX_PAUSE_S) / haste, 2)
+        chosen.append(Strike(tuple(faults), pause_s, rng.random() < PATIENT))
         count -= many
     return chosen
 

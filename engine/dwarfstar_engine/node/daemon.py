@@ -106,7 +106,7 @@ class NodeDaemon:
         self._id, self._options = node_id, options
         self._stage: _Stage | None = None
         self._instance = secrets.token_hex(8)
-        self._outbox: asyncio.Queue[pb.NodeMessage] = asyncio.Queue(OUTBOX)
+        self._outbox: asyncio.Queue[pb.NodeMessage | None] = asyncio.Queue(OUTBOX)  # None: its connection has ended
         self._coordinator = ""
         self._seek: Seek = Fixed("")
         self._host = options.listen
@@ -181,6 +181,8 @@ class NodeDaemon:
             raise PeerError(_trouble(coordinator, error, self._welcomed)) from None
         finally:
             beat.cancel()
+            with contextlib.suppress(asyncio.QueueFull):  # then nobody waits for a message
+                self._outbox.put_nowait(None)
             await asyncio.gather(beat, return_exceptions=True)
 
     def _hello(self) -> pb.NodeHello:
@@ -206,8 +208,8 @@ class NodeDaemon:
 
     async def _messages(self) -> AsyncIterator[pb.NodeMessage]:
         outbox = self._outbox
-        while True:
-            yield await outbox.get()
+        while (message := await outbox.get()) is not None:  # or gRPC's task that reads this would wait for ever
+            yield message
 
     def _post(self, **what: Any) -> None:
         with contextlib.suppress(asyncio.QueueFull):  # a coordinator that does not read will miss heartbeats and know
