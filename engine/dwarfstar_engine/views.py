@@ -31,7 +31,7 @@ class NodeView(View):
     id: str
     name: str
     address: str
-    state: str  # joined | late | lost | left
+    state: str  # joined | late | lost | left | drained
     device: str
     memory_gib: float
     used_gib: float
@@ -55,6 +55,15 @@ class StageView(View):
     state: str  # loading | ready | failed
 
 
+class StandbyView(View):
+    """A slice that waits on a node, in no ring."""
+
+    node: str
+    layers: tuple[int, int]
+    pid: int
+    state: str  # loading | ready
+
+
 class ThroughputView(View):
     tok_s: float
     active: int
@@ -70,4 +79,5 @@ class StatusView(View):
     nodes: tuple[NodeView, ...]
     stages: tuple[StageView, ...]
     throughput: ThroughputView
+    standbys: tuple[StandbyView, ...] = ()
     warnings: tuple[str, ...] = ()  # what its owner should look into, newest last

@@ -18,15 +18,16 @@ from dwarfstar_engine.wire.trust import NodeFiles
 
 CALL_S = 5.0
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.FAILED_PRECONDITION)  # with a sentence for people
+DRAIN_S = 600.0  # a node's layers may have to be loaded from slow disks
 STOP_S = 15.0  # until a stopped engine's process is gone
 
 
-def _call(engine: running.Running, home: Path, name: str, request: Any) -> Any:
+def _call(engine: running.Running, home: Path, name: str, request: Any, timeout_s: float = CALL_S) -> Any:
     credentials = channel.channel_credentials(NodeFiles(home / "trust"))
     options = channel.channel_options(channel.MAX_CONTROL_BYTES)
     with grpc.secure_channel(engine.control, credentials, options=options) as link:
         try:
-            return getattr(ControlStub(link), name)(request, timeout=CALL_S)
+            return getattr(ControlStub(link), name)(request, timeout=timeout_s)
         except grpc.RpcError as error:
             detail = error.details() if isinstance(error, grpc.Call) else error
             if isinstance(error, grpc.Call) and error.code() in REFUSED:
@@ -60,6 +61,15 @@ def remove_node(engine: running.Running, home: Path, wanted: str) -> tuple[str, 
     return reply.node_id, reply.name, reply.attached
 
 
+def drain(engine: running.Running, home: Path, wanted: str, *, undo: bool) -> str:
+    """Move a node's layers away, or plan for it again; what came of it. Raises DwarfStarError."""
+    reply = _call(engine, home, "Drain", pb.DrainRequest(node=wanted, undo=undo), DRAIN_S)
+    if undo:
+        return f"{reply.name} ({reply.node_id}) is planned for again"
+    paused = "" if reply.loaded_first else "; streams waited while its layers were loaded elsewhere"
+    return f"{reply.name} ({reply.node_id}) is drained and may leave{paused}"
+
+
 def status_text(engine: running.Running, home: Path) -> str:
     """The status for people, at most 80 columns for usual names."""
     view = status(engine, home)
@@ -71,16 +81,20 @@ def status_text(engine: running.Running, home: Path) -> str:
         "",
         f"{'node':16}{'state':8}{'beat s':>7}{'lends GiB':>11}{'layers':>10}{'ms/tok':>8}{'busy':>6}{'pid':>9}",
     ]
-    stages = {stage.node: stage for stage in view.stages}
     for node in view.nodes:
         row = f"{node.name[:15]:16}{node.state:8}{node.heartbeat_age_s:7.1f}{node.effective_vram_gib:11.2f}"
-        if (stage := stages.get(node.name)) is not None:
+        for stage in (one for one in view.stages if one.node == node.name):  # a node may have taken over a second one
             layers = f"{stage.layers[0]}–{stage.layers[1] - 1}"
-            row += f"{layers:>10}{stage.ms_per_token:8.2f}{stage.busy:6.0%}{stage.pid:9}"
-        else:
-            row += f"{'–':>10}"
-        lines.append(row)
+            lines.append(f"{row:42}{layers:>10}{stage.ms_per_token:8.2f}{stage.busy:6.0%}{stage.pid:9}")
+            row = ""
+        if row:
+            lines.append(f"{row}{'–':>10}")
     if not view.nodes:
         lines.append("(no node has joined)")
+    lines += [
+        f"{one.node[:15]:16}{'standby':8}{'':18}{f'{one.layers[0]}–{one.layers[1] - 1}':>10}{'':14}{one.pid:9}"
+        for one in view.standbys
+        if one.state == "ready"
+    ]
     lines += [f"! {warning}" for warning in view.warnings]
     return "\n".join(lines)

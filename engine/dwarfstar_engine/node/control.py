@@ -23,6 +23,7 @@ from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.copies import Presence, Verdict, judge
 from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, MAX_NODES, Member
+from dwarfstar_engine.node.moves import find
 from dwarfstar_engine.node.roster import REFUSAL, REMOVED
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.door import Once, source_of
@@ -156,6 +157,19 @@ class ControlService(ControlServicer):
         attached = self._coordinator.expel(node_id, REMOVED, REFUSAL)
         log.warning("node %s (%s) is removed from the cluster", name, node_id)
         return pb.RemoveNodeReply(node_id=node_id, name=name, attached=attached)
+
+    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DrainReply:
+        await _owner_only(context)
+        moves, prepared = self._coordinator.moves, True
+        try:
+            member = find(self._coordinator.members.values(), request.node)
+            if request.undo:
+                moves.undo(member)
+            else:
+                prepared = await moves.drain(member)
+        except DwarfStarError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+        return pb.DrainReply(node_id=member.id, name=member.name, loaded_first=prepared)
 
 
 async def _owner_only(context: grpc.aio.ServicerContext[Any, Any]) -> None:

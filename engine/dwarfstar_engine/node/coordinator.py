@@ -3,8 +3,9 @@
 Theory. One task (``run``) brings epochs up, one after another: plan → assign → all stages ready → link → serving.
 Anything that breaks the epoch (a stage's or node's death, a lost hop, a stuck frame) sets ``_broken``; streams wait
 (``streams``), or get an error at once, as set, and ``run`` starts over with the nodes that are there. Nodes keep
-weights they still need, so an epoch that only lost a link is back within milliseconds. A node that the plan does not
-use, as it came later, gets its share when nobody has asked anything for a while.
+weights they still need, so an epoch that only lost a link is back within milliseconds, and one that lost a stage of
+which another node has a copy too. What goes on beside an epoch that serves (the next plan, copies, nodes that leave) is
+``moves``.
 
 The coordinator holds no weights. It is the engine behind the HTTP API (``serving.Engine``), and a hop of the ring:
 its frames go to the first stage, and the last stage's results come back to it.
@@ -18,22 +19,25 @@ import gc
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.node.beside import loaded
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
 from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.members import GIB, Member
+from dwarfstar_engine.node.moves import Moves
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.node.streams import Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
-from dwarfstar_engine.plan.proportional import Plan, proportional, with_cuts
+from dwarfstar_engine.plan.proportional import Need, Plan, StagePlan, proportional, stage_plan, with_cuts
+from dwarfstar_engine.plan.standby import Layers, without_loading
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, ThroughputView
@@ -52,7 +56,7 @@ WATCH_S = 0.5
 RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
-REPLAN_IDLE_S = 2.0  # without a request, before a better plan is carried out: it may take loading
+SETTLE_S = 0.1  # a lost hop is heard of before the death of the stage behind it, which decides what is to be done
 WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
 WARNING_S = 600.0
@@ -76,9 +80,13 @@ class Coordinator:
         self._ring = Epoch(self.term, self.epoch)
         self._dispatcher: Dispatcher | None = None
         self._sender: RingSender | None = None
-        self._planned: Plan | None = None
+        self.planned: Plan | None = None
+        self._next: Plan | None = None  # to be brought up when the present epoch is over
+        self._sound = False  # the last epoch that was brought up served
+        self._broke_at = 0.0  # monotonic time at which the last epoch ended
         self._idle_since = 0.0  # monotonic time of the last sign of a request
         self._waiting = WaitingRoom(settings.rescue_s)
+        self.moves = Moves(self)
         self._reviving = False  # a pipeline that served is being brought up again
         self._reason = "starting"
         self._code = "starting"
@@ -136,6 +144,7 @@ class Coordinator:
         if (old := self.members.get(member.id)) is not None:
             self.detach(old)
         self.members[member.id] = member
+        self.moves.came(member)
         self.gossip.changed()
         self.gossip.tell(member, self.members.values())
         log.info("node %s joined with %.2f GiB", member.name, member.usable_bytes / GIB)
@@ -149,8 +158,10 @@ class Coordinator:
         del self.members[member.id]
         self.gossip.forget(member)
         self.gossip.changed()
-        self._gone_at = time.monotonic()
-        if not self._stopping:
+        self.moves.beside.stir()
+        if not member.drained:
+            self._gone_at = time.monotonic()
+        if not self._stopping and not member.drained:
             log.warning("node %s is gone", member.name)
         if self._ring.has(member):
             self._break(f"node {member.name} was lost")
@@ -180,21 +191,24 @@ class Coordinator:
         match message.WhichOneof("message"):
             case "heartbeat":
                 member.used_bytes = message.heartbeat.memory_used_bytes
-                member.busy = message.heartbeat.stages[0].busy if message.heartbeat.stages else 0.0
+                for report in message.heartbeat.stages:
+                    stage = self._ring.stage(member, (report.layers.begin, report.layers.end))
+                    if stage is not None:
+                        stage.busy = report.busy
                 self.gossip.tell(member, self.members.values())
             case "stage_event":
                 self._on_stage(member, message.stage_event)
             case "leave":
                 self.detach(member)
+            case "leave_wish":
+                self.moves.wish(member)
 
     def _on_stage(self, member: Member, event: pb.StageEvent) -> None:
-        if event.epoch != self.epoch or not self._ring.has(member):
+        self.moves.beside.heard(member, event)
+        stage = self._ring.stage(member, (event.layers.begin, event.layers.end))
+        if event.epoch != self.epoch or event.standby or stage is None:
             return
-        member.stage = event
-        if event.HasField("profile"):
-            member.profile = event.profile
-        if event.HasField("link"):
-            member.link = event.link
+        stage.heard(event)
         if event.state in (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED, pb.STAGE_STATE_BROKEN):
             self._break(f"{member.name}: {event.detail}", event.code)
         self._changed.set()
@@ -213,27 +227,33 @@ class Coordinator:
         if epoch == self.epoch:
             self._break(f"the connection from {sender} was lost")
 
-    def _break(self, reason: str, code: str = "") -> None:
-        """The epoch is over: requests in flight get their error now, ``run`` does the rest."""
+    def _break(self, reason: str, code: str = "", *, planned: bool = False) -> None:
+        """The epoch is over: requests in flight get their error now, or wait; ``run`` does the rest. planned: by us."""
         if self._broken.is_set():
             return
         if self.epoch and not self._stopping:
             # While an epoch is brought up this is one attempt of several, and the status tells it.
-            level = logging.INFO if self._dispatcher is None else logging.WARNING
+            level = logging.INFO if self._dispatcher is None or planned else logging.WARNING
             log.log(level, "epoch %d is over: %s", self.epoch, reason)
         self._reason, self._code = reason, code or StageError.code
         self._broken.set()
         self._changed.set()
+        self._broke_at = time.monotonic()
+        self.moves.stop()
         dispatcher, self._dispatcher = self._dispatcher, None
         if dispatcher is None:
             return
         told = f"the pipeline broke during this request: {reason}; send it again"
-        if self.settings.on_loss == "fail" or self._stopping:
+        if (self.settings.on_loss == "fail" and not planned) or self._stopping:
             dispatcher.fail(told, RETRY_AFTER_S)
             return
         self._reviving = True
         streams = dispatcher.suspend(told, RETRY_AFTER_S)
-        self._waiting.rescue(streams, time.monotonic(), StageError(told, retry_after_s=RETRY_AFTER_S))
+        if planned:
+            for stream in streams:
+                self._waiting.put(stream, self._broke_at)
+        else:
+            self._waiting.rescue(streams, self._broke_at, StageError(told, retry_after_s=RETRY_AFTER_S))
         if len(self._waiting):
             log.info("%d streams wait for the next epoch", len(self._waiting))
 
@@ -254,29 +274,33 @@ class Coordinator:
                 await self._pause(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
                 self._changed.clear()
                 try:
-                    plan = self._plan_now()
+                    plan = self._next_plan()
                 except PlanError as error:
                     if self._reason != error.message:
                         log.info("no plan: %s", error.message)
                     self._reason, self._code = error.message, error.code
+                    self.moves.no_plan(error)
                     if error.code != WAITING:
                         self._give_up(Unavailable(error.message, code=error.code, retry_after_s=RETRY_AFTER_S))
                     await self._until_changed(error.retry_after_s)
                     continue
                 try:
-                    self._planned = plan
+                    self.planned = plan
                     await self._bring_up(plan)
                     await self._broken.wait()
-                    brief = time.monotonic() - self._served_at < STEADY_S
+                    await self._settle()
+                    brief = self._next is None and time.monotonic() - self._served_at < STEADY_S
                     failures = min(failures + 1, MAX_BRIEF) if brief else 0
                 except DwarfStarError as error:
                     self._break(error.message, error.code)
+                    self._sound = False
                     failures += 1
                 finally:
                     await self._take_down()
         finally:
             watcher.cancel()
             self._stopping = True
+            self.moves.close()
             self._break("the engine is stopping")
             self._give_up(StageError("the engine is stopping: send the request again", retry_after_s=RETRY_AFTER_S))
             await self._take_down()
@@ -291,14 +315,37 @@ class Coordinator:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), at_most_s)
 
+    async def _settle(self) -> None:
+        """Where copies wait, hear which stage was lost: the next plan leaves the others where they are."""
+        until = time.monotonic() + SETTLE_S
+        while self._next is None and self.settings.standby and (left := until - time.monotonic()) > 0:
+            present = (stage for stage in self._ring.stages if self.members.get(stage.member.id) is stage.member)
+            if sum(stage.plan.layers in loaded(stage.member) for stage in present) < len(self._ring.stages):
+                return
+            await self.moves.beside.wait(left)
+
+    def _next_plan(self) -> Plan:
+        """What was prepared; else the same as before, where no slice is to be loaded for it; else a new plan. Raises
+        as ``_plan_now``."""
+        plan, self._next = self._next, None
+        if plan is not None and all(stage.node in self.members for stage in plan.stages):
+            return plan
+        if self._sound and self.planned is not None:
+            there = {member.id: loaded(member) for member in self.members.values() if not member.drained}
+            plan = without_loading(self.planned, there)
+            if plan is not None:
+                return plan
+        return self._plan_now()
+
     def _plan_now(self) -> Plan:
         """A plan for the nodes that are here. Raises PlanError: nodes are awaited (code WAITING), all of them before
         the first plan, later a lost one for ``rejoin_s`` if the model does not fit those left; or it does not fit."""
-        here, wanted = len(self.members), self.settings.wait_nodes
+        here = sum(not member.drained for member in self.members.values())
+        wanted = self.settings.wait_nodes
         if here < wanted and not self._served_at:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
         try:
-            return self._plan()
+            return self.plan()
         except PlanError as error:
             left = self._gone_at + self.settings.rejoin_s - time.monotonic()
             if here >= wanted or left <= 0:
@@ -310,10 +357,41 @@ class Coordinator:
                 retry_after_s=left,
             ) from None
 
-    def _plan(self) -> Plan:
-        costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
-        room = need(self.settings, self.source, self.context)
-        capacities = [member.capacity for member in nodes]
+    # --- moves.Pipeline ---
+
+    @property
+    def ring(self) -> Epoch:
+        return self._ring
+
+    @property
+    def serving(self) -> bool:
+        return self._dispatcher is not None
+
+    def idle_s(self, now: float) -> float:
+        return now - self._idle_since
+
+    def need(self) -> Need:
+        return need(self.settings, self.source, self.context)
+
+    def stage_plan(self, node: str, layers: Layers) -> StagePlan:
+        return stage_plan(self.source.costs, self.need(), node, *layers)
+
+    def assignment(self, plan: StagePlan, *, standby: bool) -> pb.Assign:
+        return self._ring.assign(plan, self.settings, self.source, self.context, self.vocab.eog, standby)
+
+    def switch(self, plan: Plan, why: str) -> None:
+        if not self._broken.is_set():
+            self._next = plan
+            self._break(why, planned=True)
+
+    def stir(self) -> None:
+        self._came.set()
+        self._changed.set()
+
+    def plan(self, without: Collection[str] = ()) -> Plan:
+        costs, room = self.source.costs, self.need()
+        nodes = sorted(self.members.values(), key=lambda m: (m.name, m.id))
+        capacities = [member.capacity for member in nodes if not member.drained and member.id not in without]
         if self.settings.cuts:
             return with_cuts(costs, self.source.cuts, room, capacities, self.settings.cuts)
         return proportional(costs, self.source.cuts, room, capacities)
@@ -326,9 +404,9 @@ class Coordinator:
         self._ring = Epoch(self.term, self.epoch, tuple(Stage(s, self.members[s.node]) for s in plan.stages))
         self._reason, self._code = "the model is being loaded", "loading"
         log.info("epoch %d: %s", self.epoch, self._ring)
-        for index, stage in enumerate(self._ring.stages):
-            stage.member.stage = None
-            assign = self._ring.assign(index, self.settings, self.source, self.context, self.vocab.eog)
+        # First what is there already: a node gives up what it is not known to need for what it is to load.
+        for stage in sorted(self._ring.stages, key=lambda one: one.plan.layers not in loaded(one.member)):
+            assign = self.assignment(stage.plan, standby=False)
             stage.member.send(pb.CoordinatorMessage(assign=assign))
         await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
         try:
@@ -357,11 +435,12 @@ class Coordinator:
     def _release_stuck(self) -> None:
         """Have stages that gave no answer replaced: a stopped process would fail every attempt to come."""
         for stage in self._ring.stages:
-            event = stage.member.stage
+            event, (begin, end) = stage.event, stage.plan.layers
             if event is not None and event.state in ANSWERED and stage.member.id in self.members:
                 log.warning("the stage on %s does not answer: it is replaced", stage.member.name)
                 with contextlib.suppress(PeerError):
-                    stage.member.send(pb.CoordinatorMessage(release=pb.Release(term=self.term, epoch=self.epoch)))
+                    release = pb.Release(term=self.term, epoch=self.epoch, layers=pb.Slice(begin=begin, end=end))
+                    stage.member.send(pb.CoordinatorMessage(release=release))
 
     def _serve(self, sender: RingSender) -> None:
         ring, settings = self._ring, self.settings
@@ -379,16 +458,26 @@ class Coordinator:
         self._dispatcher.always_draft = settings.speculation == "on"
         self._reason = self._code = ""
         self._reviving = False
-        for stream in self._waiting.take():
+        streams = self._waiting.take()
+        for stream in streams:
             try:
                 self._dispatcher.carry(stream)
             except DwarfStarError as error:
                 stream.sink.fail(error)
-        gc.collect()
-        gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
+        if not streams:
+            gc.collect()
+            gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
+        self._sound = True
+        self.moves.served()
         count = len(ring.stages)
         log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, count, "s" * (count > 1))
+        if streams:  # said when their first frames are on their way
+            asyncio.get_running_loop().call_soon(self._tell_pause, len(streams))
+
+    def _tell_pause(self, streams: int) -> None:
+        pause_ms = 1000 * (time.monotonic() - self._broke_at)
+        log.info("%d streams go on, %.0f ms after epoch %d", streams, pause_ms, self.epoch - 1)
 
     async def _until(self, state: pb.StageState.ValueType, deadline_s: float, what: str) -> None:
         """Wait until every stage has reached ``state``. Raises if the epoch breaks, or nothing moves for STALL_S."""
@@ -424,25 +513,12 @@ class Coordinator:
             waited_s, settings = self.settings.rescue_s, self.settings
             error = StageError(f"the pipeline was not back in {waited_s:.0f} s: {self._reason}", retry_after_s=waited_s)
             self._waiting.expire(now, error)
-            self._improve(now)
+            if self._dispatcher is None or self._dispatcher.scheduler.active or self._dispatcher.scheduler.queued:
+                self._idle_since = now
+            self.moves.tick(now)
             deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
                 self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")
-
-    def _improve(self, now: float) -> None:
-        """Carry out a plan with nodes that came after the last one, when nobody is served."""
-        dispatcher = self._dispatcher
-        if dispatcher is None or dispatcher.scheduler.active or dispatcher.scheduler.queued:
-            self._idle_since = now
-        unused = self.members.keys() - self._ring.nodes
-        if now - self._idle_since < REPLAN_IDLE_S or not unused or not self.settings.replan:
-            return
-        try:
-            plan = self._plan()
-        except PlanError:
-            return  # it was possible before they came; it goes on as it is
-        if plan != self._planned and any(stage.node in unused for stage in plan.stages):
-            self._break("a better plan is possible")
 
     # --- what front ends see ---
 
@@ -472,6 +548,7 @@ class Coordinator:
                 active=dispatcher.scheduler.active if dispatcher else 0,
                 queued=dispatcher.scheduler.queued if dispatcher else 0,
             ),
+            standbys=self.moves.views(),
             warnings=tuple(text for told, text in self._warnings.values() if now - told < WARNING_S),
         )
 

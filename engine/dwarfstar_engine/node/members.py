@@ -21,7 +21,10 @@ END = pb.CoordinatorMessage()  # in an outbox: close the control stream
 
 @dataclass(slots=True)
 class Member:
-    """One attached node. ``host``: where its stages are reached. ``stage``: its last stage event of the epoch."""
+    """One attached node. ``host``: where its stages are reached. held: the last event of each of its stages, by layers.
+
+    drained: it gets no layers. tidied: the epoch under which it was last told which stages to keep.
+    """
 
     id: str
     name: str
@@ -31,10 +34,9 @@ class Member:
     instance: str = ""  # of its process
     peer: str = ""  # where its control stream comes from
     used_bytes: int = 0
-    busy: float = 0.0
-    stage: pb.StageEvent | None = None
-    link: pb.LinkProfile = field(default_factory=pb.LinkProfile)  # of its stage to the next
-    profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # measured by its stage, of the epoch
+    held: dict[tuple[int, int], pb.StageEvent] = field(default_factory=dict)
+    drained: bool = False
+    tidied: int = 0
     hosts: tuple[str, ...] = ()  # all its machine's addresses, for its peers
     control_port: int = 0  # where it would be a coordinator; 0: it would not
     outbox: asyncio.Queue[pb.CoordinatorMessage] = field(default_factory=lambda: asyncio.Queue(OUTBOX))
@@ -69,7 +71,7 @@ class Member:
             id=self.id,
             name=self.name,
             address=self.host,
-            state=self.state(now),
+            state="drained" if self.drained and self.state(now) == "joined" else self.state(now),
             device=self.device.description or self.device.kind,
             memory_gib=round(self.device.memory_total_bytes / GIB, 3),
             used_gib=round(self.used_bytes / GIB, 3),

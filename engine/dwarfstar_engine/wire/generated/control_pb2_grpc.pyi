@@ -8,7 +8,7 @@ breaks. Everything a node does for a plan is named by (term, epoch): a node obey
 ignores assignments of an older one. Messages are bounded by channel.MAX_CONTROL_BYTES.
 
 Numbers kept free, for what is designed and not built: peers and gossip (20 to 29), leadership and leases (30 to 39),
-drain and standby (40 to 49), in each message that will need them. Do not use them for anything else.
+drain and standby (40 to 49, in part used), in each message that will need them. Do not use them for anything else.
 """
 
 from collections import abc as _abc
@@ -92,6 +92,8 @@ class ControlStub:
     """Another certificate for the id of the one that the connection was made with."""
     RemoveNode: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveNodeRequest, _control_pb2.RemoveNodeReply]
     """A node is let in no more. Of the owner only."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainReply]
+    """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -106,6 +108,8 @@ class ControlAsyncStub(ControlStub):
     """Another certificate for the id of the one that the connection was made with."""
     RemoveNode: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveNodeRequest, _control_pb2.RemoveNodeReply]  # type: ignore[assignment]
     """A node is let in no more. Of the owner only."""
+    Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainReply]  # type: ignore[assignment]
+    """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Served with mutual TLS: every caller holds a certificate of the cluster."""
@@ -147,5 +151,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.RemoveNodeReply, _abc.Awaitable[_control_pb2.RemoveNodeReply]]:
         """A node is let in no more. Of the owner only."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DrainReply, _abc.Awaitable[_control_pb2.DrainReply]]:
+        """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
