@@ -69,6 +69,12 @@ def test_a_copy_takes_over_from_a_killed_stage(engine: EngineProcess, undisturbe
     all_back(engine)
 
 
+def test_copies_take_over_from_a_killed_node(engine: EngineProcess, undisturbed: list[Heard]) -> None:
+    all_back(engine)
+    check(asyncio.run(crowd(engine, LONG, lambda: engine.kill(engine.node_pid("node2")))), undisturbed)
+    all_back(engine)
+
+
 def test_a_drained_node_gives_its_layers_away_and_gets_some_again(
     engine: EngineProcess, undisturbed: list[Heard]
 ) -> None:

@@ -543,7 +543,7 @@ async def test_a_node_that_leaves_waits_for_its_layers_to_move(
         coordinator.tell(drained=pb.Drained(code="no_plan", message="the others are full"))
         coordinator.tell(drained=pb.Drained())
         await asyncio.wait_for(leaving, DEADLINE_S)
-        await until(lambda: coordinator.heard[-1].HasField("leave"))
+        await until(lambda: any(message.HasField("leave") for message in coordinator.heard))
         again = asyncio.create_task(node.leave(0.01))  # nobody answers
         await asyncio.wait_for(again, DEADLINE_S)
 

@@ -181,6 +181,8 @@ class NodeDaemon:
         """One life of the control stream. Raises PeerError: not reached, not answering, or it refuses us."""
         self._host = self._options.listen or await local_host(coordinator, ANSWER_S)
         self._outbox, self._newest = asyncio.Queue(OUTBOX), 0
+        for stage in self._stages:
+            stage.epoch = 0  # of this coordinator none has an assignment yet, and its numbers may begin anew
         check_identity(await asyncio.to_thread(self._options.trust.load), utc_now())
         self._post(hello=self._hello())
         beat = asyncio.create_task(self._beat(), name="heartbeat")
