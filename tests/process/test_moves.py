@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from process.prompts import PROMPTS
+from process.test_join import Started, started, token_line
 from support.crowd import Heard, bodies, check, crowd
-from support.engine_process import EngineProcess, command, until
+from support.engine_process import DEADLINE_S, EngineProcess, command, until
 
 pytestmark = pytest.mark.process
 
@@ -56,11 +59,13 @@ def test_a_copy_takes_over_from_a_killed_stage(engine: EngineProcess, undisturbe
 
     def strike() -> None:
         engine.kill(lost.pid)
-        after = until(
-            lambda: (found := engine.status()).epoch > before.epoch and found.state == "serving" and found,
-            "the next epoch serves",
-        )
-        taken.extend(stage.pid for stage in after.stages)
+
+        def next_epoch() -> list[int]:
+            status = engine.status()
+            serves = status.epoch > before.epoch and status.state == "serving"
+            return [stage.pid for stage in status.stages] if serves else []
+
+        taken.extend(until(next_epoch, "the next epoch serves"))
 
     heards = asyncio.run(crowd(engine, LONG, strike))
     check(heards, undisturbed)
@@ -88,7 +93,8 @@ def test_a_drained_node_gives_its_layers_away_and_gets_some_again(
     check(asyncio.run(crowd(engine, LONG, strike)), undisturbed)
     drained = engine.node(node)
     assert drained is not None and drained.state == "drained"
-    assert node not in {one.node for one in (*engine.status().stages, *engine.status().standbys)}
+    status = engine.status()
+    assert node not in {stage.node for stage in status.stages} | {one.node for one in status.standbys}
 
     def undo() -> None:
         assert command("drain", "--undo", node, "--home", str(engine.home)).returncode == 0
@@ -109,7 +115,7 @@ def test_a_node_that_is_terminated_leaves_in_order(engine: EngineProcess, undist
         until(lambda: pid not in [process.pid for process in engine.processes()], "the node ends")
 
     check(asyncio.run(crowd(engine, LONG, strike)), undisturbed)
-    assert "is drained" in engine.output
+    assert f"node {node} is drained" in engine.output
     all_back(engine)
 
 
@@ -126,3 +132,33 @@ def test_a_node_that_is_needed_is_not_drained(tmp_path_factory: pytest.TempPathF
         assert engine.status().epoch == before.epoch
         assert [node.state for node in engine.status().nodes] == ["joined", "joined"]
         assert "No node called 'node9' is here" in command("drain", "node9", "--home", str(home)).stderr
+
+
+def test_a_machine_gets_its_share_while_streams_run_and_takes_it_along_in_order(tmp_path: Path) -> None:
+    requests = bodies(["abc", "defg", "h", "ijk"], 200)
+    lent = ("--effective-vram", "1")
+    with EngineProcess(
+        tmp_path / "head", "toy:12:10", "--slots", "4", "--context", "1024", *lent, variables={"DWARFSTAR_NAME": "head"}
+    ) as engine:
+        engine.wait_serving()
+        want = asyncio.run(crowd(engine, requests))
+        arguments = [*token_line(engine.home), "--home", str(tmp_path / "lent"), *lent]
+        with contextlib.ExitStack() as stack:
+
+            def working(stages: int) -> bool:
+                status = engine.status()
+                return len(status.stages) == stages and status.throughput.active == 4
+
+            def come() -> None:
+                machine.append(stack.enter_context(started(tmp_path / "log", arguments, "lent")))
+                until(lambda: working(2), "the machine has its share")
+
+            def go() -> None:
+                machine[0].process.terminate()
+                assert machine[0].process.wait(DEADLINE_S) == 0
+                assert working(1), "it left when the others served"
+
+            machine: list[Started] = []
+            check(asyncio.run(crowd(engine, requests, come)), want)
+            check(asyncio.run(crowd(engine, requests, go)), want)
+            assert "this node is drained" in machine[0].output

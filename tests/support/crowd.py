@@ -25,7 +25,7 @@ KINDS: tuple[dict[str, Any], ...] = (
 )
 
 
-def bodies(prompts: Sequence[str], tokens: int) -> list[dict[str, Any]]:
+def bodies(prompts: Sequence[object], tokens: int) -> list[dict[str, Any]]:
     """A streaming request for each prompt, drawn in different ways."""
     common = {"max_tokens": tokens, "ignore_eos": True, "stream": True}
     return [{"prompt": prompt, **common, **KINDS[index % len(KINDS)]} for index, prompt in enumerate(prompts)]

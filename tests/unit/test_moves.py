@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from dwarfstar_engine.errors import PeerError, PlanError
-from dwarfstar_engine.node import moves as moves_module
 from dwarfstar_engine.node.beside import NO_ROOM, RELEASED
 from dwarfstar_engine.node.epoch import Epoch, Stage
 from dwarfstar_engine.node.members import Member
@@ -20,7 +19,6 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 
 DEADLINE_S = 10.0
 LAYER_BYTES = 10
-Event = pb.StageState.ValueType
 
 
 def stage_of(node: str, a: int, b: int) -> StagePlan:
@@ -39,6 +37,7 @@ class Played:
         self.term, self.epoch = 1, 1
         self.members: dict[str, Member] = {}
         self.planned: Plan | None = None
+        self.gone_at = -1e9
         self.ring = Epoch(1, 1)
         self.serving = True
         self.idle = 0.0
@@ -60,7 +59,7 @@ class Played:
             self.say(self.members[one.node], *one.layers, pb.STAGE_STATE_LINKED)
         self.moves.served()
 
-    def say(self, member: Member, a: int, b: int, state: Event, code: str = "") -> None:
+    def say(self, member: Member, a: int, b: int, state: pb.StageState.ValueType, code: str = "") -> None:
         event = pb.StageEvent(state=state, layers=pb.Slice(begin=a, end=b), code=code, detail="told")
         self.moves.beside.heard(member, event)
 
@@ -190,9 +189,8 @@ async def test_a_better_plan_is_loaded_before_it_is_switched_to() -> None:
     assert played.switches == [THREE]
 
 
-async def test_streams_pause_for_a_better_plan_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_streams_pause_for_a_better_plan_only_so_often() -> None:
     played = grown()
-    monkeypatch.setattr(moves_module.time, "monotonic", lambda: 100.0)
     for index, stage in enumerate(THREE.stages):
         played.say(list(played.members.values())[index], *stage.layers, pb.STAGE_STATE_READY)
     played.moves._switched_at = 100.0
@@ -203,6 +201,17 @@ async def test_streams_pause_for_a_better_plan_only_so_often(monkeypatch: pytest
     ):
         played.idle = idle
         assert (played.moves._better(now) is not None) is starts
+
+
+async def test_a_node_that_took_over_keeps_both_stages_for_as_long_as_the_lost_one_may_come_back() -> None:
+    played = Played(rejoin_s=10.0)
+    for name in "ab":
+        played.add(name)
+    played.serve(plan_of(("a", 0, 3), ("b", 3, 6), ("b", 6, 8)))
+    played.best[frozenset()] = TWO
+    played.gone_at = 50.0
+    assert played.moves._better(55.0) is None
+    assert played.moves._better(61.0) == TWO
 
 
 @pytest.mark.parametrize(("mode", "idle", "starts"), [("off", 60.0, 0), ("idle", 0.0, 0), ("idle", 60.0, 1)])

@@ -95,7 +95,7 @@ class Coordinator:
         self._returned = asyncio.Event()  # the last stage's hop to us is open
         self._came = asyncio.Event()  # a node came: a pause between attempts ends
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
-        self._gone_at = 0.0  # monotonic time the last node was lost
+        self.gone_at = 0.0  # monotonic time the last node was lost
         self._stopping = False
         self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
@@ -160,7 +160,7 @@ class Coordinator:
         self.gossip.changed()
         self.moves.beside.stir()
         if not member.drained:
-            self._gone_at = time.monotonic()
+            self.gone_at = time.monotonic()
         if not self._stopping and not member.drained:
             log.warning("node %s is gone", member.name)
         if self._ring.has(member):
@@ -347,7 +347,7 @@ class Coordinator:
         try:
             return self.plan()
         except PlanError as error:
-            left = self._gone_at + self.settings.rejoin_s - time.monotonic()
+            left = self.gone_at + self.settings.rejoin_s - time.monotonic()
             if here >= wanted or left <= 0:
                 raise
             raise PlanError(

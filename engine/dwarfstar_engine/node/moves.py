@@ -47,6 +47,7 @@ class Pipeline(Protocol):
     epoch: int
     members: dict[str, Member]
     planned: Plan | None
+    gone_at: float  # monotonic time at which a node was lost last
 
     @property
     def ring(self) -> Epoch: ...
@@ -188,7 +189,8 @@ class Moves:
         idle = pipeline.idle_s(now) >= REPLAN_IDLE_S
         ring = pipeline.ring
         unused = {member.id for member in pipeline.members.values() if not member.drained} - ring.nodes
-        doubled = len(ring.nodes) < len(ring.stages)
+        back = now - pipeline.gone_at > pipeline.settings.rejoin_s  # else it may be here again in a moment
+        doubled = len(ring.nodes) < len(ring.stages) and back
         if mode == "off" or not (unused or doubled) or now - self._failed_at < AGAIN_S:
             return None
         if not idle and (mode == "idle" or now - self._switched_at < REPLAN_EVERY_S):
