@@ -103,8 +103,13 @@ class Settings(BaseModel):
     """Smaller models, tried in this order when the model does not fit the nodes that are left."""
     rescue_s: float = Field(default=60.0, ge=1, le=3600)
     """Seconds a stream waits for the pipeline to be back before it ends with an error."""
-    replan: bool = True
-    """Plan anew with nodes that came later, when nobody is served."""
+    replan: Literal["auto", "idle", "off"] = "auto"
+    """Plan anew with nodes that came later: also while streams run, which pause for a moment; when nobody is served; or
+    not."""
+    standby: int = Field(default=0, ge=0, le=1)
+    """Copies of each stage's layers, loaded on another node with room, that take over without loading."""
+    drain_s: float = Field(default=20.0, ge=0, le=3600)
+    """Seconds a node that gets SIGTERM waits for its layers to move to others before it ends."""
     frame_deadline_s: float = Field(default=60.0, ge=1, le=3600)
     """A frame that is longer on its way is stuck: its pipeline is given up and brought up again."""
 

@@ -31,7 +31,7 @@ class NodeView(View):
     id: str
     name: str
     address: str
-    state: str  # joined | late | lost | left
+    state: str  # joined | late | lost | left | drained
     device: str
     memory_gib: float
     used_gib: float
@@ -61,6 +61,15 @@ class StageView(View):
     rows_s: float | None = None  # tokens that passed it in the last second, guesses and prompts among them
 
 
+class StandbyView(View):
+    """A slice that waits on a node, in no ring."""
+
+    node: str
+    layers: tuple[int, int]
+    pid: int
+    state: str  # loading | ready
+
+
 class ThroughputView(View):
     tok_s: float
     active: int
@@ -76,6 +85,7 @@ class StatusView(View):
     nodes: tuple[NodeView, ...]
     stages: tuple[StageView, ...]
     throughput: ThroughputView
+    standbys: tuple[StandbyView, ...] = ()
     warnings: tuple[str, ...] = ()  # what its owner should look into, newest last
     last_event: int = 0  # number of the latest; 0: none yet
 

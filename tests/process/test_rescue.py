@@ -3,86 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from dwarfstar_engine.stage import toy
 from process.prompts import PROMPTS
+from support.crowd import DEADLINE_S, TEXT, Heard, bodies, check, crowd
 from support.engine_process import EngineProcess, until
 
 pytestmark = pytest.mark.process
 
-TEXT = "/v1/completions"
-TOKENS = 120
-STRIKE_AT = 25  # tokens of each stream
-DEADLINE_S = 120.0
-# Greedy, seeded, and with penalties that look at prompt and answer: what draws must be as it was.
-KINDS: tuple[dict[str, Any], ...] = (
-    {"temperature": 0},
-    {"temperature": 0.9, "seed": 5},
-    {"temperature": 0, "frequency_penalty": 0.6, "presence_penalty": 0.4},
-    {"temperature": 0.8, "seed": 2**40, "repeat_penalty": 1.3, "top_k": 50},
-)
-REQUESTS = [
-    {"prompt": PROMPTS[index], "max_tokens": TOKENS, "ignore_eos": True, "stream": True, **KINDS[index % len(KINDS)]}
-    for index in range(8)
-]
-
-
-@dataclass
-class Heard:
-    """What one client got. gap_s: the longest pause between two tokens."""
-
-    text: str = ""
-    tokens: int = 0
-    error: dict[str, Any] | None = None
-    finish: str | None = None
-    gap_s: float = 0.0
-    last: float = field(default_factory=time.monotonic)
-
-
-async def listen(client: httpx.AsyncClient, body: dict[str, Any], heard: Heard) -> None:
-    async with client.stream("POST", TEXT, json=body) as answer:
-        assert answer.status_code == 200, await answer.aread()
-        async for event in events(answer.aiter_lines()):
-            if "error" in event:
-                heard.error = event["error"]
-                continue
-            now = time.monotonic()
-            heard.gap_s, heard.last = max(heard.gap_s, now - heard.last) if heard.tokens else 0.0, now
-            for choice in event["choices"]:
-                heard.tokens += bool(choice["text"])
-                heard.text += choice["text"]
-                heard.finish = choice["finish_reason"] or heard.finish
-
-
-async def events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
-    async for line in lines:
-        if line.startswith("data: {"):
-            yield json.loads(line.removeprefix("data: "))
-
-
-async def crowd(
-    engine: EngineProcess, requests: list[dict[str, Any]], strike: Callable[[], None] | None = None, at: int = STRIKE_AT
-) -> list[Heard]:
-    """All requests at once; ``strike`` when each stream has said ``at`` tokens."""
-    heards = [Heard() for _ in requests]
-    async with httpx.AsyncClient(base_url=engine.url, timeout=DEADLINE_S) as client, asyncio.timeout(DEADLINE_S):
-        work = [asyncio.create_task(listen(client, *pair)) for pair in zip(requests, heards, strict=True)]
-        while strike is not None and min(heard.tokens for heard in heards) < at:
-            await asyncio.sleep(0.005)
-            assert not any(task.done() for task in work)
-        if strike is not None:
-            await asyncio.to_thread(strike)
-        await asyncio.gather(*work)
-    return heards
+REQUESTS = bodies(PROMPTS[:8], 120)
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +38,6 @@ def all_back(engine: EngineProcess) -> None:
     engine.wait_idle()
     until(lambda: len(engine.status().stages) == 3, "every node has its share again")
     engine.wait_serving()
-
-
-def check(heards: list[Heard], want: list[Heard]) -> None:
-    for heard, expected in zip(heards, want, strict=True):
-        assert heard.error is None
-        assert (heard.text, heard.finish) == (expected.text, expected.finish)
 
 
 def test_eight_streams_outlive_a_killed_stage(engine: EngineProcess, undisturbed: list[Heard]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dwarfstar_engine.errors import PeerError, VersionMismatch
 from dwarfstar_engine.node import daemon as daemon_module
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
 from dwarfstar_engine.node.facts import Facts, local_host
+from dwarfstar_engine.node.room import MAX_STAGES
 from dwarfstar_engine.wire import channel, trust
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated import control_pb2_grpc
@@ -38,7 +40,7 @@ class PlayedStage:
         self.last_words = ["the last word"]
 
     async def start(self) -> None:
-        assert not any(stage.alive for stage in self.all), "there is one stage at most"
+        assert sum(stage.alive for stage in self.all) < MAX_STAGES
         self.alive, self.pid = True, 1000 + len(self.all)
         self.all.append(self)
 
@@ -93,6 +95,9 @@ class Coordinator(control_pb2_grpc.ControlServicer):
 
     async def Renew(self, request: pb.RenewRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.RenewReply:
         raise AssertionError("its certificate is good for long")
+
+    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DrainReply:
+        raise AssertionError("a node drains no others")
 
     async def RemoveNode(
         self, request: pb.RemoveNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -175,7 +180,9 @@ def options(folder: Path, held: NodeFiles, listen: str = "") -> NodeOptions:
     )
 
 
-def assignment(epoch: int, begin: int = 0, end: int = 4, model: str = "toy:8") -> pb.Assign:
+def assignment(
+    epoch: int, begin: int = 0, end: int = 4, model: str = "toy:8", standby: bool = False, need: int = 0
+) -> pb.Assign:
     reference = pb.ModelRef(name=model, fingerprint="f", layers=8)
     return pb.Assign(
         term=1,
@@ -184,6 +191,8 @@ def assignment(epoch: int, begin: int = 0, end: int = 4, model: str = "toy:8") -
         layer_begin=begin,
         layer_end=end,
         options=pb.StageOptions(context=64, slots=1),
+        standby=standby,
+        bytes=need,
     )
 
 
@@ -423,7 +432,7 @@ async def test_a_replaced_stage_is_not_heard(node: NodeDaemon, files: NodeFiles,
         stages[1].say("ready")
         await until(lambda: pb.STAGE_STATE_READY in coordinator.states(2))
         assert coordinator.states(2) == [pb.STAGE_STATE_LOADING, pb.STAGE_STATE_READY]
-        assert coordinator.states(1) == [pb.STAGE_STATE_LOADING]
+        assert coordinator.states(1) == [pb.STAGE_STATE_LOADING, pb.STAGE_STATE_EXITED]  # told: it was released
 
 
 async def test_a_release_ends_the_stage_but_not_a_newer_one(
@@ -439,6 +448,104 @@ async def test_a_release_ends_the_stage_but_not_a_newer_one(
         assert len(stages) == 1 and stages[0].alive
         coordinator.tell(release=pb.Release(term=1, epoch=6))
         await until(lambda: not stages[0].alive)
+
+
+def layers(stage: PlayedStage) -> list[int]:
+    return list(stage.commands[1]["layers"])
+
+
+def alive(stages: list[PlayedStage]) -> list[list[int]]:
+    return [layers(stage) for stage in stages if stage.alive]
+
+
+async def test_a_standby_waits_and_answers_at_once_when_it_is_needed(
+    node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage]
+) -> None:
+    coordinator = Coordinator()  # the node lends two bytes
+    async with serving(coordinator, files) as port, running(node, f"127.0.0.1:{port}"):
+        await until(lambda: coordinator.hellos)
+        coordinator.tell(assign=assignment(1, 0, 4, need=1))
+        coordinator.tell(assign=assignment(1, 4, 8, standby=True, need=1))
+        await until(lambda: len(stages) == 2)
+        for stage in stages:
+            stage.say("listening", port=stage.pid)
+            stage.say("ready")
+        await until(lambda: coordinator.states(1).count(pb.STAGE_STATE_READY) == 2)
+        assert [event.standby for event in coordinator.events()[-2:]] == [False, True]
+        coordinator.tell(assign=assignment(2, 0, 4, need=1))
+        coordinator.tell(assign=assignment(2, 4, 8, need=1))
+        await until(lambda: len(coordinator.states(2)) == 2)
+        assert coordinator.states(2) == [pb.STAGE_STATE_READY] * 2 and len(stages) == 2
+        events = coordinator.events()[-2:]
+        assert [(event.layers.begin, event.port, event.standby) for event in events] == [
+            (0, stages[0].pid, False),
+            (4, stages[1].pid, False),
+        ]
+        for begin, end in ((0, 4), (4, 8)):  # both are in the ring
+            link = pb.Link(epoch=2, next_hop="127.0.0.1:1", layers=pb.Slice(begin=begin, end=end))
+            coordinator.tell(link=link)
+        await until(lambda: all(stage.commands[-1]["command"] == "link" for stage in stages))
+
+
+async def test_a_standby_without_room_is_refused_and_makes_room_for_what_is_needed(
+    node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage]
+) -> None:
+    coordinator = Coordinator()
+    async with serving(coordinator, files) as port, running(node, f"127.0.0.1:{port}"):
+        await until(lambda: coordinator.hellos)
+        coordinator.tell(assign=assignment(1, 0, 4, need=1))
+        coordinator.tell(assign=assignment(1, 4, 8, standby=True, need=2))
+        await until(lambda: pb.STAGE_STATE_FAILED in coordinator.states(1))
+        refused = coordinator.events()[-1]
+        assert (refused.code, refused.layers.begin, refused.standby) == ("no_room", 4, True)
+        assert alive(stages) == [[0, 4]]
+        coordinator.tell(assign=assignment(1, 4, 8, standby=True, need=1))
+        await until(lambda: len(stages) == 2)
+        coordinator.tell(assign=assignment(2, 0, 4, need=1))  # it is there
+        coordinator.tell(assign=assignment(2, 2, 4, need=1))  # it is not: the standby goes for it
+        await until(lambda: len(stages) == 3 and len(stages[2].commands) == 2)
+        assert alive(stages) == [[0, 4], [2, 4]]
+
+
+async def test_a_release_names_a_slice_or_keeps_what_it_names(
+    node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage]
+) -> None:
+    coordinator = Coordinator()
+    node._options = replace(node._options, facts=Facts("cpu", "x", 8, 4, 9))
+    async with serving(coordinator, files) as port, running(node, f"127.0.0.1:{port}"):
+        await until(lambda: coordinator.hellos)
+        coordinator.tell(assign=assignment(1, 0, 2, need=1))
+        for begin in (2, 4):
+            coordinator.tell(assign=assignment(1, begin, begin + 2, standby=True, need=1))
+        await until(lambda: len(stages) == 3)
+        coordinator.tell(release=pb.Release(epoch=1, rest=True, keep=[pb.Slice(begin=4, end=6)]))
+        await until(lambda: len(alive(stages)) == 2)
+        assert alive(stages) == [[0, 2], [4, 6]]
+        coordinator.tell(release=pb.Release(epoch=1, layers=pb.Slice(begin=4, end=6)))
+        await until(lambda: len(alive(stages)) == 1)
+        assert alive(stages) == [[0, 2]]
+        coordinator.tell(release=pb.Release(epoch=2, rest=True))  # an epoch went on without this node
+        await until(lambda: not alive(stages))
+
+
+async def test_a_node_that_leaves_waits_for_its_layers_to_move(
+    node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage]
+) -> None:
+    coordinator = Coordinator()
+    async with serving(coordinator, files) as port, running(node, f"127.0.0.1:{port}"):
+        await until(lambda: coordinator.heard)
+        await asyncio.wait_for(node.leave(DEADLINE_S), DEADLINE_S)  # it has none
+        assert not any(message.HasField("leave_wish") for message in coordinator.heard)
+        coordinator.tell(assign=assignment(1))
+        await until(lambda: coordinator.states(1))
+        leaving = asyncio.create_task(node.leave(DEADLINE_S))
+        await until(lambda: any(message.HasField("leave_wish") for message in coordinator.heard))
+        coordinator.tell(drained=pb.Drained(code="no_plan", message="the others are full"))
+        coordinator.tell(drained=pb.Drained())
+        await asyncio.wait_for(leaving, DEADLINE_S)
+        await until(lambda: any(message.HasField("leave") for message in coordinator.heard))
+        again = asyncio.create_task(node.leave(0.01))  # nobody answers
+        await asyncio.wait_for(again, DEADLINE_S)
 
 
 async def test_a_model_that_is_not_here_is_asked_for_by_name_and_place(node: NodeDaemon, files: NodeFiles) -> None:

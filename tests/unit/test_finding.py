@@ -67,6 +67,9 @@ class Control(control_pb2_grpc.ControlServicer):
     async def Renew(self, request: pb.RenewRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.RenewReply:
         raise AssertionError("a search renews nothing")
 
+    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DrainReply:
+        raise AssertionError("a node drains no others")
+
     async def RemoveNode(
         self, request: pb.RemoveNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.RemoveNodeReply:

@@ -64,6 +64,7 @@ class Player:
         self.member = Member(f"id-{name}", name, "127.0.0.1", device, "first")
         self.told: list[str] = []
         self.returns = self.answers = True
+        self.layers = pb.Slice()
         self._coordinator = coordinator
 
     async def play(self) -> None:
@@ -71,6 +72,8 @@ class Player:
             message = await self.member.outbox.get()
             what = message.WhichOneof("message") or "end"
             self.told.append(what)
+            if what == "assign":
+                self.layers = pb.Slice(begin=message.assign.layer_begin, end=message.assign.layer_end)
             if what == "assign" and self.answers:
                 self.say(pb.STAGE_STATE_READY)
             elif what == "link":
@@ -79,7 +82,8 @@ class Player:
                     self._coordinator._on_open(message.link.epoch)
 
     def say(self, state: pb.StageState.ValueType) -> None:
-        event = pb.StageEvent(epoch=self._coordinator.epoch, state=state, port=1, detail="it died", profile=PROFILE)
+        epoch = self._coordinator.epoch
+        event = pb.StageEvent(epoch=epoch, state=state, port=1, detail="it died", profile=PROFILE, layers=self.layers)
         self._coordinator.heard(self.member, pb.NodeMessage(stage_event=event))
 
 

@@ -111,16 +111,27 @@ async def lend(
             gpu_layers=settings.gpu_layers,
             split_mode=settings.split_mode,
         )
-        await _until_stopped(NodeDaemon(certificate_node_id(identity.certificate_pem), options), where, watch_parent)
+        daemon = NodeDaemon(certificate_node_id(identity.certificate_pem), options)
+        await _until_stopped(daemon, where, watch_parent, settings.drain_s)
 
 
-async def _until_stopped(daemon: NodeDaemon, where: Seek, watch_parent: bool) -> None:
+async def _until_stopped(daemon: NodeDaemon, where: Seek, watch_parent: bool, drain_s: float) -> None:
+    """Run until a signal. SIGTERM lets the layers move away first, for ``drain_s`` at most; a second one does not."""
     work = asyncio.create_task(daemon.run(where), name="node")
     loop = asyncio.get_running_loop()
+    leaving: list[asyncio.Task[None]] = []
+
+    def terminate() -> None:
+        if leaving or not drain_s:
+            work.cancel()
+        else:
+            leaving.append(asyncio.create_task(daemon.leave(drain_s), name="leave"))
+            leaving[0].add_done_callback(lambda _: work.cancel())
+
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             with contextlib.suppress(NotImplementedError):  # Windows: the default handlers end the process
-                loop.add_signal_handler(getattr(signal, name), work.cancel)
+                loop.add_signal_handler(getattr(signal, name), terminate if name == "SIGTERM" else work.cancel)
     if watch_parent:
         loop.add_reader(sys.stdin.fileno(), _on_parent, work)
     with contextlib.suppress(asyncio.CancelledError):

@@ -132,6 +132,12 @@ def start(
     fallback: Annotated[
         str | None, typer.Option(help="Smaller models for when the model does not fit any more, as in a,b.")
     ] = None,
+    standby: Annotated[
+        int | None, typer.Option(help="Copies of each stage on another node, loaded, for its loss: 0 or 1.")
+    ] = None,
+    replan: Annotated[
+        str | None, typer.Option(help="Use nodes that come later: auto, idle (when nobody is served) or off.")
+    ] = None,
     effective_vram: Annotated[float | None, typer.Option(help="GiB each node lends.")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a stage on the GPU; -1: all.")] = None,
     split_mode: Annotated[
@@ -148,6 +154,7 @@ def start(
         chunk=chunk, wire=wire, kv=kv, prefix_cache=prefix_cache, speculation=speculation, batching=batching,
         draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, on_loss=on_loss,
         fallback=_names(fallback) or None,
+        standby=standby, replan=replan,
         effective_vram=effective_vram,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, discovery=discovery, home=home, models=models,
@@ -214,6 +221,17 @@ def node_remove(
     from dwarfstar_engine.cli.lend import remove_node
 
     print(f"dwarfstar: {remove_node(_settings(home=home or context.obj), name)}")
+
+
+@app.command()
+def drain(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name or id, as `dwarfstar status` shows them.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Plan for it again.")] = False,
+    home: Home = None,
+) -> None:
+    """Move a node's layers to the others, without an end to any request: then it may leave."""
+    settings = _settings(home=home)
+    print(f"dwarfstar: {remote.drain(running.require(settings.home), settings.home, name, undo=undo)}")
 
 
 @app.command()

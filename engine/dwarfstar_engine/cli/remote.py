@@ -19,15 +19,16 @@ from dwarfstar_engine.wire.trust import NodeFiles
 
 CALL_S = 5.0
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.FAILED_PRECONDITION)  # with a sentence for people
+DRAIN_S = 600.0  # a node's layers may have to be loaded from slow disks
 STOP_S = 15.0  # until a stopped engine's process is gone
 
 
-def _call(engine: running.Running, home: Path, name: str, request: Any) -> Any:
+def _call(engine: running.Running, home: Path, name: str, request: Any, timeout_s: float = CALL_S) -> Any:
     credentials = channel.channel_credentials(NodeFiles(home / "trust"))
     options = channel.channel_options(channel.MAX_CONTROL_BYTES)
     with grpc.secure_channel(engine.control, credentials, options=options) as link:
         try:
-            return getattr(ControlStub(link), name)(request, timeout=CALL_S)
+            return getattr(ControlStub(link), name)(request, timeout=timeout_s)
         except grpc.RpcError as error:
             detail = error.details() if isinstance(error, grpc.Call) else error
             if isinstance(error, grpc.Call) and error.code() in REFUSED:
@@ -77,3 +78,12 @@ def events(engine: running.Running, home: Path, since: int, *, follow: bool) -> 
             if running.gone(engine):
                 raise DwarfStarError("the engine has ended", code="not_running") from None
             raise DwarfStarError(f"the engine at {engine.control} does not answer: {detail}") from None
+
+
+def drain(engine: running.Running, home: Path, wanted: str, *, undo: bool) -> str:
+    """Move a node's layers away, or plan for it again; what came of it. Raises DwarfStarError."""
+    reply = _call(engine, home, "Drain", pb.DrainRequest(node=wanted, undo=undo), DRAIN_S)
+    if undo:
+        return f"{reply.name} ({reply.node_id}) is planned for again"
+    paused = "" if reply.loaded_first else "; streams waited while its layers were loaded elsewhere"
+    return f"{reply.name} ({reply.node_id}) is drained and may leave{paused}"

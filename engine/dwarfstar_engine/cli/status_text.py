@@ -32,12 +32,20 @@ def _table(view: StatusView, *, wide: bool) -> Iterator[str]:
     heading = f"{'node':{name}}{'state':>7}{'beat s':>7}{'lends GiB':>10}"
     if wide:
         heading += f"{'free GiB':>9}{'load':>6}{'°C':>5}{'W':>6}"
+    at = len(heading)
     heading += f"{'layers':>9}{'ms/tok':>8}"
     heading += f"{'rows/s':>8}{'busy':>6}{'wait':>6}{'GiB':>7}" if wide else f"{'busy':>6}{'GiB':>7}"
     yield heading + f"{'pid':>9}"
-    stages = {stage.node: stage for stage in view.stages}
     for node in view.nodes:
-        yield (_node(node, name, wide=wide) + _stage(stages.get(node.name), wide=wide)).rstrip()
+        row = _node(node, name, wide=wide)
+        stages: list[StageView | None] = [stage for stage in view.stages if stage.node == node.name]
+        for stage in stages or [None]:  # it may have taken over a second one
+            yield (f"{row:{at}}" + _stage(stage, wide=wide)).rstrip()
+            row = ""
+    for copy in view.standbys:
+        if copy.state == "ready":
+            row = f"{copy.node[: name - 1]:{name}}{'copy':>7}"
+            yield f"{row:{at}}{f'{copy.layers[0]}–{copy.layers[1] - 1}':>9}"
 
 
 def _node(node: NodeView, name: int, *, wide: bool) -> str:

@@ -22,6 +22,7 @@ from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, Member
+from dwarfstar_engine.node.moves import find
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -129,6 +130,19 @@ class ControlService(ControlServicer):
         except (TrustError, ClusterError) as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
         return pb.RemoveNodeReply(node_id=node_id, name=name, attached=attached)
+
+    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DrainReply:
+        await _owner_only(context)
+        moves, prepared = self._coordinator.moves, True
+        try:
+            member = find(self._coordinator.members.values(), request.node)
+            if request.undo:
+                moves.undo(member)
+            else:
+                prepared = await moves.drain(member)
+        except DwarfStarError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+        return pb.DrainReply(node_id=member.id, name=member.name, loaded_first=prepared)
 
 
 async def _owner_only(context: grpc.aio.ServicerContext[Any, Any]) -> None:

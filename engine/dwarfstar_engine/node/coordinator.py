@@ -3,8 +3,9 @@
 Theory. One task (``run``) brings epochs up, one after another: plan → assign → all stages ready → link → serving.
 Anything that breaks the epoch (a stage's or node's death, a lost hop, a stuck frame) sets ``_broken``; streams wait
 (``streams``), or get an error at once, as set, and ``run`` starts over with the nodes that are there. Nodes keep
-weights they still need, so an epoch that only lost a link is back within milliseconds. A node that the plan does not
-use, as it came later, gets its share when nobody has asked anything for a while.
+weights they still need, so an epoch that only lost a link is back within milliseconds, and one that lost a stage of
+which another node has a copy too. What goes on beside an epoch that serves (the next plan, copies, nodes that leave) is
+``moves``.
 
 The coordinator holds no weights. It is the engine behind the HTTP API (``serving.Engine``), and a hop of the ring:
 its frames go to the first stage, and the last stage's results come back to it.
@@ -18,25 +19,36 @@ import gc
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.node.beside import loaded
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
 from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.journal import Journal
 from dwarfstar_engine.node.members import GIB, Member
+from dwarfstar_engine.node.moves import REPLAN_IDLE_S, Moves
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.news import News
 from dwarfstar_engine.node.nodes import Nodes
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.node.streams import MAX_RESCUES, Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
-from dwarfstar_engine.plan.proportional import TOO_LARGE, Plan, proportional, with_cuts
+from dwarfstar_engine.plan.proportional import (
+    TOO_LARGE,
+    Need,
+    Plan,
+    StagePlan,
+    proportional,
+    stage_plan,
+    with_cuts,
+)
+from dwarfstar_engine.plan.standby import Layers, without_loading
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, ThroughputView
@@ -56,7 +68,7 @@ STUCK_S = 5.0  # a stage that has not joined the ring after so long is stuck; th
 RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
-REPLAN_IDLE_S = 2.0  # without a request, before a better plan is carried out: it may take loading
+SETTLE_S = 0.1  # a lost hop is heard of before the death of the stage behind it, which decides what is to be done
 WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
 WARNING_S = 600.0
@@ -86,9 +98,13 @@ class Coordinator:
         self._ring = Epoch(self.term, self.epoch)
         self._dispatcher: Dispatcher | None = None
         self._sender: RingSender | None = None
-        self._planned: Plan | None = None
+        self.planned: Plan | None = None
+        self._next: Plan | None = None  # to be brought up when the present epoch is over
+        self._sound = False  # the last epoch that was brought up served
+        self._broke_at = 0.0  # monotonic time at which the last epoch ended
         self._idle_since = 0.0  # monotonic time of the last sign of a request
         self._waiting = WaitingRoom(settings.rescue_s)
+        self.moves = Moves(self)
         self._reviving = False  # a pipeline that served is being brought up again
         self._reason = "starting"
         self._code = "starting"
@@ -97,7 +113,7 @@ class Coordinator:
         self._returned = asyncio.Event()  # the last stage's hop to us is open
         self._came = asyncio.Event()  # a node came: a pause between attempts ends
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
-        self._gone_at = 0.0  # monotonic time the last node was lost
+        self.gone_at = 0.0  # monotonic time the last node was lost
         self._stopping = False
         self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
@@ -145,6 +161,7 @@ class Coordinator:
 
     def joined(self, member: Member) -> None:
         """See ``nodes.Host``."""
+        self.moves.came(member)
         self.gossip.changed()
         self.gossip.tell(member, self.members.values())
         self._came.set()
@@ -155,7 +172,9 @@ class Coordinator:
         self.gossip.forget(member)
         self._news.forget(member)
         self.gossip.changed()
-        self._gone_at = time.monotonic()
+        self.moves.beside.stir()
+        if not member.drained:
+            self.gone_at = time.monotonic()
         if self._ring.has(member):
             self._break(f"node {member.name} was lost")
         self._changed.set()
@@ -177,21 +196,27 @@ class Coordinator:
         match kind:
             case "heartbeat":
                 member.live = message.heartbeat
+                for report in message.heartbeat.stages:
+                    stage = self._ring.stage(member, (report.layers.begin, report.layers.end))
+                    if stage is not None:
+                        stage.report = report
                 self.gossip.tell(member, self.members.values())
             case "stage_event":
                 self._on_stage(member, message.stage_event)
             case "leave":
                 self.nodes.left(member, message.leave.reason)
+            case "leave_wish":
+                self.moves.wish(member)
 
     def _on_stage(self, member: Member, event: pb.StageEvent) -> None:
+        self.moves.beside.heard(member, event)
         self._news.stage(member, event, self._ring)
-        if event.epoch != self.epoch or not self._ring.has(member):
+        stage = self._ring.stage(member, (event.layers.begin, event.layers.end))
+        if event.epoch != self.epoch or event.standby or stage is None:
             return
-        member.stage = event
+        stage.heard(event)
         if event.HasField("profile"):
-            member.profile, member.profiled = event.profile, self._ring.layers_of(member)
-        if event.HasField("link"):
-            member.link = event.link
+            member.profile, member.profiled = event.profile, event.layers.end - event.layers.begin
         if event.state in (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED, pb.STAGE_STATE_BROKEN):
             self._break(f"{member.name}: {event.detail}", event.code, sure=event.state != pb.STAGE_STATE_BROKEN)
         self._changed.set()
@@ -210,29 +235,36 @@ class Coordinator:
         if epoch == self.epoch:
             self._break(f"the connection from {sender} was lost", sure=False)
 
-    def _break(self, reason: str, code: str = "", *, sure: bool = True) -> None:
-        """The epoch is over: requests in flight get their error now, ``run`` does the rest.
+    def _break(self, reason: str, code: str = "", *, sure: bool = True, planned: bool = False) -> None:
+        """The epoch is over: requests in flight get their error now, or wait; ``run`` does the rest.
 
-        sure: this is why; else it may follow from what is not known yet.
+        sure: this is why; else it may follow from what is not known yet. planned: by us.
         """
         if self._broken.is_set():
             return
         if self.epoch and not self._stopping:
-            self._news.epoch_over(self.epoch, reason, served=self._dispatcher is not None, sure=sure)
+            served = self._dispatcher is not None
+            self._news.epoch_over(self.epoch, reason, served=served, sure=sure, planned=planned)
         self._reason, self._code = reason, code or StageError.code
         self._broken.set()
         self._changed.set()
+        self._broke_at = time.monotonic()
+        self.moves.stop()
         dispatcher, self._dispatcher = self._dispatcher, None
         if dispatcher is None:
             return
         told = f"the pipeline broke during this request: {reason}; send it again"
-        if self.settings.on_loss == "fail" or self._stopping:
+        if (self.settings.on_loss == "fail" and not planned) or self._stopping:
             dispatcher.fail(told, RETRY_AFTER_S)
             return
         self._reviving = True
         streams = dispatcher.suspend(told, RETRY_AFTER_S)
-        lost = self._waiting.rescue(streams, time.monotonic(), StageError(told, retry_after_s=RETRY_AFTER_S))
-        self._news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
+        if planned:
+            for stream in streams:
+                self._waiting.put(stream, self._broke_at)
+        else:
+            lost = self._waiting.rescue(streams, self._broke_at, StageError(told, retry_after_s=RETRY_AFTER_S))
+            self._news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
         self._news.waiting(len(self._waiting))
 
     def _give_up(self, error: DwarfStarError) -> None:
@@ -252,24 +284,27 @@ class Coordinator:
                 await self._pause(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
                 self._changed.clear()
                 try:
-                    source, plan = self._plan_now()
+                    source, plan = self._next_plan()
                 except PlanError as error:
                     if self._reason != error.message:
                         self._news.no_plan(error.code, error.message)
                     self._reason, self._code = error.message, error.code
+                    self.moves.no_plan(error)
                     if error.code != WAITING:
                         self._give_up(Unavailable(error.message, code=error.code, retry_after_s=RETRY_AFTER_S))
                     await self._until_changed(error.retry_after_s)
                     continue
                 try:
                     await self._use(source)
-                    self._planned = plan
+                    self.planned = plan
                     await self._bring_up(plan)
                     await self._broken.wait()
-                    brief = time.monotonic() - self._served_at < STEADY_S
+                    await self._settle()
+                    brief = self._next is None and time.monotonic() - self._served_at < STEADY_S
                     failures = min(failures + 1, MAX_BRIEF) if brief else 0
                 except DwarfStarError as error:
                     self._break(error.message, error.code)
+                    self._sound = False
                     failures += 1
                 finally:
                     await self._take_down()
@@ -277,6 +312,7 @@ class Coordinator:
             for watcher in watchers:
                 watcher.cancel()
             self._stopping = self.nodes.stopping = True
+            self.moves.close()
             self._break("the engine is stopping")
             self._give_up(StageError("the engine is stopping: send the request again", retry_after_s=RETRY_AFTER_S))
             await self._take_down()
@@ -291,22 +327,45 @@ class Coordinator:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), at_most_s)
 
+    async def _settle(self) -> None:
+        """Where copies wait, hear which stage was lost: the next plan leaves the others where they are."""
+        until = time.monotonic() + SETTLE_S
+        while self._next is None and self.settings.standby and (left := until - time.monotonic()) > 0:
+            present = (stage for stage in self._ring.stages if self.members.get(stage.member.id) is stage.member)
+            if sum(stage.plan.layers in loaded(stage.member) for stage in present) < len(self._ring.stages):
+                return
+            await self.moves.beside.wait(left)
+
+    def _next_plan(self) -> tuple[Source, Plan]:
+        """What to serve, and a plan: what was prepared; else the same as before, where no slice is to be loaded for it;
+        else a new one. Raises as ``_plan_now``."""
+        plan, self._next = self._next, None
+        if plan is not None and all(stage.node in self.members for stage in plan.stages):
+            return self.source, plan
+        if self._sound and self.planned is not None and self.source is self._main:
+            there = {member.id: loaded(member) for member in self.members.values() if not member.drained}
+            plan = without_loading(self.planned, there)
+            if plan is not None:
+                return self.source, plan
+        return self._plan_now()
+
     def _plan_now(self) -> tuple[Source, Plan]:
         """What to serve, and a plan for the nodes that are here.
 
         Raises PlanError: nodes are awaited (code WAITING), all of them before the first plan, later a lost one for
         ``rejoin_s`` if no model fits those left; or none fits.
         """
-        here, wanted = len(self.members), self.settings.wait_nodes
+        here = sum(not member.drained for member in self.members.values())
+        wanted = self.settings.wait_nodes
         if here < wanted and not self._served_at:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
         try:
-            return self._main, self._plan(self._main)
+            return self._main, self._plan_of(self._main)
         except PlanError as error:
             for source in self.fallbacks:
                 with contextlib.suppress(PlanError):
-                    return source, self._plan(source)
-            left = self._gone_at + self.settings.rejoin_s - time.monotonic()
+                    return source, self._plan_of(source)
+            left = self.gone_at + self.settings.rejoin_s - time.monotonic()
             if here >= wanted or left <= 0:
                 raise
             raise PlanError(
@@ -333,10 +392,44 @@ class Coordinator:
         """Tokens of one request, at most."""
         return _context(self.settings, self.source)
 
-    def _plan(self, source: Source) -> Plan:
-        costs, nodes = source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
-        room = need(self.settings, source, _context(self.settings, source))
-        capacities = [member.capacity for member in nodes]
+    # --- moves.Pipeline ---
+
+    @property
+    def ring(self) -> Epoch:
+        return self._ring
+
+    @property
+    def serving(self) -> bool:
+        return self._dispatcher is not None
+
+    def idle_s(self, now: float) -> float:
+        return now - self._idle_since
+
+    def need(self) -> Need:
+        return need(self.settings, self.source, self.context)
+
+    def stage_plan(self, node: str, layers: Layers) -> StagePlan:
+        return stage_plan(self.source.costs, self.need(), node, *layers)
+
+    def assignment(self, plan: StagePlan, *, standby: bool) -> pb.Assign:
+        return self._ring.assign(plan, self.settings, self.source, self.context, self.vocab.eog, standby)
+
+    def switch(self, plan: Plan, why: str) -> None:
+        if not self._broken.is_set():
+            self._next = plan
+            self._break(why, planned=True)
+
+    def stir(self) -> None:
+        self._came.set()
+        self._changed.set()
+
+    def plan(self, without: Collection[str] = ()) -> Plan:
+        return self._plan_of(self.source, without)
+
+    def _plan_of(self, source: Source, without: Collection[str] = ()) -> Plan:
+        costs, room = source.costs, need(self.settings, source, _context(self.settings, source))
+        nodes = sorted(self.members.values(), key=lambda m: (m.name, m.id))
+        capacities = [member.capacity for member in nodes if not member.drained and member.id not in without]
         if self.settings.cuts:
             return with_cuts(costs, source.cuts, room, capacities, self.settings.cuts)
         return proportional(costs, source.cuts, room, capacities)
@@ -349,9 +442,9 @@ class Coordinator:
         self._ring = Epoch(self.term, self.epoch, tuple(Stage(s, self.members[s.node]) for s in plan.stages))
         self._reason, self._code = "the model is being loaded", "loading"
         self._news.plan_made(self._ring, plan.excluded, self.members)
-        for index, stage in enumerate(self._ring.stages):
-            stage.member.stage = None
-            assign = self._ring.assign(index, self.settings, self.source, self.context, self.vocab.eog)
+        # First what is there already: a node gives up what it is not known to need for what it is to load.
+        for stage in sorted(self._ring.stages, key=lambda one: one.plan.layers not in loaded(one.member)):
+            assign = self.assignment(stage.plan, standby=False)
             if len(self._waiting) and (known := stage.expected_profile()) is not None:
                 assign.known.CopyFrom(known)
             stage.member.send(pb.CoordinatorMessage(assign=assign))
@@ -400,11 +493,12 @@ class Coordinator:
     def _release_stuck(self) -> None:
         """Have stages that gave no answer replaced: a stopped process would fail every attempt to come."""
         for stage in self._ring.stages:
-            event = stage.member.stage
+            event, (begin, end) = stage.event, stage.plan.layers
             if event is not None and event.state in ANSWERED and stage.member.id in self.members:
                 log.warning("the stage on %s does not answer: it is replaced", stage.member.name)
                 with contextlib.suppress(PeerError):
-                    stage.member.send(pb.CoordinatorMessage(release=pb.Release(term=self.term, epoch=self.epoch)))
+                    release = pb.Release(term=self.term, epoch=self.epoch, layers=pb.Slice(begin=begin, end=end))
+                    stage.member.send(pb.CoordinatorMessage(release=release))
 
     def _serve(self, sender: RingSender) -> None:
         assert not self._broken.is_set()  # or nobody would tell the streams that are taken on now
@@ -438,6 +532,14 @@ class Coordinator:
             gc.collect()
             gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
+        self._sound = True
+        self.moves.served()
+        if streams:  # said when their first frames are on their way
+            asyncio.get_running_loop().call_soon(self._tell_pause, len(streams))
+
+    def _tell_pause(self, streams: int) -> None:
+        pause_ms = 1000 * (time.monotonic() - self._broke_at)
+        log.info("%d streams go on, %.0f ms after epoch %d", streams, pause_ms, self.epoch - 1)
 
     async def _until(self, state: pb.StageState.ValueType, deadline_s: float, what: str) -> None:
         """Wait until every stage has reached ``state``. Raises if the epoch breaks, or nothing moves for STALL_S."""
@@ -469,27 +571,21 @@ class Coordinator:
             waited_s, settings = self.settings.rescue_s, self.settings
             error = StageError(f"the pipeline was not back in {waited_s:.0f} s: {self._reason}", retry_after_s=waited_s)
             self._news.given_up(self._waiting.expire(now, error), error.message)
-            self._improve(now)
+            if self._dispatcher is None or self._dispatcher.scheduler.active or self._dispatcher.scheduler.queued:
+                self._idle_since = now
+            self._return_to_main(now)
+            self.moves.tick(now)
             deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
                 self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")
 
-    def _improve(self, now: float) -> None:
-        """Carry out a plan with nodes that came after the last one, when nobody is served."""
-        dispatcher = self._dispatcher
-        if dispatcher is None or dispatcher.scheduler.active or dispatcher.scheduler.queued:
-            self._idle_since = now
-        unused = self.members.keys() - self._ring.nodes
-        if now - self._idle_since < REPLAN_IDLE_S or not unused or not self.settings.replan:
+    def _return_to_main(self, now: float) -> None:
+        """Serve the model that is wanted again when it fits and nobody is served: its streams would end."""
+        if self.source is self._main or self.idle_s(now) < REPLAN_IDLE_S or not self.serving:
             return
-        try:
-            plan = self._plan(self._main)
-        except PlanError:
-            return  # it was possible before they came, or a smaller model is served; it goes on as it is
-        if self.source is not self._main:
-            self._break(f"{self._main.name} fits again")
-        elif plan != self._planned and any(stage.node in unused for stage in plan.stages):
-            self._break("a better plan is possible")
+        with contextlib.suppress(PlanError):
+            self._plan_of(self._main)
+            self._break(f"{self._main.name} fits again", planned=True)
 
     # --- what front ends see ---
 
@@ -520,6 +616,7 @@ class Coordinator:
                 queued=dispatcher.scheduler.queued if dispatcher else 0,
             ),
             last_event=self.journal.last,
+            standbys=self.moves.views(),
             warnings=tuple(text for told, text in self._warnings.values() if now - told < WARNING_S),
         )
 

@@ -2,16 +2,19 @@
 
 It keeps one control stream to the coordinator, opened from this side, and opens it again when it breaks, for as long as
 it takes. Over it come assignments; back go heartbeats and what happens to the stage. A stage that dies is reported at
-once; whether it is started again is the coordinator's decision (a new assignment). A stage that is asked for the slice
-it holds already keeps its weights and only joins the ring of the new epoch.
+once; whether it is started again is the coordinator's decision (a new assignment). A slice that is held already keeps
+its weights and only joins the ring of the new epoch.
+
+There may be several stages: those that the newest epoch needs, and others that wait, for a plan to come or for the
+loss of another node (``room`` says which fit beside each other).
 
 While the coordinator is away the stage and its weights stay: a coordinator that returns serves again within moments,
 where loading may take minutes. Nothing that happens meanwhile needs to be told afterwards, because a coordinator begins
 with an assignment, which is answered with the stage's state of that moment. The memory comes back when the daemon ends.
 
-Invariants. There is one stage process at most, also while one replaces another: assignments are carried out one at a
-time, and of several that wait only the newest is. Events of a stage that was replaced are not heard. The stage ends
-with the daemon, however that ends: it reads the end of its stdin.
+Invariants. There is one process of a slice at most, and MAX_STAGES in all, also while one replaces another:
+assignments are carried out one at a time, and of an older epoch than the newest none is. Events of a stage that was
+replaced are not heard. Stages end with the daemon, however that ends: they read the end of their stdin.
 """
 
 from __future__ import annotations
@@ -34,9 +37,11 @@ import grpc.aio
 from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError, TrustError, VersionMismatch
 from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.node import renewal
+from dwarfstar_engine.node.beside import NO_ROOM, RELEASED
 from dwarfstar_engine.node.child import Child
 from dwarfstar_engine.node.discovery import FOREIGN, Fixed, Seek
 from dwarfstar_engine.node.facts import Facts, interfaces, is_any, is_loopback, local_host, shown_host
+from dwarfstar_engine.node.room import Held, given_up
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
 from dwarfstar_engine.node.vitals import Vitals, reported
@@ -83,10 +88,17 @@ class NodeOptions:
 
 @dataclass(slots=True, eq=False)
 class _Stage:
-    """The stage process and what it holds. ``load``: what it was told, which only a new process could do otherwise."""
+    """A stage process and what it holds. ``load``: what it was told, which only a new process could do otherwise.
+
+    asked: the assignment as far as it decides that. standby: it waits. need_bytes: it takes; 0: not known.
+    """
 
     load: dict[str, Any]
     epoch: int
+    asked: bytes = b""
+    standby: bool = False
+    need_bytes: int = 0
+    pid: int = 0
     child: Child = field(init=False)
     port: int = 0
     state: pb.StageState.ValueType = pb.STAGE_STATE_LOADING
@@ -98,19 +110,29 @@ class _Stage:
     heard: float = math.inf  # the loop's time of its last event, once it is loaded
     silent: bool = False  # it was ended for that
 
+    @property
+    def layers(self) -> tuple[int, int]:
+        begin, end = self.load["layers"]
+        return begin, end
+
+    @property
+    def slice(self) -> pb.Slice:
+        return pb.Slice(begin=self.layers[0], end=self.layers[1])
+
 
 class NodeDaemon:
     """One machine's daemon. ``run`` serves a coordinator until cancelled."""
 
     def __init__(self, node_id: str, options: NodeOptions) -> None:
         self._id, self._options = node_id, options
-        self._stage: _Stage | None = None
+        self._stages: list[_Stage] = []  # the one that was asked for longest ago first
         self._instance = secrets.token_hex(8)
         self._outbox: asyncio.Queue[pb.NodeMessage | None] = asyncio.Queue(OUTBOX)  # None: its connection has ended
         self._coordinator = ""
         self._seek: Seek = Fixed("")
         self._host = options.listen
         self._welcomed = False
+        self._leaving: asyncio.Event | None = None  # set: drained
         self._newest = 0  # epoch of the newest assignment of this connection
         self._assigning = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -150,7 +172,8 @@ class NodeDaemon:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._drop_stage()
+            for stage in list(self._stages):
+                await self._drop(stage)
 
     def _tell(self, trouble: str) -> None:
         now = asyncio.get_running_loop().time()
@@ -163,6 +186,8 @@ class NodeDaemon:
         self._host = self._options.listen or await local_host(coordinator, ANSWER_S)
         self._outbox, self._newest = asyncio.Queue(OUTBOX), 0
         self._beat_s = HEARTBEAT_S
+        for stage in self._stages:
+            stage.epoch = 0  # of this coordinator none has an assignment yet, and its numbers may begin anew
         check_identity(await asyncio.to_thread(self._options.trust.load), utc_now())
         self._post(hello=self._hello())
         beat = asyncio.gather(self._beat(), self._vitals.watch())
@@ -183,6 +208,8 @@ class NodeDaemon:
             beat.cancel()
             with contextlib.suppress(asyncio.QueueFull):  # then nobody waits for a message
                 self._outbox.put_nowait(None)
+            if self._leaving is not None:
+                self._leaving.set()  # who would answer is gone
             await asyncio.gather(beat, return_exceptions=True)
 
     def _hello(self) -> pb.NodeHello:
@@ -224,7 +251,7 @@ class NodeDaemon:
                 await asyncio.wait_for(self._beats_changed.wait(), beat_s)
                 self._beats_changed.clear()
             awake, last = loop.time() - last < beat_s + SILENT_S / 2, loop.time()
-            self._check_stage(last, awake)
+            self._check_stages(last, awake)
             self._post(heartbeat=self._vitals.heartbeat(number, self._stage_reports()))
 
     def _use_beats(self, told_ms: int) -> None:
@@ -233,38 +260,62 @@ class NodeDaemon:
             self._beat_s = beat_s
             self._beats_changed.set()
 
-    def _check_stage(self, now: float, awake: bool) -> None:
-        """End a stage that is silent; ``_on_exit`` tells. awake: this process was not the one that slept."""
-        stage = self._stage
-        if stage is not None and not awake:
-            stage.heard = max(stage.heard, now)
-        if stage is not None and now - stage.heard > SILENT_S:
-            stage.heard = math.inf
-            stage.silent = True
-            stage.child.kill()
+    def _check_stages(self, now: float, awake: bool) -> None:
+        """End stages that are silent; ``_on_exit`` tells. awake: this process was not the one that slept."""
+        for stage in self._stages:
+            if not awake:
+                stage.heard = max(stage.heard, now)
+            if now - stage.heard > SILENT_S:
+                stage.heard = math.inf
+                stage.silent = True
+                stage.child.kill()
 
     def _stage_reports(self) -> list[pb.StageReport]:
-        stage = self._stage
-        if stage is None:
-            return []
         return [
             pb.StageReport(
                 epoch=stage.epoch,
                 state=stage.state,
                 **reported(stage.stats),
                 frames=stage.frames,
+                layers=stage.slice,
             )
+            for stage in self._stages
         ]
+
+    async def leave(self, within_s: float) -> None:
+        """Ask the coordinator to move this node's layers away; returns when it has, after ``within_s`` at most, or at
+        once if there are none."""
+        if not self._welcomed or not any(self._needed(stage) for stage in self._stages):
+            return
+        log.info("this node is asked to end: its layers move to others first, within %.0f s", within_s)
+        self._leaving = asyncio.Event()
+        self._post(leave_wish=pb.LeaveWish(within_s=within_s))
+        try:
+            await asyncio.wait_for(self._leaving.wait(), within_s)
+        except TimeoutError:
+            log.warning("its layers were not moved within %.0f s: it leaves", within_s)
+        self._post(leave=pb.Leave(reason="its owner ends it"))
+
+    def _drained(self, told: pb.Drained) -> None:
+        if told.code:
+            log.warning("this node's layers cannot be moved: %s", told.message)
+            return
+        log.info("this node is drained: it holds no layers and may leave")
+        if self._leaving is not None:
+            self._leaving.set()
 
     def _handle(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):
             case "assign":
-                self._newest = message.assign.epoch
-                self._spawn(self._assign(message.assign))
+                if not message.assign.standby:
+                    self._newest = message.assign.epoch
+                self._spawn(self._assign(message.assign, self._outbox))
             case "link":
                 self._link(message.link)
             case "release":
-                self._spawn(self._release(message.release.epoch))
+                self._spawn(self._release(message.release))
+            case "drained":
+                self._drained(message.drained)
             case "refused":
                 if message.refused.code == VersionMismatch.code:
                     raise VersionMismatch(message.refused.message)
@@ -295,44 +346,92 @@ class NodeDaemon:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a fault of the node daemon", exc_info=error)
 
-    async def _assign(self, assign: pb.Assign) -> None:
-        """Hold the slice asked for: keep the process that has it, or replace it."""
-        async with self._assigning:
-            if assign.epoch != self._newest:
-                return  # a newer one waits behind us, or the coordinator that sent it is gone
-            try:
-                load = await asyncio.to_thread(self._load_command, assign)
-            except (DwarfStarError, OSError) as error:
-                self._report(assign.epoch, pb.STAGE_STATE_FAILED, str(error), getattr(error, "code", "stage_failed"))
-                return
-            stage = self._stage
-            if stage is not None and stage.child.alive and stage.load == load:
-                stage.epoch = assign.epoch
-                stage.state = pb.STAGE_STATE_READY if stage.ready else pb.STAGE_STATE_LOADING
-                self._report(assign.epoch, stage.state)
-                return
-            await self._drop_stage()
-            await self._start_stage(load, assign.epoch, _known(assign))
+    def _needed(self, stage: _Stage) -> bool:
+        return not stage.standby and stage.epoch >= self._newest
 
-    async def _start_stage(self, load: dict[str, Any], epoch: int, known: dict[str, Any] | None) -> None:
-        stage = _Stage(load, epoch)
+    async def _assign(self, assign: pb.Assign, outbox: asyncio.Queue[pb.NodeMessage | None]) -> None:
+        """Hold the slice asked for: keep the process that has it, or start one. outbox: of who asked."""
+        async with self._assigning:
+            if outbox is not self._outbox or (not assign.standby and assign.epoch != self._newest):
+                return  # a newer one waits behind us, or the coordinator that sent it is gone
+            stage = await self._find_stage(assign)
+            if stage is None:
+                return
+            if stage in self._stages:
+                if assign.standby and self._needed(stage):
+                    return  # it does more than it is asked to
+                stage.epoch, stage.standby = assign.epoch, assign.standby
+                stage.state = pb.STAGE_STATE_READY if stage.ready else pb.STAGE_STATE_LOADING
+                self._stages.sort(key=lambda one: one is stage)
+                self._report(stage, stage.state)
+                return
+            held = [Held(one.need_bytes, self._needed(one)) for one in self._stages]
+            lent = self._options.facts.override_bytes or self._options.facts.usable_bytes
+            victims = given_up(held, stage.need_bytes, lent, standby=stage.standby)
+            if victims is None:
+                message = f"{self._options.name} has no room for layers {stage.layers[0]}–{stage.layers[1] - 1} as well"
+                self._report(stage, pb.STAGE_STATE_FAILED, message, NO_ROOM)
+                return
+            for victim in [self._stages[index] for index in victims]:
+                await self._drop(victim)
+                self._report(victim, pb.STAGE_STATE_EXITED, "its place was needed", RELEASED)
+            await self._start_stage(stage, _known(assign))
+
+    async def _find_stage(self, assign: pb.Assign) -> _Stage | None:
+        """The stage that lives and is what is asked for, or a new one that is not started; None: that was refused."""
+        bare = pb.Assign(
+            model=assign.model, layer_begin=assign.layer_begin, layer_end=assign.layer_end, options=assign.options
+        )
+        asked = self._host.encode() + bare.SerializeToString(deterministic=True)
+        for stage in self._stages:
+            if stage.asked == asked and stage.child.alive:
+                return stage  # what a file's directory says need not be read again
+        try:
+            load = await asyncio.to_thread(self._load_command, assign)
+        except (DwarfStarError, OSError) as error:
+            refused = _Stage({"layers": [assign.layer_begin, assign.layer_end]}, assign.epoch, standby=assign.standby)
+            code = getattr(error, "code", "stage_failed")
+            self._report(refused, pb.STAGE_STATE_FAILED, str(error), code)
+            return None
+        for stage in self._stages:
+            if stage.load == load and stage.child.alive:
+                stage.asked = asked
+                return stage
+        return _Stage(load, assign.epoch, asked, assign.standby, assign.bytes)
+
+    async def _start_stage(self, stage: _Stage, known: dict[str, Any] | None) -> None:
+        load = stage.load
         child = Child(STAGE, lambda event: self._on_event(stage, event), lambda status: self._on_exit(stage, status))
         stage.child = child
         try:
             await child.start()
         except OSError as error:
-            self._report(epoch, pb.STAGE_STATE_FAILED, f"the stage process cannot be started: {error.strerror}")
+            words = f"the stage process cannot be started: {error.strerror}"
+            self._report(stage, pb.STAGE_STATE_FAILED, words)
             return
-        self._stage = stage
+        stage.pid = child.pid
+        self._stages.append(stage)
         options = self._options
         child.send(name=options.name, host=load["host"], trust=str(options.trust.folder), cpus=list(options.cpus))
         child.send(command="load", **load, known=known)
-        self._report(epoch, pb.STAGE_STATE_LOADING)
+        self._report(stage, pb.STAGE_STATE_LOADING)
 
-    async def _release(self, epoch: int) -> None:
+    async def _release(self, release: pb.Release) -> None:
         async with self._assigning:
-            if self._stage is not None and self._stage.epoch <= epoch:
-                await self._drop_stage()
+            keep = [(one.begin, one.end) for one in release.keep]
+            if release.rest:
+                self._newest = max(self._newest, release.epoch)  # an epoch that went on without this node
+            named = (release.layers.begin, release.layers.end) if release.HasField("layers") else None
+            for stage in list(self._stages):
+                if stage.epoch > release.epoch:
+                    continue
+                if release.rest:
+                    ended = not self._needed(stage) and stage.layers not in keep
+                else:
+                    ended = named is None or stage.layers == named
+                if ended:
+                    await self._drop(stage)
+                    self._report(stage, pb.STAGE_STATE_EXITED, "it was released", RELEASED)
 
     def _load_command(self, assign: pb.Assign) -> dict[str, Any]:
         """The part of an assignment that decides what is loaded. Raises ModelError if this node has no such file.
@@ -389,9 +488,11 @@ class NodeDaemon:
         )
 
     def _link(self, link: pb.Link) -> None:
-        stage = self._stage
-        if stage is None or stage.epoch != link.epoch or not stage.child.alive:
-            self._report(link.epoch, pb.STAGE_STATE_FAILED, "the stage was gone when the ring was closed")
+        layers = (link.layers.begin, link.layers.end)
+        stage = next((one for one in self._stages if one.epoch == link.epoch and one.layers == layers), None)
+        if stage is None or not stage.child.alive:
+            gone = stage or _Stage({"layers": list(layers)}, link.epoch)
+            self._report(gone, pb.STAGE_STATE_FAILED, "the stage was gone when the ring was closed")
             return
         stage.child.send(
             command="link",
@@ -409,7 +510,7 @@ class NodeDaemon:
         return f"{shown_host(split_address(self._coordinator)[0])}:{port}" if is_loopback(host) else hop
 
     def _on_event(self, stage: _Stage, event: dict[str, Any]) -> None:
-        if stage is not self._stage:
+        if stage not in self._stages:
             return
         if stage.ready:
             stage.heard = asyncio.get_running_loop().time()
@@ -417,20 +518,21 @@ class NodeDaemon:
             case "listening":
                 stage.port = int(event["port"])
             case "loading":
-                self._report(stage.epoch, pb.STAGE_STATE_LOADING, share=float(event["share"]))
+                self._report(stage, pb.STAGE_STATE_LOADING, share=float(event["share"]))
             case "ready":
                 stage.ready, stage.state = True, pb.STAGE_STATE_READY
                 stage.profile = _profile(event.get("profile", {}))
-                self._report(stage.epoch, pb.STAGE_STATE_READY)
+                self._report(stage, pb.STAGE_STATE_READY)
             case "linked":
                 stage.state = pb.STAGE_STATE_LINKED
                 stage.link = pb.LinkProfile(**event.get("link", {}))
-                self._report(int(event["epoch"]), pb.STAGE_STATE_LINKED)
+                self._report(stage, pb.STAGE_STATE_LINKED, epoch=int(event["epoch"]))
             case "broken":
                 stage.state = pb.STAGE_STATE_BROKEN
-                self._report(int(event["epoch"]), pb.STAGE_STATE_BROKEN, event["message"], event.get("code", ""))
+                code = event.get("code", "")
+                self._report(stage, pb.STAGE_STATE_BROKEN, event["message"], code, epoch=int(event["epoch"]))
             case "failed":
-                self._report(stage.epoch, pb.STAGE_STATE_FAILED, event["message"], event["code"])
+                self._report(stage, pb.STAGE_STATE_FAILED, event["message"], event["code"])
                 self._spawn(self._discard(stage))
             case "stats":
                 stage.stats = event
@@ -439,44 +541,50 @@ class NodeDaemon:
     async def _discard(self, stage: _Stage) -> None:
         """End a stage that could not load: asked again for the same slice, a new process tries again."""
         async with self._assigning:
-            if stage is self._stage:
-                await self._drop_stage()
+            if stage in self._stages:
+                await self._drop(stage)
 
     def _on_exit(self, stage: _Stage, status: int) -> None:
-        if stage is not self._stage:
+        if stage not in self._stages:
             return
         cause = f"signal {-status}" if status < 0 else f"status {status}"
         if stage.silent:
             cause += f", as it had not been heard of for {SILENT_S:.0f} s"
         words = f": {stage.child.last_words[-1][:MAX_WORDS]}" if stage.child.last_words else ""
         log.error("the stage process %d ended with %s%s", stage.child.pid, cause, words)
-        self._stage = None
-        self._report(
-            stage.epoch, pb.STAGE_STATE_EXITED, f"the stage process on {self._options.name} ended with {cause}{words}"
-        )
+        self._stages.remove(stage)
+        told = f"the stage process on {self._options.name} ended with {cause}{words}"
+        self._report(stage, pb.STAGE_STATE_EXITED, told)
 
     def _report(
-        self, epoch: int, state: pb.StageState.ValueType, message: str = "", code: str = "", share: float = 0.0
+        self,
+        stage: _Stage,
+        state: pb.StageState.ValueType,
+        message: str = "",
+        code: str = "",
+        share: float = 0.0,
+        epoch: int | None = None,
     ) -> None:
-        stage = self._stage
+        """epoch: that it speaks of, if another than its newest."""
         self._post(
             stage_event=pb.StageEvent(
-                epoch=epoch,
+                epoch=stage.epoch if epoch is None else epoch,
                 state=state,
                 detail=message,
                 code=code,
                 share=share,
-                profile=stage.profile if stage and state == pb.STAGE_STATE_READY else None,
-                link=stage.link if stage and state == pb.STAGE_STATE_LINKED else None,
-                port=stage.port if stage else 0,
-                pid=stage.child.pid if stage else 0,
+                profile=stage.profile if state == pb.STAGE_STATE_READY else None,
+                link=stage.link if state == pb.STAGE_STATE_LINKED else None,
+                port=stage.port,
+                pid=stage.pid,
+                layers=stage.slice,
+                standby=stage.standby,
             )
         )
 
-    async def _drop_stage(self) -> None:
-        stage, self._stage = self._stage, None
-        if stage is not None:
-            await stage.child.stop()
+    async def _drop(self, stage: _Stage) -> None:
+        self._stages.remove(stage)
+        await stage.child.stop()
 
 
 def _known(assign: pb.Assign) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dwarfstar_engine.batch.chunks import ChunkCosts
 from dwarfstar_engine.batch.costs import RingCosts, StageCost
@@ -10,9 +10,10 @@ from dwarfstar_engine.batch.scheduler import Limits
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.node.dispatcher import StageTimes
 from dwarfstar_engine.node.members import GIB, Member
-from dwarfstar_engine.node.needs import most_rows
+from dwarfstar_engine.node.needs import most_rows, need
 from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.plan.proportional import StagePlan
+from dwarfstar_engine.plan.standby import Layers, whole_bytes
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import StageView
 from dwarfstar_engine.wire.frames import MAX_ROUNDS
@@ -28,13 +29,24 @@ class Stage:
 
     plan: StagePlan
     member: Member
+    event: pb.StageEvent | None = None  # its last one in this epoch
+    link: pb.LinkProfile = field(default_factory=pb.LinkProfile)  # to the next stage
+    profile: pb.StageProfile = field(default_factory=pb.StageProfile)
+    report: pb.StageReport = field(default_factory=pb.StageReport)  # its live figures
+
+    def heard(self, event: pb.StageEvent) -> None:
+        self.event = event
+        if event.HasField("profile"):
+            self.profile = event.profile
+        if event.HasField("link"):
+            self.link = event.link
 
     @property
     def address(self) -> str:
         """Where frames for it go: it is ready, and has said where it listens."""
-        assert self.member.stage is not None
+        assert self.event is not None
         host = f"[{self.member.host}]" if ":" in self.member.host else self.member.host
-        return f"{host}:{self.member.stage.port}"
+        return f"{host}:{self.event.port}"
 
     def expected_profile(self) -> pb.StageProfile | None:
         """What its rows will take, by what the node's last stage was measured to; None if there was none."""
@@ -51,7 +63,7 @@ class Stage:
         )
 
     def reached(self, state: pb.StageState.ValueType) -> bool:
-        return self.member.stage is not None and self.member.stage.state == state
+        return self.event is not None and self.event.state == state
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +89,16 @@ class Epoch:
     def has(self, member: Member) -> bool:
         return any(stage.member is member for stage in self.stages)
 
+    def stage(self, member: Member, layers: Layers) -> Stage | None:
+        return next((one for one in self.stages if one.member is member and one.plan.layers == layers), None)
+
     # --- what stages are told ---
 
-    def assign(self, index: int, settings: Settings, source: Source, context: int, ends: frozenset[int]) -> pb.Assign:
-        """What a node is to load."""
-        layers = self.stages[index].plan.layers
+    def assign(
+        self, plan: StagePlan, settings: Settings, source: Source, context: int, ends: frozenset[int], standby: bool
+    ) -> pb.Assign:
+        """What a node is to load. standby: it is to wait with it."""
+        layers = plan.layers
         return pb.Assign(
             term=self.term,
             epoch=self.number,
@@ -90,8 +107,10 @@ class Epoch:
             ),
             layer_begin=layers[0],
             layer_end=layers[1],
-            first=index == 0,
-            last=index == len(self.stages) - 1,
+            first=layers[0] == 0,
+            last=layers[1] == source.layers,
+            standby=standby,
+            bytes=whole_bytes(plan, need(settings, source, context)),
             options=pb.StageOptions(
                 context=context,
                 slots=settings.slots,
@@ -115,34 +134,32 @@ class Epoch:
             next_hop=following[0].address if following else "",
             feed_hop="" if following or not index else stages[0].address,
             senders=[stages[index - 1].member.id] if index else [OWNER, stages[-1].member.id],
+            layers=pb.Slice(begin=stages[index].plan.layers[0], end=stages[index].plan.layers[1]),
         )
 
     # --- what they measured ---
 
     def limits(self, settings: Settings, context: int, *, drafts: bool) -> Limits:
         """Bounds of the scheduler."""
-        members = [stage.member for stage in self.stages]
-        prompts = tuple(tuple((cost.rows, cost.ms) for cost in member.profile.prompt) for member in members)
+        prompts = tuple(tuple((cost.rows, cost.ms) for cost in stage.profile.prompt) for stage in self.stages)
         return Limits(
             slots=settings.slots,
             context=context,
-            stages=len(members),
+            stages=len(self.stages),
             chunk=settings.chunk,
             costs=ChunkCosts(prompts),
             queued=settings.queue,
             cache=settings.prefix_cache != "off",
             exact=settings.prefix_cache == "exact",
-            windowed=any(member.profile.window for member in members),
-            rounds=MAX_ROUNDS if members[-1].link.feeds else 0,
+            windowed=any(stage.profile.window for stage in self.stages),
+            rounds=MAX_ROUNDS if self.stages[-1].link.feeds else 0,
             drafts=drafts,
         )
 
     def costs(self) -> RingCosts:
-        members = [stage.member for stage in self.stages]
-        stages = tuple(
-            StageCost(m.profile.step_ms, m.profile.together_ms if m.profile.batched else 0.0) for m in members
-        )
-        return RingCosts(stages, tuple(member.link.round_trip_ms for member in members))
+        profiles = [stage.profile for stage in self.stages]
+        stages = tuple(StageCost(one.step_ms, one.together_ms if one.batched else 0.0) for one in profiles)
+        return RingCosts(stages, tuple(stage.link.round_trip_ms for stage in self.stages))
 
     # --- what people see ---
 
@@ -150,7 +167,7 @@ class Epoch:
         """How far the stages are."""
         parts = []
         for stage in self.stages:
-            event, done = stage.member.stage, any(map(stage.reached, (pb.STAGE_STATE_READY, pb.STAGE_STATE_LINKED)))
+            event, done = stage.event, any(map(stage.reached, (pb.STAGE_STATE_READY, pb.STAGE_STATE_LINKED)))
             parts.append(f"{stage.member.name} {100 if done else round(100 * event.share) if event else 0} %")
         return ", ".join(parts)
 
@@ -164,22 +181,22 @@ class Epoch:
 
 
 def _view(stage: Stage, times: StageTimes | None, tok_s: float, last: bool) -> StageView:
-    member, plan = stage.member, stage.plan
-    wire = WireType(member.link.wire_type).name.lower() if member.link.wire_type else ""
+    member, plan, report = stage.member, stage.plan, stage.report
+    wire = WireType(stage.link.wire_type).name.lower() if stage.link.wire_type else ""
     return StageView(
         node=member.name,
         layers=plan.layers,
         weights_gib=round(plan.weights_bytes / GIB, 4),
         kv_gib=round(plan.kv_bytes / GIB, 4),
-        ms_per_token=round(times.compute_ms if times and times.frames else member.report.compute_ms, 3),
+        ms_per_token=round(times.compute_ms if times and times.frames else report.compute_ms, 3),
         tok_s=round(tok_s, 2),
-        busy=round(member.report.busy, 3),
-        wait=round(max(0.0, 1.0 - member.report.busy), 3),
+        busy=round(report.busy, 3),
+        wait=round(max(0.0, 1.0 - report.busy), 3),
         wire="ids" if last else wire,
-        link_ms=round(member.link.round_trip_ms, 3),
-        link_mb_s=round(member.link.mb_s, 1),
-        pid=member.stage.pid if member.stage else 0,
+        link_ms=round(stage.link.round_trip_ms, 3),
+        link_mb_s=round(stage.link.mb_s, 1),
+        pid=stage.event.pid if stage.event else 0,
         state="ready" if times else "loading",
-        rss_gib=round(member.report.rss_bytes / GIB, 4) if member.report.rss_bytes else None,
-        rows_s=round(member.report.rows_s, 1) if member.report.rss_bytes else None,
+        rss_gib=round(report.rss_bytes / GIB, 4) if report.rss_bytes else None,
+        rows_s=round(report.rows_s, 1) if report.rss_bytes else None,
     )

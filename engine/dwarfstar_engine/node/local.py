@@ -104,6 +104,8 @@ class LocalNode:
         process = self._process
         if process is None or process.returncode is not None:
             return
+        if process.stdin is not None:
+            process.stdin.close()  # it ends at once: the engine ends, so its layers need not move
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
             try:

@@ -7,7 +7,7 @@ import contextlib
 from dataclasses import dataclass, field
 
 from dwarfstar_engine.cluster.ids import InstanceId
-from dwarfstar_engine.cluster.membership import Known
+from dwarfstar_engine.cluster.membership import Known, State
 from dwarfstar_engine.errors import PeerError
 from dwarfstar_engine.plan.proportional import Capacity
 from dwarfstar_engine.views import NodeView
@@ -22,7 +22,10 @@ END = pb.CoordinatorMessage()  # in an outbox: close the control stream
 
 @dataclass(slots=True)
 class Member:
-    """One attached node. ``host``: where its stages are reached. ``stage``: its last stage event of the epoch."""
+    """One attached node. ``host``: where its stages are reached. held: the last event of each of its stages, by layers.
+
+    drained: it gets no layers. tidied: the epoch under which it was last told which stages to keep.
+    """
 
     id: str
     name: str
@@ -32,10 +35,11 @@ class Member:
     peer: str = ""  # where its control stream comes from
     connection: InstanceId = _NOT_ATTACHED  # its control stream, as ``Nodes`` calls it
     live: pb.Heartbeat = field(default_factory=pb.Heartbeat)  # its last
-    stage: pb.StageEvent | None = None
-    link: pb.LinkProfile = field(default_factory=pb.LinkProfile)  # of its stage to the next
-    profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # measured by its stage, of the epoch
-    profiled: int = 0  # layers of the stage that was measured so
+    held: dict[tuple[int, int], pb.StageEvent] = field(default_factory=dict)
+    drained: bool = False
+    tidied: int = 0
+    profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # of the stage that was measured here last
+    profiled: int = 0  # its layers
     hosts: tuple[str, ...] = ()  # all its machine's addresses, for its peers
     control_port: int = 0  # where it would be a coordinator; 0: it would not
     outbox: asyncio.Queue[pb.CoordinatorMessage] = field(default_factory=lambda: asyncio.Queue(OUTBOX))
@@ -61,18 +65,13 @@ class Member:
         with contextlib.suppress(asyncio.QueueFull):  # then it has stopped reading, and the transport's timeout ends it
             self.outbox.put_nowait(END)
 
-    @property
-    def report(self) -> pb.StageReport:
-        """The live figures of its stage; empty if it told none."""
-        return self.live.stages[0] if self.live.stages else _NO_REPORT
-
     def view(self, known: Known) -> NodeView:
         live = self.live
         return NodeView(
             id=self.id,
             name=self.name,
             address=self.host,
-            state=known.state.value,
+            state="drained" if self.drained and known.state is State.JOINED else known.state.value,
             device=self.device.description or self.device.kind,
             memory_gib=round(self.device.memory_total_bytes / GIB, 3),
             used_gib=round(live.memory_used_bytes / GIB, 3),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from dwarfstar_engine.node.beside import RELEASED
 from dwarfstar_engine.node.epoch import Epoch
 from dwarfstar_engine.node.journal import Details, Journal, Kind
 from dwarfstar_engine.node.members import GIB, Member
@@ -17,13 +18,16 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 _OVER = {pb.STAGE_STATE_FAILED: "failed", pb.STAGE_STATE_EXITED: "ended"}
 
 
+_Key = tuple[str, tuple[int, int]]  # member id, layers
+
+
 class News:
     """See the module. clock: monotonic, s; for how long things took."""
 
     def __init__(self, journal: Journal, clock: Callable[[], float] = time.monotonic) -> None:
         self._journal, self._clock = journal, clock
-        self._loading: dict[str, tuple[int, float]] = {}  # member id → epoch of the load told of, and when it began
-        self._ready: dict[str, int] = {}  # member id → epoch of the stage told to be ready
+        self._loading: dict[_Key, tuple[int, float]] = {}  # epoch of the load told of, and when it began
+        self._ready: dict[_Key, int] = {}  # epoch of the stage told to be ready
         self._model = ""  # loaded last
 
     def settings(self, settings: Settings) -> None:
@@ -62,40 +66,43 @@ class News:
         text = f"epoch {ring.number} serves {source.name} over {count} stage{'s' * (count > 1)}"
         self._journal.add(Kind.EPOCH_UP, text, details={"epoch": ring.number, "stages": _stages(ring)})
 
-    def epoch_over(self, number: int, cause: str, *, served: bool, sure: bool) -> None:
-        """While an epoch is brought up this is one attempt of several, and no warning. sure: the cause is the first."""
+    def epoch_over(self, number: int, cause: str, *, served: bool, sure: bool, planned: bool) -> None:
+        """While an epoch is brought up this is one attempt of several, and no warning. sure: the cause is the first.
+        planned: it was ended for the next one."""
         if not sure:
             self._journal.hold()
-        level = logging.WARNING if served else logging.INFO
+        level = logging.WARNING if served and not planned else logging.INFO
         self._journal.add(Kind.EPOCH_OVER, f"epoch {number} is over: {cause}", details={"epoch": number}, level=level)
 
     # --- stages ---
 
     def stage(self, member: Member, event: pb.StageEvent, ring: Epoch) -> None:
         """What a node says of its stage. The end of a process is news also when its epoch is over already."""
-        key, epoch = member.id, event.epoch
-        what = next((f" with layers {_layers(s.plan.layers)}" for s in ring.stages if s.member is member), "")
+        layers, epoch = (event.layers.begin, event.layers.end), event.epoch
+        key = (member.id, layers)
+        what = f"a copy of layers {_layers(layers)}" if event.standby else f"the stage with layers {_layers(layers)}"
+        if event.code == RELEASED:
+            return
         if event.state in _OVER:
             text = event.detail or f"the stage on {member.name} {_OVER[event.state]}"
             self._add(Kind.STAGE_FAILED, member, event, text, code=event.code)
-        elif epoch != ring.number:
+        elif epoch != ring.number and not event.standby:
             return
         elif event.state == pb.STAGE_STATE_LOADING and self._loading.get(key, (0, 0.0))[0] != epoch:
             self._loading[key] = (epoch, self._clock())
-            self._add(Kind.STAGE_LOADING, member, event, f"the stage{what} is being loaded on {member.name}")
+            self._add(Kind.STAGE_LOADING, member, event, f"{what} is being loaded on {member.name}")
         elif event.state == pb.STAGE_STATE_READY and self._ready.get(key) != epoch:
             self._ready[key] = epoch
             began = self._loading.get(key, (0, 0.0))
             took = f"loaded in {self._clock() - began[1]:.1f} s" if began[0] == epoch else "it was loaded already"
-            self._add(Kind.STAGE_READY, member, event, f"the stage{what} is ready on {member.name}: {took}")
+            self._add(Kind.STAGE_READY, member, event, f"{what} is ready on {member.name}: {took}")
 
     def forget(self, member: Member) -> None:
-        self._loading.pop(member.id, None)
-        self._ready.pop(member.id, None)
+        self._loading = {key: told for key, told in self._loading.items() if key[0] != member.id}
+        self._ready = {key: told for key, told in self._ready.items() if key[0] != member.id}
 
     def _add(self, kind: Kind, member: Member, event: pb.StageEvent, text: str, **more: str) -> None:
-        pid = event.pid or (member.stage.pid if member.stage is not None else 0)  # a process that is gone has none
-        details: Details = {"node_id": member.id, "epoch": event.epoch, "pid": pid, **more}
+        details: Details = {"node_id": member.id, "epoch": event.epoch, "pid": event.pid, **more}
         self._journal.add(kind, text, member.name, details)
 
     # --- streams ---

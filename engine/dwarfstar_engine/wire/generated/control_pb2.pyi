@@ -8,7 +8,7 @@ breaks. Everything a node does for a plan is named by (term, epoch): a node obey
 ignores assignments of an older one. Messages are bounded by channel.MAX_CONTROL_BYTES.
 
 Numbers kept free, for what is designed and not built: peers and gossip (20 to 29), leadership and leases (30 to 39),
-drain and standby (40 to 49), in each message that will need them. Do not use them for anything else.
+drain and standby (40 to 49, in part used), in each message that will need them. Do not use them for anything else.
 """
 
 from collections import abc as _abc
@@ -165,6 +165,7 @@ class NodeMessage(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     STAGE_EVENT_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    LEAVE_WISH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___NodeHello:
         """the first message, once"""
@@ -175,6 +176,8 @@ class NodeMessage(_message.Message):
     def stage_event(self) -> Global___StageEvent: ...
     @_builtins.property
     def leave(self) -> Global___Leave: ...
+    @_builtins.property
+    def leave_wish(self) -> Global___LeaveWish: ...
     def __init__(
         self,
         *,
@@ -182,12 +185,13 @@ class NodeMessage(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         stage_event: Global___StageEvent | None = ...,
         leave: Global___Leave | None = ...,
+        leave_wish: Global___LeaveWish | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "stage_event", b"stage_event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "stage_event", b"stage_event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "message", b"message", "stage_event", b"stage_event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "stage_event", b"stage_event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "stage_event", "leave"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "stage_event", "leave", "leave_wish"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -412,6 +416,7 @@ class StageReport(_message.Message):
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
     WAIT_MS_FIELD_NUMBER: _builtins.int
     ROWS_S_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     state: Global___StageState.ValueType
     busy: _builtins.float
@@ -425,6 +430,8 @@ class StageReport(_message.Message):
     """mean wait for a frame"""
     rows_s: _builtins.float
     """rows that passed in the last second"""
+    @_builtins.property
+    def layers(self) -> Global___Slice: ...
     def __init__(
         self,
         *,
@@ -436,10 +443,11 @@ class StageReport(_message.Message):
         compute_ms: _builtins.float = ...,
         wait_ms: _builtins.float = ...,
         rows_s: _builtins.float = ...,
+        layers: Global___Slice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "compute_ms", b"compute_ms", "epoch", b"epoch", "frames", b"frames", "rows_s", b"rows_s", "rss_bytes", b"rss_bytes", "state", b"state", "wait_ms", b"wait_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "compute_ms", b"compute_ms", "epoch", b"epoch", "frames", b"frames", "layers", b"layers", "rows_s", b"rows_s", "rss_bytes", b"rss_bytes", "state", b"state", "wait_ms", b"wait_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -459,6 +467,8 @@ class StageEvent(_message.Message):
     SHARE_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     state: Global___StageState.ValueType
     pid: _builtins.int
@@ -470,6 +480,8 @@ class StageEvent(_message.Message):
     """memory of the process"""
     share: _builtins.float
     """of loading, 0 … 1"""
+    standby: _builtins.bool
+    """it is in no ring"""
     @_builtins.property
     def profile(self) -> Global___StageProfile:
         """with READY"""
@@ -477,6 +489,10 @@ class StageEvent(_message.Message):
     @_builtins.property
     def link(self) -> Global___LinkProfile:
         """with LINKED"""
+
+    @_builtins.property
+    def layers(self) -> Global___Slice:
+        """of the stage it is about; a node may hold several"""
 
     def __init__(
         self,
@@ -491,14 +507,40 @@ class StageEvent(_message.Message):
         share: _builtins.float = ...,
         profile: Global___StageProfile | None = ...,
         link: Global___LinkProfile | None = ...,
+        layers: Global___Slice | None = ...,
+        standby: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["link", b"link", "profile", b"profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "link", b"link", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "detail", b"detail", "epoch", b"epoch", "link", b"link", "pid", b"pid", "port", b"port", "profile", b"profile", "share", b"share", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "detail", b"detail", "epoch", b"epoch", "layers", b"layers", "link", b"link", "pid", b"pid", "port", b"port", "profile", b"profile", "share", b"share", "standby", b"standby", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageEvent: _TypeAlias = StageEvent  # noqa: Y015
+
+@_typing.final
+class Slice(_message.Message):
+    """Layers [begin, end)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    begin: _builtins.int
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        begin: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin", b"begin", "end", b"end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Slice: _TypeAlias = Slice  # noqa: Y015
 
 @_typing.final
 class StageProfile(_message.Message):
@@ -615,6 +657,28 @@ class Leave(_message.Message):
 Global___Leave: _TypeAlias = Leave  # noqa: Y015
 
 @_typing.final
+class LeaveWish(_message.Message):
+    """The node is asked to end: move its layers to the others. Answered by drained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITHIN_S_FIELD_NUMBER: _builtins.int
+    within_s: _builtins.float
+    """it leaves after so long, drained or not"""
+    def __init__(
+        self,
+        *,
+        within_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["within_s", b"within_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveWish: _TypeAlias = LeaveWish  # noqa: Y015
+
+@_typing.final
 class CoordinatorMessage(_message.Message):
     """--- coordinator to node ---"""
 
@@ -627,6 +691,7 @@ class CoordinatorMessage(_message.Message):
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """answers hello"""
@@ -647,6 +712,8 @@ class CoordinatorMessage(_message.Message):
     def peers(self) -> Global___Peers:
         """after the welcome, and with a heartbeat when it has changed"""
 
+    @_builtins.property
+    def drained(self) -> Global___Drained: ...
     def __init__(
         self,
         *,
@@ -657,12 +724,13 @@ class CoordinatorMessage(_message.Message):
         shutdown: Global___Shutdown | None = ...,
         refused: Global___Refused | None = ...,
         peers: Global___Peers | None = ...,
+        drained: Global___Drained | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "peers"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "peers", "drained"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -754,8 +822,34 @@ class Peer(_message.Message):
 Global___Peer: _TypeAlias = Peer  # noqa: Y015
 
 @_typing.final
+class Drained(_message.Message):
+    """The node has no layers any more and gets none: it may leave. With a code: it has them still, and message says why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drained: _TypeAlias = Drained  # noqa: Y015
+
+@_typing.final
 class Assign(_message.Message):
-    """Load this slice. Answered by stage events."""
+    """Load this slice. Answered by stage events, at once if it is loaded. A node takes part in an epoch with all slices that
+    were assigned to it under its number.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -768,6 +862,8 @@ class Assign(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     KNOWN_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     epoch: _builtins.int
     layer_begin: _builtins.int
@@ -775,6 +871,10 @@ class Assign(_message.Message):
     layer_end: _builtins.int
     first: _builtins.bool
     last: _builtins.bool
+    standby: _builtins.bool
+    """load it and wait: it is in no ring, and other slices stay. Refused (no_room) if it does not fit"""
+    bytes: _builtins.int
+    """it will take, weights, KV cache and buffers; 0: not known, it is taken for all the node lends"""
     @_builtins.property
     def model(self) -> Global___ModelRef: ...
     @_builtins.property
@@ -795,10 +895,12 @@ class Assign(_message.Message):
         last: _builtins.bool = ...,
         options: Global___StageOptions | None = ...,
         known: Global___StageProfile | None = ...,
+        standby: _builtins.bool = ...,
+        bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "model", b"model", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first", b"first", "known", b"known", "last", b"last", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "model", b"model", "options", b"options", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "epoch", b"epoch", "first", b"first", "known", b"known", "last", b"last", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "model", b"model", "options", b"options", "standby", b"standby", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -894,6 +996,7 @@ class Link(_message.Message):
     NEXT_HOP_FIELD_NUMBER: _builtins.int
     FEED_HOP_FIELD_NUMBER: _builtins.int
     SENDERS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     epoch: _builtins.int
     next_hop: _builtins.str
@@ -904,6 +1007,10 @@ class Link(_message.Message):
     def senders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """ids in certificates of the nodes whose frames this stage takes; no other may open a hop"""
 
+    @_builtins.property
+    def layers(self) -> Global___Slice:
+        """which of the node's stages"""
+
     def __init__(
         self,
         *,
@@ -912,10 +1019,11 @@ class Link(_message.Message):
         next_hop: _builtins.str = ...,
         feed_hop: _builtins.str = ...,
         senders: _abc.Iterable[_builtins.str] | None = ...,
+        layers: Global___Slice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "feed_hop", b"feed_hop", "next_hop", b"next_hop", "senders", b"senders", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "feed_hop", b"feed_hop", "layers", b"layers", "next_hop", b"next_hop", "senders", b"senders", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -923,21 +1031,35 @@ Global___Link: _TypeAlias = Link  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):
+    """End stages that were assigned under epoch or an older one: those of the slice named; or all."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TERM_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    REST_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     epoch: _builtins.int
+    rest: _builtins.bool
+    """instead: all stages that are neither part of the newest assignment nor kept"""
+    @_builtins.property
+    def layers(self) -> Global___Slice: ...
+    @_builtins.property
+    def keep(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slice]: ...
     def __init__(
         self,
         *,
         term: _builtins.int = ...,
         epoch: _builtins.int = ...,
+        layers: Global___Slice | None = ...,
+        rest: _builtins.bool = ...,
+        keep: _abc.Iterable[Global___Slice] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "keep", b"keep", "layers", b"layers", "rest", b"rest", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1187,3 +1309,52 @@ class RemoveNodeReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RemoveNodeReply: _TypeAlias = RemoveNodeReply  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """its id, or its name if one node only has it"""
+    undo: _builtins.bool
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        undo: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "undo", b"undo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LOADED_FIRST_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    name: _builtins.str
+    loaded_first: _builtins.bool
+    """its layers were loaded elsewhere before they were taken from it"""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        loaded_first: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loaded_first", b"loaded_first", "name", b"name", "node_id", b"node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015

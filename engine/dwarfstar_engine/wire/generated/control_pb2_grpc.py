@@ -185,6 +185,11 @@ class ControlStub:
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.EventsRequest.SerializeToString,
                 response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.EventsReply.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/dwarfstar.v1.Control/Drain',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -231,6 +236,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -263,6 +275,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Events,
                     request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.EventsRequest.FromString,
                     response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.EventsReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -428,6 +445,33 @@ class Control:
             '/dwarfstar.v1.Control/Events',
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.EventsRequest.SerializeToString,
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.EventsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/Drain',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

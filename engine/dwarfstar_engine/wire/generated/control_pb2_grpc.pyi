@@ -8,7 +8,7 @@ breaks. Everything a node does for a plan is named by (term, epoch): a node obey
 ignores assignments of an older one. Messages are bounded by channel.MAX_CONTROL_BYTES.
 
 Numbers kept free, for what is designed and not built: peers and gossip (20 to 29), leadership and leases (30 to 39),
-drain and standby (40 to 49), in each message that will need them. Do not use them for anything else.
+drain and standby (40 to 49, in part used), in each message that will need them. Do not use them for anything else.
 """
 
 from collections import abc as _abc
@@ -94,6 +94,8 @@ class ControlStub:
     """A node is let in no more. Of the owner only."""
     Events: _grpc.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.EventsReply]
     """What happened in the cluster, and why."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainReply]
+    """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -110,6 +112,8 @@ class ControlAsyncStub(ControlStub):
     """A node is let in no more. Of the owner only."""
     Events: _aio.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.EventsReply]  # type: ignore[assignment]
     """What happened in the cluster, and why."""
+    Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainReply]  # type: ignore[assignment]
+    """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Served with mutual TLS: every caller holds a certificate of the cluster."""
@@ -159,5 +163,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.EventsReply], _abc.AsyncIterator[_control_pb2.EventsReply]]:
         """What happened in the cluster, and why."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DrainReply, _abc.Awaitable[_control_pb2.DrainReply]]:
+        """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

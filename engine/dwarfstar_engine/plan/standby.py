@@ -1,0 +1,70 @@
+"""Copies of slices on nodes with room, and the plan that needs no loading. Pure and deterministic."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dwarfstar_engine.plan.proportional import Capacity, Need, Plan, StagePlan
+
+Layers = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """``stage`` is what is copied, with the node that holds the copy in it."""
+
+    stage: StagePlan
+    of: str
+
+
+def whole_bytes(stage: StagePlan, need: Need) -> int:
+    """What a stage takes: weights, KV cache and buffers."""
+    return stage.weights_bytes + stage.kv_bytes + need.reserve_bytes
+
+
+def copies(
+    stages: Sequence[StagePlan],
+    nodes: Sequence[Capacity],
+    need: Need,
+    most: int,
+    held: Mapping[str, Collection[Layers]] | None = None,
+) -> tuple[Copy, ...]:
+    """A copy of each stage on another node, as far as there is room; largest stages first, each where most room is
+    left. A node that has the slice loaded (``held``) and room for it keeps it. No node gets more than ``most`` stages,
+    its own among them.
+    """
+    room = {node.node: node.usable_bytes for node in nodes}
+    count: Counter[str] = Counter()
+    for stage in stages:
+        room[stage.node] = room.get(stage.node, 0) - whole_bytes(stage, need)
+        count[stage.node] += 1
+    found = []
+    for stage in sorted(stages, key=lambda one: (-whole_bytes(one, need), one.layers)):
+        takes = whole_bytes(stage, need)
+        fit = [name for name in room if name != stage.node and room[name] >= takes and count[name] < most]
+        if fit:
+            has = [name for name in fit if stage.layers in (held or {}).get(name, ())]
+            name = max(sorted(has or fit), key=room.__getitem__)
+            room[name] -= takes
+            count[name] += 1
+            found.append(Copy(replace(stage, node=name), stage.node))
+    return tuple(found)
+
+
+def without_loading(plan: Plan, loaded: Mapping[str, Collection[Layers]]) -> Plan | None:
+    """The same cuts with each stage where it is, or where its slice is ``loaded`` if its node has lost it. None: a
+    slice is nowhere."""
+    count = Counter(stage.node for stage in plan.stages if stage.layers in loaded.get(stage.node, ()))
+    stages = []
+    for stage in plan.stages:
+        node = stage.node
+        if stage.layers not in loaded.get(node, ()):
+            others = [name for name in sorted(loaded) if stage.layers in loaded[name]]
+            if not others:
+                return None
+            node = min(others, key=count.__getitem__)
+            count[node] += 1
+        stages.append(replace(stage, node=node))
+    return replace(plan, stages=tuple(stages))

@@ -1,0 +1,104 @@
+"""Which node holds whose copy, what makes way for what, and which plan needs no loading."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dwarfstar_engine.node.room import MAX_STAGES, Held, given_up
+from dwarfstar_engine.plan.proportional import Capacity, Need, Plan, StagePlan
+from dwarfstar_engine.plan.standby import copies, whole_bytes, without_loading
+
+NEED = Need(cells=0, reserve_bytes=3)
+
+
+@st.composite
+def rings(draw: st.DrawFn) -> tuple[list[StagePlan], list[Capacity]]:
+    """Stages on nodes that can hold them, and other nodes."""
+    names = [f"n{index}" for index in range(draw(st.integers(1, 6)))]
+    count = draw(st.integers(1, len(names)))
+    stages = [
+        StagePlan(names[index], (index, index + 1), draw(st.integers(1, 40)), draw(st.integers(0, 10)))
+        for index in range(count)
+    ]
+    own = Counter({stage.node: whole_bytes(stage, NEED) for stage in stages})
+    return stages, [Capacity(name, own[name] + draw(st.integers(0, 120))) for name in names]
+
+
+@given(rings(), st.integers(1, 4))
+def test_copies_are_elsewhere_and_fit(ring: tuple[list[StagePlan], list[Capacity]], most: int) -> None:
+    stages, nodes = ring
+    found = copies(stages, nodes, NEED, most)
+    used: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for stage in (*stages, *(copy.stage for copy in found)):
+        used[stage.node] += whole_bytes(stage, NEED)
+        count[stage.node] += 1
+    assert all(copy.stage.node != copy.of for copy in found)
+    assert len({copy.stage.layers for copy in found}) == len(found)
+    room = {node.node: node.usable_bytes for node in nodes}
+    assert all(used[name] <= room[name] for name in used)
+    assert all(count[copy.stage.node] <= most for copy in found)
+    for stage in stages:  # one that has no copy had room nowhere
+        if stage.layers not in {copy.stage.layers for copy in found}:
+            takes = whole_bytes(stage, NEED)
+            others = [name for name in room if name != stage.node]
+            assert all(room[name] - used[name] < takes or count[name] >= most for name in others)
+
+
+@given(rings())
+def test_what_was_copied_stays_where_it_is(ring: tuple[list[StagePlan], list[Capacity]]) -> None:
+    stages, nodes = ring
+    first = copies(stages, nodes, NEED, MAX_STAGES)
+    held: dict[str, set[tuple[int, int]]] = {}
+    for copy in first:
+        held.setdefault(copy.stage.node, set()).add(copy.stage.layers)
+    assert copies(stages, nodes, NEED, MAX_STAGES, held) == first
+
+
+def test_most_room_comes_first_unless_a_node_has_it_already() -> None:
+    stages = [StagePlan("a", (0, 4), 10, 0)]
+    nodes = [Capacity("a", 100), Capacity("b", 20), Capacity("c", 30)]
+    assert [copy.stage.node for copy in copies(stages, nodes, NEED, 3)] == ["c"]
+    assert [copy.stage.node for copy in copies(stages, nodes, NEED, 3, {"b": [(0, 4)]})] == ["b"]
+    assert copies(stages, nodes[:1], NEED, 3) == ()
+
+
+PLAN = Plan((StagePlan("a", (0, 2), 1, 0), StagePlan("b", (2, 4), 1, 0), StagePlan("c", (4, 6), 1, 0)))
+
+
+def test_a_lost_stage_is_taken_over_where_its_copy_is() -> None:
+    there = {"a": {(0, 2), (2, 4)}, "c": {(4, 6), (0, 2)}}
+    found = without_loading(PLAN, there)
+    assert found is not None and [stage.node for stage in found.stages] == ["a", "a", "c"]
+    assert [stage.layers for stage in found.stages] == [stage.layers for stage in PLAN.stages]
+    assert without_loading(PLAN, {"a": {(0, 2)}, "c": {(4, 6)}}) is None
+    whole = {"a": {(0, 2)}, "b": {(2, 4)}, "c": {(4, 6), (2, 4)}}
+    assert without_loading(PLAN, whole) == PLAN, "a stage that lives stays"
+
+
+def test_of_two_copies_the_node_with_fewer_stages_takes_over() -> None:
+    there = {"a": {(0, 2), (2, 4)}, "c": {(4, 6)}, "d": {(2, 4)}}
+    found = without_loading(PLAN, there)
+    assert found is not None and [stage.node for stage in found.stages] == ["a", "d", "c"]
+
+
+HELD = st.lists(st.builds(Held, st.integers(0, 50), st.booleans()), max_size=MAX_STAGES)
+
+
+@given(HELD, st.integers(0, 50), st.integers(1, 100), st.booleans())
+def test_a_node_gives_up_no_more_than_it_must(held: list[Held], wanted: int, lent: int, standby: bool) -> None:
+    dropped = given_up(held, wanted, lent, standby=standby)
+    if standby:
+        fits = sum(one.need_bytes or lent for one in held) + (wanted or lent) <= lent and len(held) < MAX_STAGES
+        assert dropped == ([] if fits else None)
+        return
+    assert dropped is not None and not any(held[index].needed for index in dropped)
+    left = [one for index, one in enumerate(held) if index not in dropped]
+    over = sum(one.need_bytes or lent for one in left) + (wanted or lent) > lent or len(left) >= MAX_STAGES
+    assert not over or all(one.needed for one in left), "what waits goes first"
+    if dropped:  # without the last one it would not do
+        more = [*left, held[dropped[-1]]]
+        assert sum(one.need_bytes or lent for one in more) + (wanted or lent) > lent or len(more) >= MAX_STAGES
