@@ -469,7 +469,7 @@ class Coordinator:
             gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
         self._sound = True
-        self.moves.served()
+        self.moves.served(self._served_at)
         count = len(ring.stages)
         log.info("epoch %d serves %s over %d stage%s", self.epoch, self.source.name, count, "s" * (count > 1))
         if streams:  # said when their first frames are on their way
