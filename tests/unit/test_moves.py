@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dwarfstar_engine.errors import PeerError, PlanError
-from dwarfstar_engine.node.beside import NO_ROOM, RELEASED
+from dwarfstar_engine.node.beside import MAX_HELD, NO_ROOM, RELEASED
 from dwarfstar_engine.node.epoch import Epoch, Stage
 from dwarfstar_engine.node.members import Member
 from dwarfstar_engine.node.moves import AGAIN_S, REPLAN_EVERY_S, REPLAN_IDLE_S, REST_S, Moves, find
@@ -281,6 +281,18 @@ async def test_copies_make_way_for_the_next_plan() -> None:
     assert [(one.begin, one.end) for one in told[0].release.keep] == [(0, 4), (4, 8)], "wanted as a copy"
     assert [(one.begin, one.end) for one in told[1].release.keep] == [(3, 6), (4, 8)]
     played.moves.close()
+
+
+async def test_a_node_that_tells_of_slices_without_end_is_not_listened_to() -> None:
+    played = Played()
+    node = played.add("a")
+    for layer in range(2 * MAX_HELD):
+        played.say(node, layer, layer + 1, pb.STAGE_STATE_READY)
+    assert len(node.held) == MAX_HELD
+    for _ in range(3):
+        played.moves.wish(node)
+    assert len(played.moves._wishes) == 1
+    await until(lambda: not played.moves._wishes)
 
 
 # --- leaving ---

@@ -77,7 +77,7 @@ class Moves:
         self._pipeline = pipeline
         self.beside = Beside(pipeline.members)
         self._work: asyncio.Task[None] | None = None
-        self._wishes: set[asyncio.Task[None]] = set()
+        self._wishes: dict[str, asyncio.Task[None]] = {}  # by node: each has one at most
         self._drained: dict[str, str] = {}  # ids, and the processes that were drained
         self._order = asyncio.Lock()  # held by a drain
         self._settled = asyncio.Event()  # an epoch serves, or there is no plan
@@ -115,7 +115,7 @@ class Moves:
     def close(self) -> None:
         """The engine ends."""
         self.stop()
-        for wish in self._wishes:
+        for wish in list(self._wishes.values()):
             wish.cancel()
 
     def tick(self, now: float) -> None:
@@ -319,10 +319,10 @@ class Moves:
         self._pipeline.stir()
 
     def wish(self, member: Member) -> None:
-        """A node wants to leave."""
-        task = asyncio.create_task(self._grant(member), name="wish")
-        self._wishes.add(task)
-        task.add_done_callback(self._wishes.discard)
+        """A node wants to leave. Said again while that is under way, it changes nothing."""
+        if member.id not in self._wishes:
+            task = self._wishes[member.id] = asyncio.create_task(self._grant(member), name="wish")
+            task.add_done_callback(lambda _: self._wishes.pop(member.id, None))
 
     async def _grant(self, member: Member) -> None:
         try:
