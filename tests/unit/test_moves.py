@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from dwarfstar_engine.errors import PeerError, PlanError
-from dwarfstar_engine.node.beside import NO_ROOM, RELEASED
+from dwarfstar_engine.node.beside import MAX_HELD, NO_ROOM, RELEASED
 from dwarfstar_engine.node.epoch import Epoch, Stage
 from dwarfstar_engine.node.members import Member
-from dwarfstar_engine.node.moves import AGAIN_S, REPLAN_EVERY_S, REPLAN_IDLE_S, Moves, find
+from dwarfstar_engine.node.moves import AGAIN_S, REPLAN_EVERY_S, REPLAN_IDLE_S, REST_S, Moves, find
 from dwarfstar_engine.plan.proportional import Need, Plan, StagePlan
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -57,7 +57,7 @@ class Played:
         self.ring = Epoch(1, self.epoch, tuple(Stage(one, self.members[one.node]) for one in plan.stages))
         for one in plan.stages:
             self.say(self.members[one.node], *one.layers, pb.STAGE_STATE_LINKED)
-        self.moves.served()
+        self.moves.served(-1e9)
 
     def say(self, member: Member, a: int, b: int, state: pb.StageState.ValueType, code: str = "") -> None:
         event = pb.StageEvent(state=state, layers=pb.Slice(begin=a, end=b), code=code, detail="told")
@@ -189,6 +189,18 @@ async def test_a_better_plan_is_loaded_before_it_is_switched_to() -> None:
     assert played.switches == [THREE]
 
 
+async def test_nothing_is_loaded_while_streams_are_replayed() -> None:
+    played = grown()
+    played.moves.served(10.0)
+    played.moves.tick(10.0 + REST_S / 2)
+    await settle()
+    assert not any(sent(node) for node in played.members.values())
+    played.moves.tick(10.0 + REST_S)
+    await settle()
+    assert assigned(played.members["c"]) == [(6, 8)]
+    played.moves.close()
+
+
 async def test_streams_pause_for_a_better_plan_only_so_often() -> None:
     played = grown()
     for index, stage in enumerate(THREE.stages):
@@ -269,6 +281,18 @@ async def test_copies_make_way_for_the_next_plan() -> None:
     assert [(one.begin, one.end) for one in told[0].release.keep] == [(0, 4), (4, 8)], "wanted as a copy"
     assert [(one.begin, one.end) for one in told[1].release.keep] == [(3, 6), (4, 8)]
     played.moves.close()
+
+
+async def test_a_node_that_tells_of_slices_without_end_is_not_listened_to() -> None:
+    played = Played()
+    node = played.add("a")
+    for layer in range(2 * MAX_HELD):
+        played.say(node, layer, layer + 1, pb.STAGE_STATE_READY)
+    assert len(node.held) == MAX_HELD
+    for _ in range(3):
+        played.moves.wish(node)
+    assert len(played.moves._wishes) == 1
+    await until(lambda: not played.moves._wishes)
 
 
 # --- leaving ---

@@ -17,6 +17,7 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 NO_ROOM = "no_room"
 RELEASED = "released"  # code of a stage's end that we have asked for, or that made place for one we asked for
 LOADED = (pb.STAGE_STATE_READY, pb.STAGE_STATE_LINKED, pb.STAGE_STATE_BROKEN)
+MAX_HELD = 16  # slices of a node that are kept in mind; it holds room.MAX_STAGES, and tells of some that ended
 OVER = (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED)
 
 
@@ -45,8 +46,8 @@ class Beside:
         if event.code == RELEASED:
             if before is not None and before.state != pb.STAGE_STATE_LOADING:  # else it was asked for again since
                 del member.held[layers]
-        elif event.state in OVER and before is None:
-            pass
+        elif before is None and (event.state in OVER or len(member.held) >= MAX_HELD):
+            pass  # nobody waits for it; or the node tells of slices that nobody gave it
         else:
             member.held[layers] = event
         self.stir()

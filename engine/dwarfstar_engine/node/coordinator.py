@@ -533,7 +533,7 @@ class Coordinator:
             gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
         self._sound = True
-        self.moves.served()
+        self.moves.served(self._served_at)
         if streams:  # said when their first frames are on their way
             asyncio.get_running_loop().call_soon(self._tell_pause, len(streams))
 

@@ -34,6 +34,7 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 log = logging.getLogger("dwarfstar.coordinator")
 
 LOAD_S = 600.0  # a slice of a large model from a slow disk
+REST_S = 2.0  # after an epoch began: streams are replayed, which loading would slow down
 REPLAN_IDLE_S = 2.0  # without a request: then nobody minds a switch
 REPLAN_EVERY_S = 30.0  # between switches to a better plan under streams, which pause for each
 AGAIN_S = 30.0  # after something could not be loaded beside the epoch
@@ -77,13 +78,13 @@ class Moves:
         self._pipeline = pipeline
         self.beside = Beside(pipeline.members)
         self._work: asyncio.Task[None] | None = None
-        self._wishes: set[asyncio.Task[None]] = set()
+        self._wishes: dict[str, asyncio.Task[None]] = {}  # by node: each has one at most
         self._drained: dict[str, str] = {}  # ids, and the processes that were drained
         self._order = asyncio.Lock()  # held by a drain
         self._settled = asyncio.Event()  # an epoch serves, or there is no plan
         self._no_plan: DwarfStarError | None = None
         self._crowded: Plan | None = None  # there is no room for it beside the present one
-        self._switched_at = self._failed_at = -math.inf
+        self._switched_at = self._failed_at = self._served_at = -math.inf
 
     # --- what the coordinator tells ---
 
@@ -96,9 +97,9 @@ class Moves:
         self._crowded = None
         self.beside.stir()
 
-    def served(self) -> None:
-        """An epoch serves."""
-        self._no_plan = None
+    def served(self, now: float) -> None:
+        """An epoch serves. ``now``: monotonic, s."""
+        self._no_plan, self._served_at = None, now
         self._settled.set()
 
     def no_plan(self, error: DwarfStarError) -> None:
@@ -115,13 +116,14 @@ class Moves:
     def close(self) -> None:
         """The engine ends."""
         self.stop()
-        for wish in self._wishes:
+        for wish in list(self._wishes.values()):
             wish.cancel()
 
     def tick(self, now: float) -> None:
         """Begin what is to be done. ``now``: monotonic, s."""
         pipeline = self._pipeline
-        if not pipeline.serving or self._work is not None or self._order.locked():
+        busy = self._work is not None or self._order.locked()
+        if not pipeline.serving or busy or now - self._served_at < REST_S:
             return
         wanted = self._copies()
         self._tidy(wanted)
@@ -318,10 +320,10 @@ class Moves:
         self._pipeline.stir()
 
     def wish(self, member: Member) -> None:
-        """A node wants to leave."""
-        task = asyncio.create_task(self._grant(member), name="wish")
-        self._wishes.add(task)
-        task.add_done_callback(self._wishes.discard)
+        """A node wants to leave. Said again while that is under way, it changes nothing."""
+        if member.id not in self._wishes:
+            task = self._wishes[member.id] = asyncio.create_task(self._grant(member), name="wish")
+            task.add_done_callback(lambda _: self._wishes.pop(member.id, None))
 
     async def _grant(self, member: Member) -> None:
         try:
