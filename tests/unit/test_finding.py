@@ -61,6 +61,12 @@ class Control(control_pb2_grpc.ControlServicer):
         raise AssertionError("a search attaches to nobody")
         yield pb.CoordinatorMessage()
 
+    async def Events(
+        self, request: pb.EventsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.EventsReply]:
+        raise AssertionError("a search asks for no events")
+        yield pb.EventsReply()
+
     async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
         raise AssertionError("a search ends no engine")
 
