@@ -8,14 +8,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 import pytest
 
-from dwarfstar_engine.cluster.membership import COPIED
+from dwarfstar_engine.cluster.membership import COPIED, REMOVED
 from dwarfstar_engine.errors import PeerError, TrustError
+from dwarfstar_engine.node import journal as journal_module
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.control import ControlService
@@ -25,6 +26,7 @@ from dwarfstar_engine.node.facts import Facts
 from dwarfstar_engine.node.source import open_source
 from dwarfstar_engine.node.vocab import ToyVocab
 from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.views import EventsView
 from dwarfstar_engine.wire import channel, trust
 from dwarfstar_engine.wire.door import Door
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -208,6 +210,49 @@ async def test_a_node_started_again_takes_the_place_of_its_silent_self(
         again = Attached(three, files.key_id(), "new", "attic")  # the same process, over a new connection
         assert (await again.first()).HasField("welcome")
         assert cluster.coordinator.members[files.key_id()].instance == "new"
+
+
+async def test_members_read_what_happened_and_what_happens(cluster: Cluster) -> None:
+    files = cluster.machine("attic")
+    async with calling(cluster, files) as stub, asyncio.timeout(DEADLINE_S):
+        call: Any = stub.Events(pb.EventsRequest(follow=True))
+        node = Attached(stub, files.key_id(), "one", "attic")
+        assert (await node.first()).welcome.heartbeat_ms == 100
+        (joined,) = EventsView.model_validate_json((await call.read()).json).events
+        assert (joined.number, joined.kind, joined.node) == (1, "node_joined", "attic")
+        node.call.cancel()
+        assert (
+            EventsView.model_validate_json((await call.read()).json).events[0].number == 2
+            and cluster.coordinator.status().last_event >= 2
+        )
+        call.cancel()
+        assert [reply async for reply in stub.Events(pb.EventsRequest(since=cluster.coordinator.journal.last))] == []
+
+
+async def test_a_request_for_events_that_is_none_is_refused(cluster: Cluster) -> None:
+    credentials = channel.channel_credentials(cluster.machine("attic"))
+    async with channel.open_channel(cluster.address, credentials) as opened:
+        ask: Any = opened.unary_stream("/dwarfstar.v1.Control/Events")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await ask(b"\xff\xff").read()
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_readers_of_events_are_bounded(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "MAX_READERS", 0)
+    async with calling(cluster, cluster.machine("attic")) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await cast(Any, stub.Events(pb.EventsRequest())).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_node_that_is_removed_while_it_says_hello_does_not_come_in(cluster: Cluster) -> None:
+    files = cluster.machine("attic")
+    async with calling(cluster, files) as stub:
+        node = Attached(stub, files.key_id(), "one", "attic")
+        await node.call.wait_for_connection()
+        await asyncio.to_thread(cluster.admission.remove, "attic")
+        assert (await node.first()).refused.code == REMOVED
 
 
 async def test_a_coordinator_that_is_away_is_no_refusal(cluster: Cluster) -> None:

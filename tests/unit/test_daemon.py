@@ -90,6 +90,12 @@ class Coordinator(control_pb2_grpc.ControlServicer):
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatusReply:
         raise AssertionError("a node does not ask for the status")
 
+    async def Events(
+        self, request: pb.EventsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.EventsReply]:
+        raise AssertionError("a node asks for no events")
+        yield pb.EventsReply()
+
     async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
         raise AssertionError("a node does not end the engine")
 

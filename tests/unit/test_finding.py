@@ -61,6 +61,12 @@ class Control(control_pb2_grpc.ControlServicer):
         raise AssertionError("a search attaches to nobody")
         yield pb.CoordinatorMessage()
 
+    async def Events(
+        self, request: pb.EventsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.EventsReply]:
+        raise AssertionError("a search asks for no events")
+        yield pb.EventsReply()
+
     async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
         raise AssertionError("a search ends no engine")
 
@@ -160,6 +166,22 @@ async def test_a_member_attaches_to_a_coordinator_and_to_no_stage_of_its_cluster
         with pytest.raises(PeerError) as error:
             await search(soon, known[:2], attachable(us), lambda text: None, here)
         assert error.value.code == "other_cluster" and other in error.value.message
+
+
+class Refusing(Control):
+    """Answers as a coordinator does to a node that was removed."""
+
+    async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatusReply:
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "This machine was removed from the cluster.")
+
+
+async def test_a_coordinator_that_refuses_us_is_found_so_that_it_can_say_why(
+    authority: Authority, tmp_path: Path
+) -> None:
+    ours, us = member(authority, tmp_path / "c", "coordinator"), member(authority, tmp_path / "n", "n1")
+    async with controlling(ours, Refusing()) as address:
+        finder = Finder(us, discovery=False, typed=(address,), timeout_s=LONG_S, look=here)
+        assert await finder.coordinator() == address
 
 
 async def test_a_member_remembers_where_its_coordinator_was_and_who_else_may_be_one(

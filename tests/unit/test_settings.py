@@ -133,3 +133,10 @@ def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.toml").mkdir()
     with pytest.raises(SettingsError, match=r"config\.toml cannot be read"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("given", [{"late_s": 1.0}, {"lost_s": 2.5}, {"heartbeat_s": 3.0}, {"late_s": 9.0}])
+def test_times_of_membership_must_increase(given: dict[str, float]) -> None:
+    with pytest.raises(SettingsError, match="set them so that they increase"):
+        load_settings(given, {}, Path("/nowhere"))
+    assert load_settings({"heartbeat_s": 3.0, "late_s": 9.0, "lost_s": 20.0}, {}, Path("/nowhere")).late_s == 9.0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dwarfstar_engine.views import NodeView, StageView, StatusView
 
-WIDE = 118  # columns from which live figures of the machines are shown beside the others
+WIDE = 127  # columns from which live figures of the machines are shown beside the others
 NAME, WIDE_NAME = 15, 24
 UNKNOWN = "–"
 

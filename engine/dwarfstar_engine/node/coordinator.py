@@ -278,6 +278,8 @@ class Coordinator:
         """Keep an epoch up until cancelled."""
         failures = 0
         watchers = [asyncio.create_task(self._watch()), asyncio.create_task(self.nodes.run())]
+        for watcher in watchers:
+            watcher.add_done_callback(_tell_fault)
         self._news.settings(self.settings)
         try:
             while True:
@@ -313,6 +315,7 @@ class Coordinator:
                 watcher.cancel()
             self._stopping = self.nodes.stopping = True
             self.moves.close()
+            self.journal.release()
             self._break("the engine is stopping")
             self._give_up(StageError("the engine is stopping: send the request again", retry_after_s=RETRY_AFTER_S))
             await self._take_down()
@@ -627,3 +630,9 @@ class Coordinator:
 
 def _context(settings: Settings, source: Source) -> int:
     return min(settings.context or DEFAULT_CONTEXT, source.train_context)
+
+
+def _tell_fault(task: asyncio.Task[None]) -> None:
+    """A watcher that ends by itself is a fault of ours."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a fault of the coordinator", exc_info=error)

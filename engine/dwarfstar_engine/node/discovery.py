@@ -201,6 +201,8 @@ def attachable(trust: NodeFiles) -> Attempt:
             try:
                 await stub.Status(pb.StatusRequest(), timeout=ATTEMPT_S)
             except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                    return  # it is the coordinator, and says why to who attaches
                 detail = error.details() or str(error.code())
                 if FOREIGN in detail:
                     raise TrustError(FOREIGN_SAID) from None

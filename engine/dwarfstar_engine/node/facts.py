@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import ipaddress
+import logging
 import os
 import platform
 import socket
@@ -18,6 +19,8 @@ from dwarfstar_engine.cluster.candidates import Interface
 from dwarfstar_engine.errors import PeerError
 from dwarfstar_engine.node.nvidia import Nvidia
 from dwarfstar_engine.wire.enrol import split_address
+
+log = logging.getLogger("dwarfstar.facts")
 
 GIB = 1 << 30
 RAM_SHARE = 0.8  # of the RAM available at start: the rest keeps the system usable
@@ -49,7 +52,13 @@ def _gpu() -> tuple[str, int, int] | None:
     if not any(any((Path(folder) / "lib").glob("*ggml-cuda*")) for folder in folders):
         return None
     gpus = Nvidia().read()
-    return None if gpus is None else (gpus.name, gpus.total_bytes, gpus.free_bytes)
+    if gpus is None:
+        log.warning(
+            "llama.cpp is built for NVIDIA GPUs and none can be looked at, so this machine's RAM is lent: check the "
+            "driver, and install the extra `nvidia`"
+        )
+        return None
+    return gpus.name, gpus.total_bytes, gpus.free_bytes
 
 
 def measure(override_gib: float | None) -> Facts:
