@@ -216,7 +216,7 @@ class Striker:
 
     async def _served(self) -> None:
         """Until the model is served, or for PATIENCE_S."""
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, httpx.HTTPError):
             async with asyncio.timeout(PATIENCE_S):
                 while (await self._http.get("/health")).status_code != 200:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.1)
@@ -293,7 +293,8 @@ async def run(
     """The whole run against an engine that serves. ``machines``: the engine's first. longest: tokens of an answer.
     limit_s: no strike begins later."""
     tally, rng = Tally(), random.Random(seed)
-    limits = httpx.Limits(max_connections=STREAMS + 1)
+    # A connection each: a server that was stopped closes idle ones when it wakes, also under a request just sent.
+    limits = httpx.Limits(max_connections=STREAMS + 1, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=limits) as http:
         asked = await undisturbed(http, pool(rng, longest))
         stop = asyncio.Event()

@@ -28,6 +28,7 @@ from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
 from dwarfstar_engine.node.gossip import Gossip
+from dwarfstar_engine.node.hops import AVOID_S, Hops
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
@@ -55,9 +56,11 @@ RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
 REPLAN_IDLE_S = 2.0  # without a request, before a better plan is carried out: it may take loading
+HOP_FAILED = "hop_failed"  # code of a stage that is not reached (``wire.ring``)
 WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
 WARNING_S = 600.0
+MAX_WAITED = 3  # such failures pause no longer than this many while streams wait, which is bounded by rescue_s
 MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
@@ -73,6 +76,7 @@ class Coordinator:
         self.context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
         self.members: dict[str, Member] = {}
         self.gossip = Gossip()
+        self._hops = Hops()
         self._build: BuildInfo = local_build()
         self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
         self._ring = Epoch(self.term, self.epoch)
@@ -150,6 +154,7 @@ class Coordinator:
         if self.members.get(member.id) is not member:
             return
         del self.members[member.id]
+        self._hops.forget(member.id)
         self.gossip.forget(member)
         self.gossip.changed()
         self._gone_at = time.monotonic()
@@ -198,9 +203,24 @@ class Coordinator:
             member.profile = event.profile
         if event.HasField("link"):
             member.link = event.link
+        if event.state == pb.STAGE_STATE_BROKEN and event.code == HOP_FAILED:
+            self._not_reached(member)
         if event.state in (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED, pb.STAGE_STATE_BROKEN):
             self._break(f"{member.name}: {event.detail}", event.code)
         self._changed.set()
+
+    def _not_reached(self, member: Member | None) -> None:
+        """A stage, or this process if None, did not reach the next one."""
+        members = [stage.member for stage in self._ring.stages]
+        index = members.index(member) + 1 if member is not None else 0
+        if index < len(members) and self._hops.failed(members[index].id, time.monotonic()):
+            told = (
+                f"node {members[index].name} is left out for {AVOID_S:.0f} s if the model fits the others: "
+                f"{member.name if member else 'the engine'} does not reach its stage at {members[index].host}; "
+                "check that a firewall lets machines of the cluster through"
+            )
+            log.warning("%s", told)
+            self.warn(f"hop {members[index].id}", told)
 
     # --- the ring ---
 
@@ -254,7 +274,8 @@ class Coordinator:
         watcher = asyncio.create_task(self._watch())
         try:
             while True:
-                await self._pause(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
+                longest = MAX_WAITED if len(self._waiting) else len(PAUSE_S) - 1
+                await self._pause(PAUSE_S[min(failures, longest)])
                 self._changed.clear()
                 try:
                     plan = self._plan_now()
@@ -319,6 +340,10 @@ class Coordinator:
         capacities = [member.capacity for member in nodes]
         if self.settings.cuts:
             return with_cuts(costs, self.source.cuts, room, capacities, self.settings.cuts)
+        if avoided := self._hops.avoided(time.monotonic()):
+            with contextlib.suppress(PlanError):  # then those that were not reached are tried again
+                others = [member.capacity for member in nodes if member.id not in avoided]
+                return proportional(costs, self.source.cuts, room, others)
         return proportional(costs, self.source.cuts, room, capacities)
 
     async def _bring_up(self, plan: Plan) -> None:
@@ -351,7 +376,12 @@ class Coordinator:
         sender = RingSender(lambda reason: self._break(f"the connection to the first stage was lost: {reason}"))
         self._sender = sender
         credentials = channel.channel_credentials(self._trust)
-        await self._unless_broken(sender.open(stages[0].address, credentials, self._build, self.epoch, self._name))
+        try:
+            await self._unless_broken(sender.open(stages[0].address, credentials, self._build, self.epoch, self._name))
+        except PeerError as error:
+            if error.code == HOP_FAILED:
+                self._not_reached(None)
+            raise
         await self._until(pb.STAGE_STATE_LINKED, LINK_DEADLINE_S, "join the ring")
         try:
             async with asyncio.timeout(LINK_DEADLINE_S):
@@ -398,6 +428,7 @@ class Coordinator:
         )
         self._dispatcher.always_draft = settings.speculation == "on"
         self._reason = self._code = ""
+        self._hops.closed()
         self._reviving = False
         for stream in self._waiting.take():
             try:
