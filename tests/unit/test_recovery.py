@@ -73,8 +73,8 @@ class Player:
             message = await self.member.outbox.get()
             what = message.WhichOneof("message") or "end"
             self.told.append(what)
-            if what == "assign" and self.answers:
-                self.say(pb.STAGE_STATE_READY)
+            if what == "assign":
+                self.say(pb.STAGE_STATE_READY if self.answers else pb.STAGE_STATE_LOADING)
             elif what == "link" and message.link.next_hop and not self.reaches():
                 self.say(pb.STAGE_STATE_BROKEN, "hop_failed")
             elif what == "link":
@@ -194,6 +194,16 @@ async def test_streams_that_wait_are_not_kept_by_long_pauses(monkeypatch: pytest
             a.say(pb.STAGE_STATE_FAILED)
             await beyond(coordinator, before)
         await until(lambda: serves(coordinator))
+
+
+async def test_a_stage_that_hangs_while_it_loads_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "STALL_S", 0.2)
+    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
+        b.answers = False
+        await until(lambda: "release" in b.told)
+        b.answers = True  # the new process
+        await until(lambda: serves(coordinator))
+        assert "release" not in a.told, "it was loaded"
 
 
 async def test_epochs_freeze_no_garbage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

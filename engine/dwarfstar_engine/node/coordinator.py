@@ -18,7 +18,7 @@ import gc
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 from dwarfstar_engine.batch.scheduler import Scheduler
@@ -56,6 +56,7 @@ RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
 REPLAN_IDLE_S = 2.0  # without a request, before a better plan is carried out: it may take loading
+SILENT = "stage_silent"  # code of a stage that did not do in time what it was told
 HOP_FAILED = "hop_failed"  # code of a stage that is not reached (``wire.ring``)
 WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
@@ -358,13 +359,18 @@ class Coordinator:
             stage.member.stage = None
             assign = self._ring.assign(index, self.settings, self.source, self.context, self.vocab.eog)
             stage.member.send(pb.CoordinatorMessage(assign=assign))
-        await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
+        try:
+            await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
+        except StageError as error:
+            if error.code == SILENT:  # nothing moved: asked again for the same, it would be waited for again
+                self._release_stuck((pb.STAGE_STATE_LOADING,))
+            raise
         began = time.monotonic()
         try:
             await self._close_ring()
         except DwarfStarError:
             if time.monotonic() - began > STUCK_S:  # else they had no time to answer: they keep their weights
-                self._release_stuck()
+                self._release_stuck(ANSWERED)
             raise
 
     async def _close_ring(self) -> None:
@@ -403,11 +409,12 @@ class Coordinator:
             broken.cancel()
             await asyncio.gather(task, broken, return_exceptions=True)
 
-    def _release_stuck(self) -> None:
-        """Have stages that gave no answer replaced: a stopped process would fail every attempt to come."""
+    def _release_stuck(self, states: Collection[pb.StageState.ValueType]) -> None:
+        """Have stages that gave no answer replaced, whose last word was one of ``states``: a stopped process would fail
+        every attempt to come."""
         for stage in self._ring.stages:
             event = stage.member.stage
-            if event is not None and event.state in ANSWERED and stage.member.id in self.members:
+            if event is not None and event.state in states and stage.member.id in self.members:
                 log.warning("the stage on %s does not answer: it is replaced", stage.member.name)
                 with contextlib.suppress(PeerError):
                     stage.member.send(pb.CoordinatorMessage(release=pb.Release(term=self.term, epoch=self.epoch)))
@@ -456,7 +463,7 @@ class Coordinator:
             try:
                 await asyncio.wait_for(self._changed.wait(), max(0.0, left))
             except TimeoutError:
-                raise StageError(f"{late[0]} did not {what} in time") from None
+                raise StageError(f"{late[0]} did not {what} in time", code=SILENT) from None
 
     async def _take_down(self) -> None:
         sender, self._sender = self._sender, None
