@@ -34,6 +34,7 @@ class Wanted:
     faults: int
     seed: int
     longest: int
+    requests: int = 24  # different ones
     local: bool = False
     namespaces: bool = True
     haste: float = 1.0
@@ -120,7 +121,16 @@ def _run(wanted: Wanted, machines: list[Machine], rng: random.Random, *, links: 
     wait_serving(machines[0])
     own = not wanted.local
     strikes = faults.strikes(rng, wanted.faults, wanted.nodes, links=links, own=own, haste=wanted.haste)
-    return asyncio.run(chaos.run(machines, api_url(machines[0]), strikes, wanted.seed, wanted.longest, wanted.limit_s))
+    work = chaos.run(
+        machines,
+        api_url(machines[0]),
+        strikes,
+        wanted.seed,
+        requests=wanted.requests,
+        longest=wanted.longest,
+        limit_s=wanted.limit_s,
+    )
+    return asyncio.run(work)
 
 
 def _until(look: Callable[[], bool], engine: Machine, what: str) -> None:
