@@ -14,11 +14,12 @@ pytestmark = pytest.mark.process
 SEED = 3
 
 
+@pytest.mark.timeout(240)  # an idle machine needs some 30 s
 @pytest.mark.parametrize(
     "wanted",
     [
-        arena.Wanted(model="toy:12:1", nodes=3, faults=10, seed=SEED, longest=60, haste=3.0),
-        arena.Wanted(model="demo", nodes=2, faults=3, seed=SEED, longest=40, haste=2.0, local=True),
+        arena.Wanted(model="toy:12:1", nodes=3, faults=10, seed=SEED, longest=60, requests=12, haste=3.0),
+        arena.Wanted(model="demo", nodes=2, faults=3, seed=SEED, longest=40, requests=8, haste=2.0, local=True),
     ],
     ids=["toy", "demo"],
 )

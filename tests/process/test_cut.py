@@ -59,8 +59,8 @@ def two(tmp_path: Path) -> Iterator[Two]:
             pytest.skip("network namespaces need root, the ip command and a kernel that permits them")
         wanted = arena.Wanted(model=MODEL, nodes=1, faults=0, seed=0, longest=0)
         machines: list[Machine] = []
-        stack.callback(lambda: [(machine.end(), machine.leftovers()) for machine in machines[::-1]])
-        machines += arena.set_up(wanted, tmp_path, network)
+        stack.callback(arena.clear, machines)
+        arena.set_up(wanted, tmp_path, network, machines)
         yield Two(*machines)
 
 

@@ -65,6 +65,7 @@ class Player:
         self.told: list[str] = []
         self.returns = self.answers = True
         self.layers = pb.Slice()
+        self.reaches: Callable[[], bool] = lambda: True  # the next stage
         self._coordinator = coordinator
 
     async def play(self) -> None:
@@ -74,16 +75,24 @@ class Player:
             self.told.append(what)
             if what == "assign":
                 self.layers = pb.Slice(begin=message.assign.layer_begin, end=message.assign.layer_end)
-            if what == "assign" and self.answers:
-                self.say(pb.STAGE_STATE_READY)
+                self.say(pb.STAGE_STATE_READY if self.answers else pb.STAGE_STATE_LOADING)
+            elif what == "link" and message.link.next_hop and not self.reaches():
+                self.say(pb.STAGE_STATE_BROKEN, "hop_failed")
             elif what == "link":
                 self.say(pb.STAGE_STATE_LINKED)
                 if self.returns and not message.link.next_hop:
                     self._coordinator._on_open(message.link.epoch)
 
-    def say(self, state: pb.StageState.ValueType) -> None:
-        epoch = self._coordinator.epoch
-        event = pb.StageEvent(epoch=epoch, state=state, port=1, detail="it died", profile=PROFILE, layers=self.layers)
+    def say(self, state: pb.StageState.ValueType, code: str = "") -> None:
+        event = pb.StageEvent(
+            epoch=self._coordinator.epoch,
+            state=state,
+            port=1,
+            detail="it died",
+            code=code,
+            profile=PROFILE,
+            layers=self.layers,
+        )
         self._coordinator.heard(self.member, pb.NodeMessage(stage_event=event))
 
 
@@ -118,8 +127,12 @@ async def until(look: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def beyond(coordinator: Coordinator, epoch: int) -> None:
+    await until(lambda: coordinator.epoch > epoch)
+
+
 def serves(coordinator: Coordinator) -> bool:
-    return coordinator.health()["status"] == "ok"
+    return bool(coordinator.health()["status"] == "ok")
 
 
 async def test_a_stage_that_dies_before_the_ring_is_closed_is_not_waited_for(
@@ -154,6 +167,51 @@ async def test_a_node_that_is_lost_while_the_first_hop_opens_is_not_waited_for(
         Hop.gate.set()
         await until(lambda: serves(coordinator))
         assert [stage.node for stage in coordinator.status().stages] == ["a"] and "release" not in a.told
+
+
+async def test_a_node_that_another_does_not_reach_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both reach the coordinator; without this it would try the same plan for ever."""
+    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
+        await until(lambda: serves(coordinator))
+        a.reaches = lambda: False
+        monkeypatch.setattr(module, "PAUSE_S", (0.0, 0.1, 0.1, 0.1, 0.1))
+        sink = Sink()
+        coordinator.generate(Request((97,), Sampling()), sink)
+        b.say(pb.STAGE_STATE_BROKEN)
+        await until(lambda: serves(coordinator))
+        status = coordinator.status()
+        assert [stage.node for stage in status.stages] == ["a"] and not sink.errors
+        assert any("node b is left out" in warning for warning in status.warnings)
+        coordinator.attach(b.member)  # it comes anew, repaired
+        a.reaches = lambda: True
+        a.say(pb.STAGE_STATE_BROKEN)
+        await until(lambda: serves(coordinator))
+        assert [stage.node for stage in coordinator.status().stages] == ["a", "b"]
+
+
+async def test_streams_that_wait_are_not_kept_by_long_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", (0.0, 0.0, 0.0, 0.0, 600.0, 600.0))
+    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
+        await until(lambda: serves(coordinator))
+        coordinator.generate(Request((97,), Sampling()), Sink())
+        a.say(pb.STAGE_STATE_BROKEN)
+        b.answers = False
+        await beyond(coordinator, 1)
+        for attempt in range(7):
+            before, b.answers = coordinator.epoch, attempt == 6
+            a.say(pb.STAGE_STATE_FAILED)
+            await beyond(coordinator, before)
+        await until(lambda: serves(coordinator))
+
+
+async def test_a_stage_that_hangs_while_it_loads_is_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "STALL_S", 0.2)
+    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
+        b.answers = False
+        await until(lambda: "release" in b.told)
+        b.answers = True  # the new process
+        await until(lambda: serves(coordinator))
+        assert "release" not in a.told, "it was loaded"
 
 
 async def test_epochs_freeze_no_garbage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

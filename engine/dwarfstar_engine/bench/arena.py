@@ -34,6 +34,7 @@ class Wanted:
     faults: int
     seed: int
     longest: int
+    requests: int = 24  # different ones
     local: bool = False
     namespaces: bool = True
     haste: float = 1.0
@@ -45,16 +46,17 @@ def play(wanted: Wanted, folder: Path, rng: random.Random) -> tuple[chaos.Tally,
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         network = Network(stack, wanted.namespaces and not wanted.local)
-        machines = set_up(wanted, folder, network)
-        stack.callback(_end, machines)
+        machines: list[Machine] = []
+        stack.callback(clear, machines)
+        set_up(wanted, folder, network, machines)
         tally = inside(machines[0], lambda: _run(wanted, machines, rng, links=network.real))
-        _end(machines)
+        end(machines)
         chaos.check(machines, tally)
         return tally, chaos.report(tally, wanted.seed, chaos.log_lines(machines))
 
 
-def set_up(wanted: Wanted, folder: Path, network: Network) -> list[Machine]:
-    """The engine's machine and those of the nodes, started and joined."""
+def set_up(wanted: Wanted, folder: Path, network: Network, machines: list[Machine]) -> None:
+    """Start the engine's machine and those of the nodes, which join; each is in ``machines`` before it starts."""
     head = network.host(0)
     engine = Machine("head", head, folder / "head")
     room = ("--effective-vram", "1", "--threads", "1")  # each could hold the whole model: something is always left
@@ -62,20 +64,18 @@ def set_up(wanted: Wanted, folder: Path, network: Network) -> list[Machine]:
     ports = ("--port", "0", "--control-port", str(CONTROL_PORT if network.real else 0))
     nodes = ("--local-nodes", str(wanted.nodes)) if wanted.local else ("--wait-nodes", str(wanted.nodes + 1))
     engine.arguments = ["--serve", wanted.model, "--control-host", head.address, *ports, *nodes, *more]
+    machines.append(engine)
     engine.start()
     _until(lambda: (engine.home / "run" / "engine.json").exists(), engine, "the engine runs")
+    numbers = range(1, wanted.nodes + 1)
     if wanted.local:
-        return [
-            engine,
-            *(LocalNode(f"node{n}", head, folder / f"node{n}", engine=engine) for n in range(1, wanted.nodes + 1)),
-        ]
+        machines += [LocalNode(f"node{n}", head, folder / f"node{n}", engine=engine) for n in numbers]
+        return
     line = engine.ask("token").split()[1:]
-    machines = [engine]
-    for number in range(1, wanted.nodes + 1):
+    for number in numbers:
         machine = Machine(f"node{number}", network.host(number), folder / f"node{number}", [*line, *room])
-        machine.start()
         machines.append(machine)
-    return machines
+        machine.start()
 
 
 def api_url(engine: Machine) -> str:
@@ -120,7 +120,16 @@ def _run(wanted: Wanted, machines: list[Machine], rng: random.Random, *, links: 
     wait_serving(machines[0])
     own = not wanted.local
     strikes = faults.strikes(rng, wanted.faults, wanted.nodes, links=links, own=own, haste=wanted.haste)
-    return asyncio.run(chaos.run(machines, api_url(machines[0]), strikes, wanted.seed, wanted.longest, wanted.limit_s))
+    work = chaos.run(
+        machines,
+        api_url(machines[0]),
+        strikes,
+        wanted.seed,
+        requests=wanted.requests,
+        longest=wanted.longest,
+        limit_s=wanted.limit_s,
+    )
+    return asyncio.run(work)
 
 
 def _until(look: Callable[[], bool], engine: Machine, what: str) -> None:
@@ -132,8 +141,14 @@ def _until(look: Callable[[], bool], engine: Machine, what: str) -> None:
         time.sleep(0.1)
 
 
-def _end(machines: list[Machine]) -> None:
+def end(machines: list[Machine]) -> None:
+    """End all commands, the engine last."""
     for machine in machines[::-1]:
         machine.end()
+
+
+def clear(machines: list[Machine]) -> None:
+    """End all commands and whatever outlives them."""
+    end(machines)
     for machine in machines:
-        machine.leftovers() if not machine.running else None
+        machine.leftovers()

@@ -29,7 +29,6 @@ from dwarfstar_engine.bench.soak import WORDS
 from dwarfstar_engine.node.streams import MAX_RESCUES
 
 STREAMS = 8
-POOL = 24  # different requests
 DEADLINE_S = 180.0  # of a request: the engine gives up a stream that waits for 60 s
 SETTLE_S = 120.0  # after the last fault, until all nodes serve again
 SAMPLE_S = 0.5
@@ -70,10 +69,10 @@ class Tally:
         self.wrong.append(what)
 
 
-def pool(rng: random.Random, longest: int) -> list[dict[str, Any]]:
-    """Requests of all kinds: greedy, seeded, with penalties, with logprobs; streaming and not."""
+def pool(rng: random.Random, count: int, longest: int) -> list[dict[str, Any]]:
+    """``count`` requests of all kinds: greedy, seeded, with penalties, with logprobs; streaming and not."""
     bodies = []
-    for number in range(POOL):
+    for number in range(count):
         text = f"{' '.join(rng.choices(WORDS, k=rng.choice([3, 12, 40])))} {number}:"
         kinds: tuple[dict[str, Any], ...] = (
             {"temperature": 0},
@@ -216,7 +215,7 @@ class Striker:
 
     async def _served(self) -> None:
         """Until the model is served, or for PATIENCE_S."""
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, httpx.HTTPError):
             async with asyncio.timeout(PATIENCE_S):
                 while (await self._http.get("/health")).status_code != 200:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.1)
@@ -288,14 +287,22 @@ def _look(machine: Machine) -> tuple[float, float] | None:
 
 
 async def run(
-    machines: Sequence[Machine], url: str, strikes: Sequence[Strike], seed: int, longest: int, limit_s: float
+    machines: Sequence[Machine],
+    url: str,
+    strikes: Sequence[Strike],
+    seed: int,
+    *,
+    requests: int,
+    longest: int,
+    limit_s: float,
 ) -> Tally:
-    """The whole run against an engine that serves. ``machines``: the engine's first. longest: tokens of an answer.
-    limit_s: no strike begins later."""
+    """The whole run against an engine that serves. ``machines``: the engine's first. requests: different ones. longest:
+    tokens of an answer. limit_s: no strike begins later."""
     tally, rng = Tally(), random.Random(seed)
-    limits = httpx.Limits(max_connections=STREAMS + 1)
+    # A connection each: a server that was stopped closes idle ones when it wakes, also under a request just sent.
+    limits = httpx.Limits(max_connections=STREAMS + 1, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=limits) as http:
-        asked = await undisturbed(http, pool(rng, longest))
+        asked = await undisturbed(http, pool(rng, requests, longest))
         stop = asyncio.Event()
         clients = [Client(http, asked, random.Random(rng.random()), tally) for _ in range(STREAMS)]
         async with asyncio.TaskGroup() as group:

@@ -30,6 +30,7 @@ from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
 from dwarfstar_engine.node.gossip import Gossip
+from dwarfstar_engine.node.hops import AVOID_S, Hops
 from dwarfstar_engine.node.journal import Journal
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.moves import REPLAN_IDLE_S, Moves
@@ -69,9 +70,12 @@ RETRY_AFTER_S = 2.0  # told to clients while an epoch is brought up
 PAUSE_S = (0.0, 0.2, 1.0, 3.0, 10.0, 30.0)  # before attempts to bring an epoch up, by failures; the last one repeats
 STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs may be killing its stages
 SETTLE_S = 0.1  # a lost hop is heard of before the death of the stage behind it, which decides what is to be done
+SILENT = "stage_silent"  # code of a stage that did not do in time what it was told
+HOP_FAILED = "hop_failed"  # code of a stage that is not reached (``wire.ring``)
 WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
 WARNING_S = 600.0
+MAX_WAITED = 3  # such failures pause no longer than this many while streams wait, which is bounded by rescue_s
 MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
@@ -93,6 +97,7 @@ class Coordinator:
         self.members = self.nodes.members
         self._news = News(self.journal)
         self.gossip = Gossip()
+        self._hops = Hops()
         self._build: BuildInfo = local_build()
         self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
         self._ring = Epoch(self.term, self.epoch)
@@ -169,6 +174,7 @@ class Coordinator:
 
     def gone(self, member: Member) -> None:
         """See ``nodes.Host``."""
+        self._hops.forget(member.id)
         self.gossip.forget(member)
         self._news.forget(member)
         self.gossip.changed()
@@ -217,9 +223,25 @@ class Coordinator:
         stage.heard(event)
         if event.HasField("profile"):
             member.profile, member.profiled = event.profile, event.layers.end - event.layers.begin
+        if event.state == pb.STAGE_STATE_BROKEN and event.code == HOP_FAILED:
+            self._not_reached(stage)
         if event.state in (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED, pb.STAGE_STATE_BROKEN):
             self._break(f"{member.name}: {event.detail}", event.code, sure=event.state != pb.STAGE_STATE_BROKEN)
         self._changed.set()
+
+    def _not_reached(self, stage: Stage | None) -> None:
+        """A stage, or this process if None, did not reach the next one."""
+        stages = self._ring.stages
+        following = stages[stages.index(stage) + 1 :] if stage is not None else stages
+        if following and self._hops.failed(following[0].member.id, time.monotonic()):
+            target, source = following[0].member, stage.member.name if stage is not None else "the engine"
+            told = (
+                f"node {target.name} is left out for {AVOID_S:.0f} s if the model fits the others: "
+                f"{source} does not reach its stage at {target.host}; "
+                "check that a firewall lets machines of the cluster through"
+            )
+            log.warning("%s", told)
+            self.warn(f"hop {target.id}", told)
 
     # --- the ring ---
 
@@ -283,7 +305,8 @@ class Coordinator:
         self._news.settings(self.settings)
         try:
             while True:
-                await self._pause(PAUSE_S[min(failures, len(PAUSE_S) - 1)])
+                longest = MAX_WAITED if len(self._waiting) else len(PAUSE_S) - 1
+                await self._pause(PAUSE_S[min(failures, longest)])
                 self._changed.clear()
                 try:
                     source, plan = self._next_plan()
@@ -435,6 +458,10 @@ class Coordinator:
         capacities = [member.capacity for member in nodes if not member.drained and member.id not in without]
         if self.settings.cuts:
             return with_cuts(costs, source.cuts, room, capacities, self.settings.cuts)
+        if avoided := self._hops.avoided(time.monotonic()):
+            with contextlib.suppress(PlanError):  # then those that were not reached are tried again
+                others = [capacity for capacity in capacities if capacity.node not in avoided]
+                return proportional(costs, source.cuts, room, others)
         return proportional(costs, source.cuts, room, capacities)
 
     async def _bring_up(self, plan: Plan) -> None:
@@ -451,13 +478,18 @@ class Coordinator:
             if len(self._waiting) and (known := stage.expected_profile()) is not None:
                 assign.known.CopyFrom(known)
             stage.member.send(pb.CoordinatorMessage(assign=assign))
-        await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
+        try:
+            await self._until(pb.STAGE_STATE_READY, LOAD_DEADLINE_S, "load its layers")
+        except StageError as error:
+            if error.code == SILENT:  # nothing moved: asked again for the same, it would be waited for again
+                self._release_stuck((pb.STAGE_STATE_LOADING,))
+            raise
         began = time.monotonic()
         try:
             await self._close_ring()
         except DwarfStarError:
             if time.monotonic() - began > STUCK_S:  # else they had no time to answer: they keep their weights
-                self._release_stuck()
+                self._release_stuck(ANSWERED)
             raise
 
     async def _close_ring(self) -> None:
@@ -471,7 +503,12 @@ class Coordinator:
         )
         self._sender = sender
         credentials = channel.channel_credentials(self._trust)
-        await self._unless_broken(sender.open(stages[0].address, credentials, self._build, self.epoch, self._name))
+        try:
+            await self._unless_broken(sender.open(stages[0].address, credentials, self._build, self.epoch, self._name))
+        except PeerError as error:
+            if error.code == HOP_FAILED:
+                self._not_reached(None)
+            raise
         await self._until(pb.STAGE_STATE_LINKED, LINK_DEADLINE_S, "join the ring")
         try:
             async with asyncio.timeout(LINK_DEADLINE_S):
@@ -493,11 +530,12 @@ class Coordinator:
             broken.cancel()
             await asyncio.gather(task, broken, return_exceptions=True)
 
-    def _release_stuck(self) -> None:
-        """Have stages that gave no answer replaced: a stopped process would fail every attempt to come."""
+    def _release_stuck(self, states: Collection[pb.StageState.ValueType]) -> None:
+        """Have stages that gave no answer replaced, whose last word was one of ``states``: a stopped process would fail
+        every attempt to come."""
         for stage in self._ring.stages:
             event, (begin, end) = stage.event, stage.plan.layers
-            if event is not None and event.state in ANSWERED and stage.member.id in self.members:
+            if event is not None and event.state in states and stage.member.id in self.members:
                 log.warning("the stage on %s does not answer: it is replaced", stage.member.name)
                 with contextlib.suppress(PeerError):
                     release = pb.Release(term=self.term, epoch=self.epoch, layers=pb.Slice(begin=begin, end=end))
@@ -520,6 +558,7 @@ class Coordinator:
         )
         self._dispatcher.always_draft = settings.speculation == "on"
         self._reason = self._code = ""
+        self._hops.closed()
         self._reviving = False
         self._news.epoch_up(ring, self.source, self.context)
         streams, lost = self._waiting.take(), 0
@@ -558,7 +597,7 @@ class Coordinator:
             try:
                 await asyncio.wait_for(self._changed.wait(), max(0.0, left))
             except TimeoutError:
-                raise StageError(f"{late[0]} did not {what} in time") from None
+                raise StageError(f"{late[0]} did not {what} in time", code=SILENT) from None
 
     async def _take_down(self) -> None:
         sender, self._sender = self._sender, None
