@@ -23,11 +23,12 @@ from typing import Any
 
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
-from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.errors import DwarfStarError, IllegalCutError, PeerError, PlanError, StageError, Unavailable
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
 from dwarfstar_engine.node.gossip import Gossip
+from dwarfstar_engine.node.kept_plan import KeptPlan
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
@@ -56,6 +57,7 @@ REPLAN_IDLE_S = 2.0  # without a request, before a better plan is carried out: i
 WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
 WARNING_S = 600.0
+MAX_EPOCH_SEEN = 1 << 31  # what a node says to have seen is believed up to here
 MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
@@ -73,10 +75,11 @@ class Coordinator:
         self.gossip = Gossip()
         self._build: BuildInfo = local_build()
         self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
-        self._ring = Epoch(self.term, self.epoch)
+        self._ring = Epoch(self.term, self.epoch, name)
         self._dispatcher: Dispatcher | None = None
         self._sender: RingSender | None = None
-        self._planned: Plan | None = None
+        self.planned: Plan | None = None
+        self._kept: KeptPlan | None = None
         self._idle_since = 0.0  # monotonic time of the last sign of a request
         self._waiting = WaitingRoom(settings.rescue_s)
         self._reviving = False  # a pipeline that served is being brought up again
@@ -89,6 +92,7 @@ class Coordinator:
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
         self._gone_at = 0.0  # monotonic time the last node was lost
         self._stopping = False
+        self._floor = 0  # epochs begin above it: nodes have seen it
         self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
 
@@ -129,6 +133,27 @@ class Coordinator:
             )
         return self._dispatcher.generate(request, sink)
 
+    # --- terms ---
+
+    def begin(self, term: int, kept: KeptPlan | None = None) -> None:
+        """Lead ``term``: before ``run``, or while it runs, which then assigns everything anew. kept: what the nodes hold."""
+        if not self._stopping and self.epoch:
+            self._break(f"term {term} begins")
+        else:
+            self._stopping, self._served_at, self._gone_at = False, 0.0, 0.0
+            self._reason = self._code = "starting"
+            self._kept = kept
+        self.term = term
+
+    def retire(self, cause: str) -> None:
+        """Lead no more: every request ends now, and nodes are sent away. ``run`` is to be cancelled."""
+        self._stopping = True
+        self._break(cause)
+        self._give_up(StageError(f"{cause}: send the request again", retry_after_s=RETRY_AFTER_S))
+        for member in list(self.members.values()):
+            self.detach(member)
+            member.dismiss()
+
     # --- nodes come, speak and go ---
 
     def attach(self, member: Member) -> None:
@@ -136,6 +161,7 @@ class Coordinator:
         if (old := self.members.get(member.id)) is not None:
             self.detach(old)
         self.members[member.id] = member
+        self._floor = max(self._floor, min(member.epoch_seen, MAX_EPOCH_SEEN))
         self.gossip.changed()
         self.gossip.tell(member, self.members.values())
         log.info("node %s joined with %.2f GiB", member.name, member.usable_bytes / GIB)
@@ -264,7 +290,7 @@ class Coordinator:
                     await self._until_changed(error.retry_after_s)
                     continue
                 try:
-                    self._planned = plan
+                    self.planned = plan
                     await self._bring_up(plan)
                     await self._broken.wait()
                     brief = time.monotonic() - self._served_at < STEADY_S
@@ -297,6 +323,8 @@ class Coordinator:
         here, wanted = len(self.members), self.settings.wait_nodes
         if here < wanted and not self._served_at:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
+        if self._kept is not None and not self._served_at and (plan := self._kept_plan(self._kept)) is not None:
+            return plan
         try:
             return self._plan()
         except PlanError as error:
@@ -310,6 +338,19 @@ class Coordinator:
                 retry_after_s=left,
             ) from None
 
+    def _kept_plan(self, kept: KeptPlan) -> Plan | None:
+        """The plan whose slices the nodes hold; None: it is no more possible. Raises PlanError: they are awaited."""
+        left, missing = kept.until - time.monotonic(), kept.awaited - self.members.keys()
+        if missing and left > 0:
+            raise PlanError(f"{len(missing)} nodes have not come over yet", code=WAITING, retry_after_s=left)
+        if not all(node in self.members for node in kept.nodes):
+            return None
+        capacities = [self.members[node].capacity for node in kept.nodes]
+        with contextlib.suppress(PlanError, IllegalCutError):
+            room = need(self.settings, self.source, self.context)
+            return with_cuts(self.source.costs, self.source.cuts, room, capacities, kept.cuts)
+        return None
+
     def _plan(self) -> Plan:
         costs, nodes = self.source.costs, sorted(self.members.values(), key=lambda m: (m.name, m.id))
         room = need(self.settings, self.source, self.context)
@@ -320,10 +361,11 @@ class Coordinator:
 
     async def _bring_up(self, plan: Plan) -> None:
         """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
-        self.epoch += 1
+        self.epoch = max(self.epoch, self._floor) + 1
         self._broken.clear()
         self._returned.clear()
-        self._ring = Epoch(self.term, self.epoch, tuple(Stage(s, self.members[s.node]) for s in plan.stages))
+        stages = tuple(Stage(s, self.members[s.node]) for s in plan.stages)
+        self._ring = Epoch(self.term, self.epoch, self._name, stages)
         self._reason, self._code = "the model is being loaded", "loading"
         log.info("epoch %d: %s", self.epoch, self._ring)
         for index, stage in enumerate(self._ring.stages):
@@ -410,7 +452,7 @@ class Coordinator:
         sender, self._sender = self._sender, None
         if sender is not None:
             await sender.close()
-        self._ring = Epoch(self.term, self.epoch)
+        self._ring = Epoch(self.term, self.epoch, self._name)
 
     async def _watch(self) -> None:
         """Find what does not announce itself: silent nodes and frames that do not come back."""
@@ -441,7 +483,7 @@ class Coordinator:
             plan = self._plan()
         except PlanError:
             return  # it was possible before they came; it goes on as it is
-        if plan != self._planned and any(stage.node in unused for stage in plan.stages):
+        if plan != self.planned and any(stage.node in unused for stage in plan.stages):
             self._break("a better plan is possible")
 
     # --- what front ends see ---
@@ -453,7 +495,9 @@ class Coordinator:
         total = sum(source.costs.layer_bytes) + source.costs.head_bytes
         tok_s = dispatcher.tok_s(now) if dispatcher else 0.0
         return StatusView(
-            coordinator=CoordinatorView(address=self.address, term=self.term, api_url=self.api_url),
+            coordinator=CoordinatorView(
+                address=self.address, term=self.term, api_url=self.api_url, leader=self._name, leads=not self._stopping
+            ),
             model=ModelView(
                 name=source.name,
                 architecture=source.architecture,

@@ -110,6 +110,7 @@ class NodeDaemon:
         self._seek: Seek = Fixed("")
         self._host = options.listen
         self._welcomed = False
+        self._epoch_seen = 0
         self._newest = 0  # epoch of the newest assignment of this connection
         self._assigning = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -130,7 +131,7 @@ class NodeDaemon:
                 self._coordinator = coordinator = await self._seek.coordinator()
                 began, self._welcomed = loop.time(), False
                 try:
-                    await self._attach(coordinator)
+                    await self._while_it_leads(coordinator)
                     self._tell(f"the coordinator at {coordinator} ended the connection")
                 except VersionMismatch:
                     raise
@@ -153,6 +154,18 @@ class NodeDaemon:
         if trouble != self._told[0] or now - self._told[1] > RETELL_S:
             log.warning("%s; trying on", trouble)
             self._told = (trouble, now)
+
+    async def _while_it_leads(self, coordinator: str) -> None:
+        """``_attach``, which ends also when this node obeys another coordinator."""
+        attached, over = asyncio.ensure_future(self._attach(coordinator)), asyncio.ensure_future(self._seek.over())
+        try:
+            await asyncio.wait({attached, over}, return_when=asyncio.FIRST_COMPLETED)
+            if attached.done():
+                attached.result()
+        finally:
+            for task in (attached, over):
+                task.cancel()
+            await asyncio.gather(attached, over, return_exceptions=True)
 
     async def _attach(self, coordinator: str) -> None:
         """One life of the control stream. Raises PeerError: not reached, not answering, or it refuses us."""
@@ -185,6 +198,7 @@ class NodeDaemon:
             name=self._options.name,
             data_host="" if is_any(self._host) else self._host,
             instance=self._instance,
+            epoch_seen=self._epoch_seen,
             hosts=[one.host for one in interfaces()],
             build=pb.Build(
                 protocol=build.protocol, llama_build=build.llama_build, version=build.version, abi=build.abi
@@ -250,8 +264,11 @@ class NodeDaemon:
 
     def _handle(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):
+            case "assign" | "link" | "release" if not self._seek.obeys(_term(message)):
+                raise PeerError(f"the coordinator at {self._coordinator} leads no more")
             case "assign":
                 self._newest = message.assign.epoch
+                self._epoch_seen = max(self._epoch_seen, self._newest)
                 self._spawn(self._assign(message.assign))
             case "link":
                 self._link(message.link)
@@ -468,6 +485,12 @@ class NodeDaemon:
         stage, self._stage = self._stage, None
         if stage is not None:
             await stage.child.stop()
+
+
+def _term(message: pb.CoordinatorMessage) -> int:
+    return {"assign": message.assign.term, "link": message.link.term}.get(
+        message.WhichOneof("message") or "", message.release.term
+    )
 
 
 def _profile(told: Mapping[str, Any]) -> pb.StageProfile:

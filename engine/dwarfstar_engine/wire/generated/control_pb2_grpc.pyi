@@ -92,6 +92,10 @@ class ControlStub:
     """Another certificate for the id of the one that the connection was made with."""
     RemoveNode: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveNodeRequest, _control_pb2.RemoveNodeReply]
     """A node is let in no more. Of the owner only."""
+    Lead: _grpc.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]
+    """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
+    Forward: _grpc.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]
+    """An HTTP request that came in at a node that does not lead; whoever forwards it has checked its API key."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -106,6 +110,10 @@ class ControlAsyncStub(ControlStub):
     """Another certificate for the id of the one that the connection was made with."""
     RemoveNode: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveNodeRequest, _control_pb2.RemoveNodeReply]  # type: ignore[assignment]
     """A node is let in no more. Of the owner only."""
+    Lead: _aio.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]  # type: ignore[assignment]
+    """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
+    Forward: _aio.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]  # type: ignore[assignment]
+    """An HTTP request that came in at a node that does not lead; whoever forwards it has checked its API key."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Served with mutual TLS: every caller holds a certificate of the cluster."""
@@ -147,5 +155,21 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.RemoveNodeReply, _abc.Awaitable[_control_pb2.RemoveNodeReply]]:
         """A node is let in no more. Of the owner only."""
+
+    @_abc_1.abstractmethod
+    def Lead(
+        self,
+        request_iterator: _MaybeAsyncIterator[_control_pb2.LeadMessage],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.LeadMessage], _abc.AsyncIterator[_control_pb2.LeadMessage]]:
+        """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
+
+    @_abc_1.abstractmethod
+    def Forward(
+        self,
+        request_iterator: _MaybeAsyncIterator[_control_pb2.ForwardPart],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.ForwardPart], _abc.AsyncIterator[_control_pb2.ForwardPart]]:
+        """An HTTP request that came in at a node that does not lead; whoever forwards it has checked its API key."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
