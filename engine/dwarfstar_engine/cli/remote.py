@@ -22,7 +22,7 @@ STOP_S = 15.0  # until a stopped engine's process is gone
 
 
 def _call(engine: running.Running, home: Path, name: str, request: Any) -> Any:
-    credentials = channel.channel_credentials(NodeFiles(home / "trust"))
+    credentials = channel.channel_credentials(NodeFiles(home / engine.trust))
     options = channel.channel_options(channel.MAX_CONTROL_BYTES)
     with grpc.secure_channel(engine.control, credentials, options=options) as link:
         try:
@@ -63,6 +63,8 @@ def remove_node(engine: running.Running, home: Path, wanted: str) -> tuple[str, 
 def status_text(engine: running.Running, home: Path) -> str:
     """The status for people, at most 80 columns for usual names."""
     view = status(engine, home)
+    if not view.coordinator.leads:
+        return f"{view.state}: term {view.coordinator.term} · {view.coordinator.api_url}\n  {view.reason}"
     model = f"{view.model.name}, {view.model.layers} layers" if view.model else "no model"
     lines = [
         f"{view.state}: {model} · epoch {view.epoch} · {view.coordinator.api_url}",

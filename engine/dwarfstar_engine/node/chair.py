@@ -87,7 +87,7 @@ class Chair:
             return
         coordinator.begin(term, self._kept(coordinator, state, last))
         coordinator.address, coordinator.api_url = self.address, self.api_url
-        coordinator.gossip.changed(self.lead.own_peer())
+        coordinator.gossip.changed(self.lead.own_peer().model_copy(update={"coordinator": True}))
         self._coordinator = self.service.coordinator = coordinator
         try:
             await coordinator.run()
@@ -133,7 +133,9 @@ class Chair:
 
     def status(self) -> StatusView:
         leader = self.lead.leader
-        reason = f"{self.lead.name_of(leader)} leads" if leader else "nobody leads now: a node takes over within seconds"
+        reason = (
+            f"{self.lead.name_of(leader)} leads" if leader else "nobody leads now: a node takes over within seconds"
+        )
         url, address = self.lead.leader_url(), self.lead.leader_address()
         if leader:
             reason += f" at {address}" if address else ""

@@ -94,7 +94,9 @@ class ControlService(ControlServicer):
         try:
             member = await self._welcome(request_iterator, context)
         except DwarfStarError as error:
-            if error.code != NOT_LEADING and self._once.worth(f"{error.code} {source_of(context.peer())}", time.monotonic()):
+            if error.code != NOT_LEADING and self._once.worth(
+                f"{error.code} {source_of(context.peer())}", time.monotonic()
+            ):
                 log.warning("refused a node at %s: %s", unquote(context.peer()), error.message)
             if error.code == COPIED and self.coordinator is not None:
                 self._coordinator.warn(channel.peer_node_id(context), error.message)
@@ -167,9 +169,7 @@ class ControlService(ControlServicer):
                 )
             await asyncio.sleep(LOOK_S)
 
-    async def _read(
-        self, coordinator: Coordinator, member: Member, messages: AsyncIterator[pb.NodeMessage]
-    ) -> None:
+    async def _read(self, coordinator: Coordinator, member: Member, messages: AsyncIterator[pb.NodeMessage]) -> None:
         async for message in messages:
             coordinator.heard(member, message)
 

@@ -136,7 +136,7 @@ class Coordinator:
     # --- terms ---
 
     def begin(self, term: int, kept: KeptPlan | None = None) -> None:
-        """Lead ``term``: before ``run``, or while it runs, which then assigns everything anew. kept: what the nodes hold."""
+        """Lead ``term``: before ``run``, or while it runs, which assigns everything anew then. kept: nodes' slices."""
         if not self._stopping and self.epoch:
             self._break(f"term {term} begins")
         else:

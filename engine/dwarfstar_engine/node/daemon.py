@@ -111,6 +111,7 @@ class NodeDaemon:
         self._host = options.listen
         self._welcomed = False
         self._epoch_seen = 0
+        self.control_port = 0  # where it would be a coordinator; 0: it would not
         self._newest = 0  # epoch of the newest assignment of this connection
         self._assigning = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -199,6 +200,7 @@ class NodeDaemon:
             data_host="" if is_any(self._host) else self._host,
             instance=self._instance,
             epoch_seen=self._epoch_seen,
+            control_port=self.control_port,
             hosts=[one.host for one in interfaces()],
             build=pb.Build(
                 protocol=build.protocol, llama_build=build.llama_build, version=build.version, abi=build.abi

@@ -157,6 +157,10 @@ class Lead:
         """Let another node lead."""
         self._put(lease.Resign())
 
+    def signal(self) -> asyncio.Event:
+        """Set when something changes from now on; for ``changed`` without a gap."""
+        return self._changed
+
     async def changed(self) -> None:
         """Wait until whom this node obeys, or how that one is reached, may have changed."""
         await self._changed.wait()
@@ -281,12 +285,20 @@ class Lead:
         first = known is None or known.gone > 0.0
         self._known[node] = _Known(hello.capable, 0.0, hello.api_url[:MAX_URL])
         self._put(lease.PeerKnown(NodeId(node), hello.capable))
-        told = [seen(one, host) for one in (hello.me, *hello.peers[:MAX_PEERS])]
-        self._meet_peers([one for one in told if one is not None and (one.id != node or one == told[0])])
+        self.met(hello, host)
         if first:
             if self.state.version.term:
                 self.links.send(node, pb.LeadMessage(state=encode(self.state)))
             self._tell()
+
+    def met(self, hello: pb.LeadHello, host: str) -> None:
+        me = seen(hello.me, host)
+        others = [seen(one, host) for one in hello.peers[:MAX_PEERS] if one.id != hello.me.id]
+        if me is not None:
+            self._meet_peer(me, said_itself=True)
+        for one in others:
+            if one is not None:
+                self._meet_peer(one, said_itself=False)
 
     def heard(self, node: str, message: pb.LeadMessage) -> None:
         if node in self.state.removed:
@@ -306,20 +318,17 @@ class Lead:
         if not self.links.address(node):
             self._put(lease.PeerCut(NodeId(node)))
 
-    def _meet_peers(self, peers: list[Peer]) -> None:
-        """Call these, too. What a peer says of itself counts more than what others say, and comes first."""
-        fresh = False
-        for index, peer in enumerate(peers):
-            old = self._peers.get(peer.id)
-            room = old is not None or len(self._peers) < MAX_PEERS
-            if peer.id == self.me or peer.id in self.state.removed or not room or old == peer or (index and old):
-                continue
-            fresh = True
-            self._peers[peer.id] = peer
-            self.links.dial(peer)
-        if fresh:
-            self._spawn(self._keep_peers())
-            self._hello_again()
+    def _meet_peer(self, peer: Peer, *, said_itself: bool) -> None:
+        """Call this one, too. What a peer says of itself counts more than what others say of it."""
+        old = self._peers.get(peer.id)
+        if peer.id == self.me or peer.id in self.state.removed or old == peer or (old and not said_itself):
+            return
+        if old is None and len(self._peers) >= MAX_PEERS:
+            return
+        self._peers[peer.id] = peer
+        self.links.dial(peer)
+        self._spawn(self._keep_peers())
+        self._hello_again()
 
     def _hello_again(self) -> None:
         self.links.broadcast(pb.LeadMessage(hello=self.hello()))
@@ -351,6 +360,7 @@ class Lead:
             return
         fresh, self.state = state.removed - self.state.removed, state
         await asyncio.to_thread(self._kept.keep_state, state)
+        self._tell()
         self.links.broadcast(pb.LeadMessage(state=encode(state)))
         for node in fresh:
             self.links.hang_up(node)
@@ -370,7 +380,6 @@ class Lead:
             await self._keep(self.state.changed(term, self.me, **wanted))
         except DwarfStarError as error:
             log.error("the cluster's state is not kept: %s", error.message)
-
 
 
 def _wire(peer: Peer) -> pb.Peer:

@@ -56,6 +56,9 @@ class Listener(Protocol):
     def opened(self, node: str, hello: pb.LeadHello, host: str) -> None:
         """A stream is open, or its peer says hello again. host: the peer's machine, as seen from here."""
 
+    def met(self, hello: pb.LeadHello, host: str) -> None:
+        """Who answered a call to an address (``meet``)."""
+
     def heard(self, node: str, message: pb.LeadMessage) -> None:
         """Anything but a hello."""
 
@@ -162,7 +165,7 @@ class Links:
                     raise PeerError(f"{first.me.id[:MAX_TEXT]} answers at {address}, and not {node}")
                 stream.node = check_node_id(first.me.id)
                 if once:
-                    self._listener.opened(stream.node, first, split_address(address)[0])
+                    self._listener.met(first, split_address(address)[0])
                     return
                 await self._run(stream, first, call.read, split_address(address)[0])
             except grpc.aio.AioRpcError as error:
@@ -201,9 +204,7 @@ class Links:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await reader
 
-    async def _run(
-        self, stream: _Stream, first: pb.LeadHello, read: Callable[[], Awaitable[Any]], host: str
-    ) -> None:
+    async def _run(self, stream: _Stream, first: pb.LeadHello, read: Callable[[], Awaitable[Any]], host: str) -> None:
         """Hear a stream that has begun, until it ends."""
         self._streams.setdefault(stream.node, []).append(stream)
         try:
