@@ -16,6 +16,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from dwarfstar_engine.errors import PeerError, VersionMismatch
 from dwarfstar_engine.node import daemon as daemon_module
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.discovery import Standing
 from dwarfstar_engine.node.facts import Facts, local_host
 from dwarfstar_engine.wire import channel, trust
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -478,7 +479,7 @@ def test_grpc_knows_every_option_that_is_set() -> None:
     assert channel.MIN_PING_INTERVAL_MS < channel.KEEPALIVE_MS
 
 
-class Moving:
+class Moving(Standing):
     """In the place of a search: one address after the other."""
 
     def __init__(self, *addresses: str) -> None:

@@ -105,7 +105,7 @@ class NodeDaemon:
         self._id, self._options = node_id, options
         self._stage: _Stage | None = None
         self._instance = secrets.token_hex(8)
-        self._outbox: asyncio.Queue[pb.NodeMessage] = asyncio.Queue(OUTBOX)
+        self._outbox: asyncio.Queue[pb.NodeMessage | None] = asyncio.Queue(OUTBOX)
         self._coordinator = ""
         self._seek: Seek = Fixed("")
         self._host = options.listen
@@ -189,6 +189,8 @@ class NodeDaemon:
                 raise TrustError(str(error.details()), code=REMOVED) from None
             raise PeerError(_trouble(coordinator, error, self._welcomed)) from None
         finally:
+            with contextlib.suppress(asyncio.QueueFull):  # else it is read to its end
+                self._outbox.put_nowait(None)  # gRPC does not end what it reads with the call
             beat.cancel()
             await asyncio.gather(beat, return_exceptions=True)
 
@@ -217,8 +219,8 @@ class NodeDaemon:
 
     async def _messages(self) -> AsyncIterator[pb.NodeMessage]:
         outbox = self._outbox
-        while True:
-            yield await outbox.get()
+        while (message := await outbox.get()) is not None:
+            yield message
 
     def _post(self, **what: Any) -> None:
         with contextlib.suppress(asyncio.QueueFull):  # a coordinator that does not read will miss heartbeats and know

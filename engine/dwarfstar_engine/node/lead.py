@@ -29,7 +29,7 @@ from dwarfstar_engine.cluster.ids import NodeId
 from dwarfstar_engine.cluster.leadership import TICK_S, Leadership
 from dwarfstar_engine.cluster.state import ClusterState, decode, encode, merge
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.node.gossip import MAX_PEERS, Peer
+from dwarfstar_engine.node.gossip import MAX_PEERS, MAX_TEXT, Peer
 from dwarfstar_engine.node.kept import Kept
 from dwarfstar_engine.node.lease_wire import message_from, message_to
 from dwarfstar_engine.node.links import Links, seen
@@ -42,6 +42,7 @@ EVENTS = 4096  # waiting for the machine: some seconds of a thousand nodes' answ
 STATE_S = 1.0
 FORGET_S = 30.0  # a node that is gone for so long is not waited for in an election
 FIND_S = 1.0  # between looks whether anybody is in reach
+START_S = 1.5  # after it came, for a leader to be heard of: a newcomer's election would disturb everybody
 MAX_URL = 300
 
 
@@ -65,6 +66,7 @@ class _Known:
     capable: bool
     gone: float
     api_url: str = ""
+    name: str = ""
 
 
 class Lead:
@@ -94,7 +96,7 @@ class Lead:
             NodeId(me),
             timings or lease.Timings(),
             time.monotonic(),
-            capable=chair is not None,
+            capable=False,  # until it has looked around
             vote=kept.vote(),
             peers={NodeId(node): True for node in self._peers},
             fenced=map(NodeId, self.state.removed),
@@ -106,6 +108,8 @@ class Lead:
         self._last = ""  # who led before
         self._changed = asyncio.Event()
         self._look_at = 0.0
+        self._able = chair is not None
+        self._rest_until: float | None = time.monotonic() + (START_S if self._peers else 0.0)  # None: it has served
         self.trouble: DwarfStarError | None = None  # nobody was found in the time given
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -132,8 +136,8 @@ class Lead:
         return now[1] if now else ""
 
     def name_of(self, node: str) -> str:
-        peer = self._own() if node == self.me else self._peers.get(node)
-        return peer.name if peer else node
+        peer, known = self._own() if node == self.me else self._peers.get(node), self._known.get(node)
+        return peer.name if peer else known.name if known and known.name else node
 
     def leader_address(self) -> str:
         """Where its control port is; empty: there is no leader, or no call to it is open."""
@@ -146,8 +150,8 @@ class Lead:
 
     def able(self, can: bool) -> None:
         """Whether this node could lead: it has what that takes."""
-        if self._machine.capable != can:
-            self._machine.capable = can
+        if self._able != can:
+            self._able = can
             self._hello_again()
 
     def own_peer(self) -> Peer:
@@ -177,6 +181,7 @@ class Lead:
         try:
             while True:
                 ticking = max(ticking + TICK_S, time.monotonic())
+                self._machine.capable = self._able and (self._rest_until or 0.0) <= time.monotonic()
                 await self._take(lease.Tick(random.random()))  # noqa: S311 - spreads candidates, guards nothing
                 self._forget_gone(time.monotonic())
                 await self._lead_state(time.monotonic())
@@ -209,7 +214,7 @@ class Lead:
             case lease.Send(to, message):
                 self.links.send(to, message_to(message))
             case lease.Serve(term, leader):
-                self._obeyed = term, leader
+                self._obeyed, self._rest_until = (term, leader), None
                 if leader != self.me:
                     log.info("%s leads term %d", self.name_of(leader), term)
                 self._tell()
@@ -273,7 +278,7 @@ class Lead:
         others = list(self._peers.values())[:MAX_PEERS]
         return pb.LeadHello(
             me=_wire(own),
-            capable=self._machine.capable,
+            capable=self._able,
             peers=[_wire(peer) for peer in others],
             api_url=self._api_url()[:MAX_URL],
         )
@@ -283,9 +288,11 @@ class Lead:
             return
         known = self._known.get(node)
         first = known is None or known.gone > 0.0
-        self._known[node] = _Known(hello.capable, 0.0, hello.api_url[:MAX_URL])
+        self._known[node] = _Known(hello.capable, 0.0, hello.api_url[:MAX_URL], hello.me.name[:MAX_TEXT])
         self._put(lease.PeerKnown(NodeId(node), hello.capable))
         self.met(hello, host)
+        if first and self._rest_until is not None:
+            self._rest_until = time.monotonic() + START_S
         if first:
             if self.state.version.term:
                 self.links.send(node, pb.LeadMessage(state=encode(self.state)))

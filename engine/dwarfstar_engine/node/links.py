@@ -70,12 +70,18 @@ class Listener(Protocol):
 class _Stream:
     node: str
     address: str  # where we called it; empty: it called us
-    outbox: asyncio.Queue[pb.LeadMessage] = field(default_factory=lambda: asyncio.Queue(OUTBOX))
+    outbox: asyncio.Queue[pb.LeadMessage | None] = field(default_factory=lambda: asyncio.Queue(OUTBOX))
 
     async def messages(self, first: pb.LeadMessage) -> AsyncIterator[pb.LeadMessage]:
         yield first
-        while True:
-            yield await self.outbox.get()
+        while (message := await self.outbox.get()) is not None:
+            yield message
+
+    def end(self) -> None:
+        """Let what reads ``messages`` come to its end: gRPC does not end it with the call."""
+        if self.outbox.full():
+            self.outbox.get_nowait()
+        self.outbox.put_nowait(None)
 
 
 class Links:
@@ -171,6 +177,7 @@ class Links:
             except grpc.aio.AioRpcError as error:
                 raise PeerError(str(error.details() or error.code())) from None
             finally:
+                stream.end()
                 call.cancel()
 
     # --- being called ---
@@ -190,15 +197,10 @@ class Links:
             return
         host = split_address(unquote(context.peer()).partition(":")[2])[0].strip("[]")
         reader = asyncio.create_task(self._run(stream, first, read, host))
-        sending = stream.messages(pb.LeadMessage(hello=self._listener.hello()))
+        reader.add_done_callback(lambda _: stream.end())
         try:
-            while True:
-                following = asyncio.ensure_future(anext(sending))
-                await asyncio.wait({following, reader}, return_when=asyncio.FIRST_COMPLETED)
-                if not following.done():
-                    following.cancel()
-                    return
-                yield following.result()
+            async for message in stream.messages(pb.LeadMessage(hello=self._listener.hello())):
+                yield message
         finally:
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
