@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -88,6 +89,14 @@ def ask(url: str) -> httpx.Response | None:
     return answer if answer.status_code == 200 else None
 
 
+@contextlib.contextmanager
+def stream(url: str) -> Iterator[Iterator[str]]:
+    """A long answer, piece by piece."""
+    body = {**BODY, "max_tokens": 200, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=DEADLINE_S) as answer:
+        yield answer.iter_text()
+
+
 def text(answer: httpx.Response) -> str:
     return str(answer.json()["choices"][0]["text"])
 
@@ -109,8 +118,7 @@ def cluster(folder: Path, model: str, *options: str) -> Iterator[Cluster]:
         with it.told():
             engine.wait_serving()
             for name in CAN_LEAD:
-                until(lambda name=name: plan_kept(it.home(name)) == len(NODES), f"{name} keeps the plan")
-                until(lambda name=name: "ready to lead" in it.nodes[name].output, f"{name} is ready")
+                until(partial(understudy, it, name), f"{name} could lead")
         yield it
 
 
@@ -118,6 +126,11 @@ def plan_kept(home: Path) -> int:
     """Stages of the plan that a node keeps."""
     plan = from_text(Kept(home / "member" / "lead").state().wishes.get("plan"), (), 0.0)
     return len(plan.nodes) if plan else 0
+
+
+def understudy(it: Cluster, name: str) -> bool:
+    """Whether this node could lead now, with all stages as they are."""
+    return plan_kept(it.home(name)) == len(NODES) and "ready to lead" in it.nodes[name].output
 
 
 def take_over(it: Cluster, fault: Callable[[], None]) -> tuple[str, float]:
@@ -135,11 +148,16 @@ def run(folder: Path, model: str, *options: str) -> None:
         before = engine.status()
         assert {stage.node for stage in before.stages} == set(NODES) and before.coordinator.leads
         said = until(lambda: ask(engine.url), "the engine answers")
+        assert said is not None
         for name in CAN_LEAD:  # they forward
             answer = ask(it.url(name))
             assert answer is not None and text(answer) == text(said)
         old = engine.url
-        leader, took_s = take_over(it, lambda: engine.kill(engine.pid))
+        with stream(it.url(CAN_LEAD[0])) as pieces:  # forwarded as it is written
+            assert "data: " in next(pieces)
+            leader, took_s = take_over(it, lambda: engine.kill(engine.pid))
+            with pytest.raises(httpx.RemoteProtocolError):  # it ends, and not as if it were whole
+                list(pieces)
         print(f"{model}: kill -9 to the first answer {took_s:.1f} s")
         assert took_s <= BAR_S
         status = it.status(leader)
@@ -164,7 +182,8 @@ def test_a_stopped_coordinator_steps_down_when_it_goes_on(tmp_path: Path) -> Non
         print(f"SIGSTOP to the first answer {took_s:.1f} s")
         os.kill(engine.pid, signal.SIGCONT)
         until(lambda: not engine.status().coordinator.leads, "the old one steps down")
-        followed = until(lambda: s if (s := engine.status()).state == "following" else None, "it knows who leads")
+        until(lambda: engine.status().state == "following", "it knows who leads")
+        followed = engine.status()
         led = it.status(leader)
         assert led is not None and followed.coordinator.leader == led.coordinator.leader
         assert followed.coordinator.term == led.coordinator.term > before.coordinator.term

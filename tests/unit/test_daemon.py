@@ -100,6 +100,18 @@ class Coordinator(control_pb2_grpc.ControlServicer):
     ) -> pb.RemoveNodeReply:
         raise AssertionError("a node removes no others")
 
+    async def Lead(
+        self, request_iterator: AsyncIterator[pb.LeadMessage], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.LeadMessage]:
+        raise AssertionError("nobody is elected here")
+        yield
+
+    async def Forward(
+        self, request_iterator: AsyncIterator[pb.ForwardPart], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.ForwardPart]:
+        raise AssertionError("nothing is forwarded here")
+        yield
+
     def tell(self, **what: Any) -> None:
         self._out.put_nowait(pb.CoordinatorMessage(**what))
 
