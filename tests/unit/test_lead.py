@@ -25,7 +25,7 @@ from dwarfstar_engine.node import tunnel
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.gossip import Peer
 from dwarfstar_engine.node.kept import Kept
-from dwarfstar_engine.node.lead import Lead
+from dwarfstar_engine.node.lead import Lead, removed_ids
 from dwarfstar_engine.node.led import Led
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, StatusView, ThroughputView
@@ -149,7 +149,7 @@ async def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
 
 async def test_a_leader_is_followed_replaced_and_follows_when_it_returns(machines: Make) -> None:
     first, second, plain = machines("alpha"), machines("beta"), machines("gamma")
-    first.wishes = {"model": "toy:8", "removed": frozenset({"k-x"})}
+    first.wishes = {"model": "toy:8", "overrides": {"k-x": {"removed": True}}}
     await first.start()
     assert await until(first.lead.leading) == 1 and first.begun == [1]
     await second.start(first)
@@ -160,7 +160,7 @@ async def test_a_leader_is_followed_replaced_and_follows_when_it_returns(machine
     assert term is not None and term[1] == "alpha" and followed.obeys(term[0]) and not followed.obeys(term[0] + 1)
     for other in (second, plain):
         await until(partial(_follows, other, first))
-        assert Kept(other.files.folder / "lead").state().removed == {"k-x"}
+        assert removed_ids(Kept(other.files.folder / "lead").state()) == {"k-x"}
     over = asyncio.create_task(followed.over())
     await until(lambda: second.id in plain.lead.links.open_to())  # gossip: it was told of the first only
     await first.stop()
@@ -182,9 +182,11 @@ async def test_a_removed_node_is_neither_called_nor_heard(machines: Make) -> Non
     await first.start()
     await second.start(first)
     await until(lambda: second.lead.leader == "alpha")
-    first.wishes = {"removed": frozenset({"beta"})}
-    await until(lambda: "beta" not in first.lead._peers and "beta" in first.lead.state.removed)
-    await until(lambda: second.lead._machine.removed and second.lead.serving() is None)
+    first.wishes = {"overrides": {"beta": {"removed": True}}}
+    await until(lambda: "beta" not in first.lead._peers and "beta" in first.lead.removed)
+    await until(lambda: second.lead.leader != "alpha")
+    first.wishes = {"overrides": {}}  # its owner has let it in again
+    await until(lambda: (led := second.lead.serving()) is not None and led == first.lead.serving())
 
 
 def _follows(node: Machine, leader: Machine) -> bool:

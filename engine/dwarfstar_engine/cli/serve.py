@@ -50,7 +50,7 @@ from dwarfstar_engine.node.facts import (
 )
 from dwarfstar_engine.node.gossip import Peer
 from dwarfstar_engine.node.kept import Kept
-from dwarfstar_engine.node.lead import Lead
+from dwarfstar_engine.node.lead import REMOVED, Lead
 from dwarfstar_engine.node.led import Led
 from dwarfstar_engine.node.local import LocalNode
 from dwarfstar_engine.node.mdns import Advertiser, instance
@@ -202,7 +202,7 @@ def _chair(coordinator: Coordinator, settings: Settings, source: Source) -> Chai
         with contextlib.suppress(TrustError):  # a damaged file is told of where it is used; what was kept stays
             told["keys"] = keys = keys_of(store.read())
             told["revoked"] = (state.revoked | state.keys.keys()) - keys.keys()
-            told["removed"] = state.removed | {node.id for node in roster.read().nodes if node.removed}
+            told["overrides"] = {node.id: {REMOVED: True} for node in roster.read().nodes if node.removed}
         return told
 
     return Chair(make, describe, forwarded_app(settings))

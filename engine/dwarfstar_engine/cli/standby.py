@@ -156,7 +156,7 @@ async def standing_by(
         stack.push_async_callback(understudy.close)
         chair = Chair(understudy.make, _describe, forwarded_app(settings))
         stack.push_async_callback(chair.close)
-        removed = Deputy(files.load().ca_pem, lambda node: node in chair.lead.state.removed)
+        removed = Deputy(files.load().ca_pem, lambda node: node in chair.lead.removed)
         chair.service = ControlService(None, removed, on_stop, chair)
         port = 0
 

@@ -44,6 +44,7 @@ FORGET_S = 30.0  # a node that is gone for so long is not waited for in an elect
 FIND_S = 1.0  # between looks whether anybody is in reach
 START_S = 1.5  # after it came, for a leader to be heard of: a newcomer's election would disturb everybody
 MAX_URL = 300
+REMOVED = "removed"  # of the state's overrides
 
 
 class Chair(Protocol):
@@ -72,7 +73,7 @@ class _Known:
 class Lead:
     """See the module. me: as in the certificate of ``trust``, which it shows. own: how others call this node, with no
     control port if they cannot. chair None: this node cannot lead. find: where to meet somebody of the cluster when
-    nobody is known; None: peers come by themselves. fenced(node): its owner removed it."""
+    nobody is known; None: peers come by themselves."""
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class Lead:
         self.me, self._kept, self._own, self._chair = me, kept, own, chair
         self._find, self._api_url = find, api_url
         self.state = kept.state()
+        self.removed = removed_ids(self.state)
         self.boot_version = self.state.version
         self._peers = {peer.id: peer for peer in kept.peers() if peer.id != me}  # that can be called
         self._known: dict[str, _Known] = {}
@@ -283,8 +285,11 @@ class Lead:
             api_url=self._api_url()[:MAX_URL],
         )
 
+    def admits(self, node: str) -> bool:
+        return node not in self.removed
+
     def opened(self, node: str, hello: pb.LeadHello, host: str) -> None:
-        if node in self.state.removed or node == self.me:
+        if node in self.removed or node == self.me:
             return
         known = self._known.get(node)
         first = known is None or known.gone > 0.0
@@ -308,7 +313,7 @@ class Lead:
                 self._meet_peer(one, said_itself=False)
 
     def heard(self, node: str, message: pb.LeadMessage) -> None:
-        if node in self.state.removed:
+        if node in self.removed:
             return
         if message.HasField("state"):
             if (known := self._known.get(node)) is not None and known.capable:
@@ -328,7 +333,7 @@ class Lead:
     def _meet_peer(self, peer: Peer, *, said_itself: bool) -> None:
         """Call this one, too. What a peer says of itself counts more than what others say of it."""
         old = self._peers.get(peer.id)
-        if peer.id == self.me or peer.id in self.state.removed or old == peer or (old and not said_itself):
+        if peer.id == self.me or peer.id in self.removed or old == peer or (old and not said_itself):
             return
         if old is None and len(self._peers) >= MAX_PEERS:
             return
@@ -365,15 +370,16 @@ class Lead:
         """Keep a state and pass it on, if it is another one. Raises TrustError, ClusterError."""
         if state is self.state:
             return
-        fresh, self.state = state.removed - self.state.removed, state
+        before, self.state, self.removed = self.removed, state, removed_ids(state)
         await asyncio.to_thread(self._kept.keep_state, state)
         self._tell()
         self.links.broadcast(pb.LeadMessage(state=encode(state)))
-        for node in fresh:
+        for node in self.removed - before:
             self.links.hang_up(node)
             self._peers.pop(node, None)
             self._known.pop(node, None)
-            await self._take(lease.PeerRemoved(NodeId(node)))
+            fence = lease.PeerRemoved if node in state.removed else lease.PeerForgotten
+            await self._take(fence(NodeId(node)))
 
     async def _lead_state(self, now: float) -> None:
         """As the leader, change what has changed here."""
@@ -387,6 +393,12 @@ class Lead:
             await self._keep(self.state.changed(term, self.me, **wanted))
         except DwarfStarError as error:
             log.error("the cluster's state is not kept: %s", error.message)
+
+
+def removed_ids(state: ClusterState) -> frozenset[str]:
+    """Nodes that their owner removed. Those that may be let in again stand in the overrides: what is in
+    ``state.removed`` stays there for ever."""
+    return state.removed | {node for node, values in state.overrides.items() if values.get(REMOVED) is True}
 
 
 def _wire(peer: Peer) -> pb.Peer:

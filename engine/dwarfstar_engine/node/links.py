@@ -53,6 +53,9 @@ class Listener(Protocol):
     def hello(self) -> pb.LeadHello:
         """What we say of ourselves."""
 
+    def admits(self, node: str) -> bool:
+        """Whether a stream to this node may be: its owner has not removed it."""
+
     def opened(self, node: str, hello: pb.LeadHello, host: str) -> None:
         """A stream is open, or its peer says hello again. host: the peer's machine, as seen from here."""
 
@@ -128,8 +131,10 @@ class Links:
                 self._dialing[peer.id] = asyncio.create_task(self._keep(peer.id), name=f"lead-{peer.id}")
 
     def hang_up(self, node: str) -> None:
-        """Call this node no more."""
+        """Call this node no more, and end what is open."""
         self._where.pop(node, None)
+        for stream in self._streams.get(node, ()):
+            stream.end()
         if (task := self._dialing.pop(node, None)) is not None:
             task.cancel()
 
@@ -170,6 +175,8 @@ class Links:
                 if node not in ("", first.me.id):
                     raise PeerError(f"{first.me.id[:MAX_TEXT]} answers at {address}, and not {node}")
                 stream.node = check_node_id(first.me.id)
+                if not self._listener.admits(stream.node):
+                    raise PeerError(f"{stream.node} was removed from the cluster")
                 if once:
                     self._listener.met(first, split_address(address)[0])
                     return
@@ -193,7 +200,8 @@ class Links:
 
         first = await _first(read())
         stream = _Stream(channel.peer_node_id(context), "")
-        if first.me.id != stream.node or len(self._streams.get(stream.node, ())) >= MAX_STREAMS:
+        many = len(self._streams.get(stream.node, ())) >= MAX_STREAMS
+        if first.me.id != stream.node or many or not self._listener.admits(stream.node):
             return
         host = split_address(unquote(context.peer()).partition(":")[2])[0].strip("[]")
         reader = asyncio.create_task(self._run(stream, first, read, host))
