@@ -44,6 +44,8 @@ class Settings(BaseModel):
     """Certificate of the HTTP API, PEM, its issuers' behind it; with ``tls_key`` the API is HTTPS."""
     tls_key: Path | None = None
     """Private key of ``tls_cert``, PEM, without a passphrase."""
+    can_lead: bool = False
+    """Of a node: take the coordinator's place when that is lost. It needs the model's file."""
     certificate_hours: float = Field(default=24.0 * 365, gt=0, le=24.0 * 3650)
     """How long a node's certificate is good; it is renewed by itself at two thirds of that."""
     discovery: bool = True

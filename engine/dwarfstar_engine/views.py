@@ -16,6 +16,8 @@ class CoordinatorView(View):
     address: str
     term: int
     api_url: str
+    leader: str = ""  # id of the node that leads; empty: nobody, as far as is known
+    leads: bool = True  # whether it is the one asked
 
 
 class ModelView(View):
@@ -80,7 +82,7 @@ class StatusView(View):
     coordinator: CoordinatorView
     model: ModelView | None
     epoch: int
-    state: str  # starting | serving | unavailable
+    state: str  # starting | serving | unavailable | following
     reason: str  # why not serving; empty when it is
     nodes: tuple[NodeView, ...]
     stages: tuple[StageView, ...]

@@ -17,6 +17,7 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 from dwarfstar_engine.errors import PeerError, VersionMismatch
 from dwarfstar_engine.node import daemon as daemon_module
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.discovery import Standing
 from dwarfstar_engine.node.facts import Facts, local_host
 from dwarfstar_engine.node.room import MAX_STAGES
 from dwarfstar_engine.wire import channel, trust
@@ -109,6 +110,18 @@ class Coordinator(control_pb2_grpc.ControlServicer):
         self, request: pb.RemoveNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.RemoveNodeReply:
         raise AssertionError("a node removes no others")
+
+    async def Lead(
+        self, request_iterator: AsyncIterator[pb.LeadMessage], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.LeadMessage]:
+        raise AssertionError("nobody is elected here")
+        yield
+
+    async def Forward(
+        self, request_iterator: AsyncIterator[pb.ForwardPart], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.ForwardPart]:
+        raise AssertionError("nothing is forwarded here")
+        yield
 
     def tell(self, **what: Any) -> None:
         self._out.put_nowait(pb.CoordinatorMessage(**what))
@@ -591,7 +604,7 @@ def test_grpc_knows_every_option_that_is_set() -> None:
     assert channel.MIN_PING_INTERVAL_MS < channel.KEEPALIVE_MS
 
 
-class Moving:
+class Moving(Standing):
     """In the place of a search: one address after the other."""
 
     def __init__(self, *addresses: str) -> None:

@@ -14,13 +14,13 @@ from dwarfstar_engine.wire.trust import OWNER
 
 
 def member(name: str, host: str) -> Member:
-    return Member(name, name, host, pb.Device(), 0.0)
+    return Member(name, name, host, pb.Device())
 
 
 def test_two_stages_of_one_node_are_told_apart() -> None:
     a, b = member("a", "10.0.0.1"), member("b", "10.0.0.2")
     plans = [StagePlan("a", (0, 3), 1, 0), StagePlan("b", (3, 6), 1, 0), StagePlan("b", (6, 8), 1, 0)]
-    epoch = Epoch(1, 7, tuple(Stage(plan, node) for plan, node in zip(plans, (a, b, b), strict=True)))
+    epoch = Epoch(1, 7, OWNER, tuple(Stage(plan, node) for plan, node in zip(plans, (a, b, b), strict=True)))
     for index, stage in enumerate(epoch.stages):
         stage.heard(
             pb.StageEvent(
@@ -44,8 +44,8 @@ def test_two_stages_of_one_node_are_told_apart() -> None:
 def test_an_assignment_says_what_the_slice_will_take() -> None:
     settings, source = Settings(slots=1), open_source("toy:8", Path())
     plan = StagePlan("a", (0, 3), 3 << 20, 100)
-    told = Epoch(1, 7).assign(plan, settings, source, 64, frozenset({2}), standby=True)
+    told = Epoch(1, 7, OWNER).assign(plan, settings, source, 64, frozenset({2}), standby=True)
     assert (told.layer_begin, told.layer_end, told.first, told.last, told.standby) == (0, 3, True, False, True)
     assert told.bytes > plan.weights_bytes + plan.kv_bytes and list(told.options.ends) == [2]
-    last = Epoch(1, 7).assign(StagePlan("a", (3, 8), 1, 0), settings, source, 64, frozenset(), standby=False)
+    last = Epoch(1, 7, OWNER).assign(StagePlan("a", (3, 8), 1, 0), settings, source, 64, frozenset(), standby=False)
     assert (last.first, last.last, last.standby) == (False, True, False)

@@ -81,6 +81,18 @@ class Control(control_pb2_grpc.ControlServicer):
     ) -> pb.RemoveNodeReply:
         raise AssertionError("a search removes nobody")
 
+    async def Lead(
+        self, request_iterator: AsyncIterator[pb.LeadMessage], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.LeadMessage]:
+        raise AssertionError("nobody is elected here")
+        yield
+
+    async def Forward(
+        self, request_iterator: AsyncIterator[pb.ForwardPart], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.ForwardPart]:
+        raise AssertionError("nothing is forwarded here")
+        yield
+
 
 @asynccontextmanager
 async def controlling(files: NodeFiles, service: Control | None) -> AsyncIterator[str]:

@@ -38,7 +38,7 @@ class Played:
         self.members: dict[str, Member] = {}
         self.planned: Plan | None = None
         self.gone_at = -1e9
-        self.ring = Epoch(1, 1)
+        self.ring = Epoch(1, 1, "coordinator")
         self.serving = True
         self.idle = 0.0
         self.best: dict[frozenset[str], Plan] = {}
@@ -54,7 +54,9 @@ class Played:
 
     def serve(self, plan: Plan) -> None:
         self.planned, self.serving, self.epoch = plan, True, self.epoch + 1
-        self.ring = Epoch(1, self.epoch, tuple(Stage(one, self.members[one.node]) for one in plan.stages))
+        self.ring = Epoch(
+            1, self.epoch, "coordinator", tuple(Stage(one, self.members[one.node]) for one in plan.stages)
+        )
         for one in plan.stages:
             self.say(self.members[one.node], *one.layers, pb.STAGE_STATE_LINKED)
         self.moves.served(-1e9)

@@ -32,7 +32,7 @@ class Desk:
 
     def ring(self, number: int, *shares: tuple[str, int, int]) -> Epoch:
         stages = tuple(Stage(StagePlan(key, (a, b), 1 << 29, 0), self.members[key]) for key, a, b in shares)
-        return Epoch(1, number, stages)
+        return Epoch(1, number, "coordinator", stages)
 
     def fresh(self) -> list[EventView]:
         """The events since the last look."""
@@ -76,7 +76,8 @@ def test_a_stage_is_loading_ready_and_failed_once_each(desk: Desk) -> None:
     ring, member = desk.ring(4, ("a", 0, 5)), desk.members["a"]
 
     def say(state: pb.StageState.ValueType, epoch: int = 4, **more: Any) -> list[tuple[str, str]]:
-        desk.news.stage(member, pb.StageEvent(epoch=epoch, state=state, pid=9, **more), ring)
+        layers = pb.Slice(begin=0, end=5)
+        desk.news.stage(member, pb.StageEvent(epoch=epoch, state=state, pid=9, layers=layers, **more), ring)
         return [(event.kind, event.cause) for event in desk.fresh()]
 
     loading, ready = (
@@ -96,6 +97,9 @@ def test_a_stage_is_loading_ready_and_failed_once_each(desk: Desk) -> None:
     assert say(pb.STAGE_STATE_FAILED, 5) == [("stage_failed", "the stage on node a failed")]
     desk.news.forget(member)
     assert say(pb.STAGE_STATE_READY, 5) == [("stage_ready", f"{ready}: it was loaded already")]
+    assert say(pb.STAGE_STATE_EXITED, 5, code="released", detail="it was released") == []  # as it was told to
+    copy = "a copy of layers 0–4 is being loaded on node a"
+    assert say(pb.STAGE_STATE_LOADING, 3, standby=True) == [("stage_loading", copy)]
 
 
 def test_a_model_is_loaded_once_and_epochs_are_numbered(desk: Desk, tmp_path: Path) -> None:

@@ -35,11 +35,13 @@ def broken(tmp_path: Path) -> Coordinator:
     source = open_source("toy:9", tmp_path, settings.kv)
     coordinator = Coordinator(settings, source, ToyVocab(), NodeFiles(tmp_path), "coordinator")
     for name in "abc":
-        coordinator.attach(Member(name, name, "127.0.0.1", pb.Device(effective_vram_bytes=1 << 30), 1e12))
+        coordinator.nodes.attach(Member(name, name, "127.0.0.1", pb.Device(effective_vram_bytes=1 << 30)))
     coordinator.planned = coordinator.plan()
     stages = coordinator.planned.stages
     members = [coordinator.members[stage.node] for stage in stages]
-    coordinator._ring = Epoch(1, 0, tuple(Stage(plan, node) for plan, node in zip(stages, members, strict=True)))
+    coordinator._ring = Epoch(
+        1, 0, "coordinator", tuple(Stage(plan, node) for plan, node in zip(stages, members, strict=True))
+    )
     for index, stage in enumerate(stages):
         say(coordinator, stage.node, stage.layers, pb.STAGE_STATE_LINKED)
         say(coordinator, stages[index - 1].node, stage.layers, pb.STAGE_STATE_READY)
@@ -58,15 +60,15 @@ async def test_a_dead_stages_copy_follows_it_and_its_death_is_waited_for(broken:
     assert broken.planned is not None
     say(broken, "b", broken.planned.stages[1].layers, pb.STAGE_STATE_EXITED)
     await asyncio.wait_for(settling, DEADLINE_S)
-    plan = broken._next_plan()
+    _, plan = broken._next_plan()
     assert nodes(plan) == ["a", "a", "c"]
     assert [stage.layers for stage in plan.stages] == [stage.layers for stage in broken.planned.stages]
 
 
 async def test_so_does_that_of_a_lost_node(broken: Coordinator) -> None:
-    broken.detach(broken.members["c"])
+    broken.nodes.broken(broken.members["c"])
     await asyncio.wait_for(broken._settle(), DEADLINE_S)
-    assert nodes(broken._next_plan()) == ["a", "b", "b"]
+    assert nodes(broken._next_plan()[1]) == ["a", "b", "b"]
 
 
 async def test_a_lost_connection_leaves_all_stages_where_they_are(
@@ -74,29 +76,29 @@ async def test_a_lost_connection_leaves_all_stages_where_they_are(
 ) -> None:
     monkeypatch.setattr(coordinator_module, "SETTLE_S", 0.01)
     await asyncio.wait_for(broken._settle(), DEADLINE_S)
-    assert nodes(broken._next_plan()) == ["a", "b", "c"]
+    assert nodes(broken._next_plan()[1]) == ["a", "b", "c"]
 
 
 async def test_a_take_over_that_failed_is_not_tried_again(broken: Coordinator) -> None:
-    broken.detach(broken.members["c"])
+    broken.nodes.broken(broken.members["c"])
     broken._sound = False
-    assert nodes(broken._next_plan()) == ["a", "b"]
+    assert nodes(broken._next_plan()[1]) == ["a", "b"]
 
 
 async def test_a_prepared_plan_comes_first_unless_a_node_of_it_is_gone(broken: Coordinator) -> None:
     prepared = broken.plan(without=("b",))
     broken.switch(prepared, "it is loaded")
-    assert nodes(broken._next_plan()) == ["a", "c"]
+    assert nodes(broken._next_plan()[1]) == ["a", "c"]
     broken._next = prepared
-    broken.detach(broken.members["c"])
-    assert nodes(broken._next_plan()) == ["a", "b", "b"]
+    broken.nodes.broken(broken.members["c"])
+    assert nodes(broken._next_plan()[1]) == ["a", "b", "b"]
 
 
 async def test_drained_nodes_take_nothing_over(broken: Coordinator) -> None:
     broken.members["a"].drained = True
     assert broken.planned is not None
     say(broken, "b", broken.planned.stages[1].layers, pb.STAGE_STATE_EXITED)
-    assert nodes(broken._next_plan()) == ["b", "c"]
+    assert nodes(broken._next_plan()[1]) == ["b", "c"]
     for node in broken.members.values():
         node.drained = True
     with pytest.raises(PlanError):

@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from dwarfstar_engine.node import vitals as vitals_module
-from dwarfstar_engine.node.members import Member
 from dwarfstar_engine.node.nvidia import Gpus, Nvidia
 from dwarfstar_engine.node.vitals import Sensed, Vitals, processor_c, reported
 from dwarfstar_engine.stage.worker import Counted
@@ -145,10 +144,3 @@ def test_a_stage_tells_the_means_of_its_last_second() -> None:
     report = pb.StageReport(**reported({**told, "busy": 0.5, "rss": 99}))
     assert (report.rows_s, report.compute_ms, report.wait_ms, report.busy, report.rss_bytes) == (4, 5, 10, 0.5, 99)
     assert pb.StageReport(**reported({})) == pb.StageReport()
-
-
-def test_a_member_without_a_stage_has_an_empty_report() -> None:
-    member = Member("a", "a", "10.0.0.1", pb.Device())
-    assert member.report == pb.StageReport()
-    member.live = pb.Heartbeat(stages=[pb.StageReport(rss_bytes=5)])
-    assert member.report.rss_bytes == 5

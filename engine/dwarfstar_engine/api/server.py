@@ -13,7 +13,6 @@ from typing import Any
 
 import httptools
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 << 10  # h11's bound; the largest heads met, of browsers with cookies, are a quarter of it
@@ -72,7 +71,7 @@ class Protocol(HttpToolsProtocol):
             super().on_message_complete()
 
 
-def http_server(app: FastAPI, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+def http_server(app: Any, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
     """A server of ``app`` for the running event loop; it logs nothing of its own and knows HTTP only.
 
     tls: what it encrypts with; None: it does not.

@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,11 +26,24 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dwarfstar_engine.cli import remote, running
+from dwarfstar_engine.cli.standby import standing_by
 from dwarfstar_engine.errors import DwarfStarError, PeerError, SettingsError, TrustError
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
-from dwarfstar_engine.node.discovery import Finder, Fixed, Seek, find_joining
-from dwarfstar_engine.node.facts import default_threads, is_loopback, measure, outward_host, reached_host, shown_host
+from dwarfstar_engine.node.discovery import Finder, Fixed, find_joining
+from dwarfstar_engine.node.facts import (
+    default_threads,
+    is_loopback,
+    local_host,
+    measure,
+    outward_host,
+    reached_host,
+    shown_host,
+)
+from dwarfstar_engine.node.gossip import MAX_TEXT, Peer
+from dwarfstar_engine.node.kept import Kept
+from dwarfstar_engine.node.lead import Lead
+from dwarfstar_engine.node.led import Led
 from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.wire.enrol import join as join_cluster
@@ -52,6 +65,7 @@ log = logging.getLogger("dwarfstar.node")
 
 MAX_MEMBERSHIP_BYTES = 4096
 TYPED_S = 10.0  # for several addresses given by hand: one of them answers within it, or they are wrong
+RESOLVE_S = 10.0  # for the coordinator's name
 AGAIN_S = 1.0  # before the search begins anew, when joining failed at what was found
 ANY = "0.0.0.0"  # noqa: S104 - all addresses, in the place of none given
 CONTROL_PORT: int = Settings.model_fields["control_port"].default
@@ -95,14 +109,19 @@ async def lend(
                 f"a node runs from {settings.home} already: stop that one, or give another --home",
                 code="already_running",
             ) from None
-        where: Seek = Fixed(attach) if attach else await _member(files, settings, joins, token, timeout_s)
+        finder = Fixed(attach) if attach else await _member(files, settings, joins, token, timeout_s)
         if not files.exists():
             raise TrustError(f"{files.folder} holds no certificate: join with the line that `dwarfstar token` prints.")
         identity = files.load()
         check_identity(identity, utc_now())
+        listen = _listen(settings, local=attach is not None)
+        if (
+            settings.can_lead and not listen and isinstance(finder, Finder)
+        ):  # the same whoever leads, or stages would have to move
+            listen = await local_host(finder.last, RESOLVE_S)
         options = NodeOptions(
             name=settings.name or socket.gethostname(),
-            listen=_listen(settings, local=attach is not None),
+            listen=listen,
             models=settings.models_dir,
             trust=files,
             facts=measure(settings.effective_vram),
@@ -112,12 +131,49 @@ async def lend(
             split_mode=settings.split_mode,
         )
         daemon = NodeDaemon(certificate_node_id(identity.certificate_pem), options)
-        await _until_stopped(daemon, where, watch_parent, settings.drain_s)
+        await _until_stopped(daemon, _run(settings, files, options, finder, daemon), watch_parent, settings.drain_s)
 
 
-async def _until_stopped(daemon: NodeDaemon, where: Seek, watch_parent: bool, drain_s: float) -> None:
+async def _run(
+    settings: Settings, files: NodeFiles, options: NodeOptions, finder: Fixed | Finder, daemon: NodeDaemon
+) -> None:
+    """Lend this machine. Local nodes belong to their engine; others follow whoever leads, and may lead themselves."""
+    me = daemon.id
+    if isinstance(finder, Fixed):
+        await daemon.run(finder)
+        return
+    work = asyncio.current_task()
+    assert work is not None
+    async with contextlib.AsyncExitStack() as stack:
+        others: list[asyncio.Task[None]] = []
+        if settings.can_lead:
+            standing = standing_by(settings, files, me, options.name, options.listen, finder, lambda: _stop(work))
+            where, lead, others = await stack.enter_async_context(standing)
+            daemon.control_port = lead.own_peer().control_port
+        else:
+            peer = Peer(id=me, name=options.name[:MAX_TEXT], hosts=())
+            lead = Lead(me, files, Kept(files.folder / "lead"), lambda: peer, find=finder.coordinator)
+            where = Led(lead, str, finder)
+        tasks = [asyncio.create_task(daemon.run(where)), asyncio.create_task(lead.run())]
+        try:
+            done, _ = await asyncio.wait([*tasks, *others], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stop(work: asyncio.Task[Any]) -> None:
+    work.cancel()
+
+
+async def _until_stopped(
+    daemon: NodeDaemon, running_node: Coroutine[Any, Any, None], watch_parent: bool, drain_s: float
+) -> None:
     """Run until a signal. SIGTERM lets the layers move away first, for ``drain_s`` at most; a second one does not."""
-    work = asyncio.create_task(daemon.run(where), name="node")
+    work = asyncio.create_task(running_node, name="node")
     loop = asyncio.get_running_loop()
     leaving: list[asyncio.Task[None]] = []
 
@@ -161,7 +217,7 @@ def join_address(text: str) -> str:
 
 async def _member(
     files: NodeFiles, settings: Settings, joins: tuple[str, ...], token_text: str | None, timeout_s: float | None
-) -> Seek:
+) -> Finder:
     """The way to the coordinator; joins first if that is asked for and not done yet. Raises as ``lend`` does."""
     known = _read_membership(files)
     finder = Finder(files, settings.discovery, timeout_s=timeout_s, last=known.coordinator if known else "")

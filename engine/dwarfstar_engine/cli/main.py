@@ -182,6 +182,11 @@ def node(
     token: Annotated[str | None, typer.Option(help="Join token, from `dwarfstar token` there.")] = None,
     attach: Annotated[str | None, typer.Option(hidden=True)] = None,
     effective_vram: Annotated[float | None, typer.Option(help="GiB to lend.")] = None,
+    can_lead: Annotated[
+        bool | None, typer.Option("--can-lead", help="Take the coordinator's place when that is lost.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="With --can-lead: address of the HTTP API.")] = None,
+    port: Annotated[int | None, typer.Option(help="With --can-lead: port of the HTTP API; 0 takes a free one.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the stage.")] = None,
     cpus: Annotated[str | None, typer.Option(help="Cores to pin the stage to, as in 0,1.")] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers on the GPU; -1: all.")] = None,
@@ -205,6 +210,7 @@ def node(
     settings = _settings(
         effective_vram=effective_vram, threads=threads, gpu_layers=gpu_layers, split_mode=split_mode,
         control_host=listen, name=name, discovery=discovery, home=home, models=models,
+        can_lead=can_lead, host=host, port=port,
     )  # fmt: skip
     _log_to_stderr(True)
     pinned = _numbers(cpus, "cpus") or ()

@@ -24,7 +24,7 @@ STOP_S = 15.0  # until a stopped engine's process is gone
 
 
 def _call(engine: running.Running, home: Path, name: str, request: Any, timeout_s: float = CALL_S) -> Any:
-    credentials = channel.channel_credentials(NodeFiles(home / "trust"))
+    credentials = channel.channel_credentials(NodeFiles(home / engine.trust))
     options = channel.channel_options(channel.MAX_CONTROL_BYTES)
     with grpc.secure_channel(engine.control, credentials, options=options) as link:
         try:
@@ -64,7 +64,7 @@ def remove_node(engine: running.Running, home: Path, wanted: str) -> tuple[str, 
 
 def events(engine: running.Running, home: Path, since: int, *, follow: bool) -> Iterator[EventsView]:
     """The events after a number; with ``follow`` also those to come, without end. Raises DwarfStarError."""
-    credentials = channel.channel_credentials(NodeFiles(home / "trust"))
+    credentials = channel.channel_credentials(NodeFiles(home / engine.trust))
     options = channel.channel_options(channel.MAX_CONTROL_BYTES)
     request = pb.EventsRequest(since=since, follow=follow)
     with grpc.secure_channel(engine.control, credentials, options=options) as link:

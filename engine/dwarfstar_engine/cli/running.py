@@ -20,7 +20,8 @@ class Running(BaseModel):
     """Where a running engine can be reached. ``started``: the process's start time, so that a reused pid is seen.
 
     join: where other machines join the cluster. certificate: file of the HTTP API's certificate, if it is HTTPS.
-    discovery: machines that join find it without being told where.
+    discovery: machines that join find it without being told where. trust: folder, in the home, of the certificate that
+    it is asked with.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -32,6 +33,7 @@ class Running(BaseModel):
     join: str = ""
     certificate: str = ""
     discovery: bool = False
+    trust: str = "trust"
 
 
 def _file(home: Path) -> Path:
@@ -107,7 +109,15 @@ def _lock(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def announce(home: Path, control: str, api_url: str, join: str, certificate: str = "", discovery: bool = False) -> None:
+def announce(
+    home: Path,
+    control: str,
+    api_url: str,
+    join: str,
+    certificate: str = "",
+    discovery: bool = False,
+    trust: str = "trust",
+) -> None:
     """Write the file for this process, whole or not at all."""
     path = _file(home)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +129,7 @@ def announce(home: Path, control: str, api_url: str, join: str, certificate: str
         join=join,
         certificate=certificate,
         discovery=discovery,
+        trust=trust,
     )
     draft = path.with_suffix(".new")
     draft.write_text(json.dumps(running.model_dump()), "utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import random
@@ -13,26 +12,30 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import grpc.aio
 
-from dwarfstar_engine.api.app import create_app
-from dwarfstar_engine.api.server import http_server
-from dwarfstar_engine.cli import running, telling
-from dwarfstar_engine.cli.door import Door, open_door
+from dwarfstar_engine.api.keybook import KeyStore, key_folder
+from dwarfstar_engine.cli import running, shared, telling
+from dwarfstar_engine.cli.door import open_door
+from dwarfstar_engine.cli.front import Front, forwarded_app, keys_of
+from dwarfstar_engine.cli.sockets import bind, port_of
+from dwarfstar_engine.cli.standby import control_server, serve_http
 from dwarfstar_engine.cluster.candidates import MAX_HOSTS, Advert, Interface
-from dwarfstar_engine.errors import SettingsError
+from dwarfstar_engine.cluster.state import ClusterState
+from dwarfstar_engine.errors import TrustError
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
+from dwarfstar_engine.node.chair import Chair
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
-from dwarfstar_engine.node.discovery import cluster_id
+from dwarfstar_engine.node.discovery import Seek, cluster_id
 from dwarfstar_engine.node.drafter import Drafter, DraftOptions
 from dwarfstar_engine.node.facts import (
     GIB,
@@ -43,20 +46,24 @@ from dwarfstar_engine.node.facts import (
     is_loopback,
     measure,
     reached_host,
+    shown_host,
 )
 from dwarfstar_engine.node.gossip import Peer
+from dwarfstar_engine.node.kept import Kept
+from dwarfstar_engine.node.lead import REMOVED, Lead
+from dwarfstar_engine.node.led import Led
 from dwarfstar_engine.node.local import LocalNode
 from dwarfstar_engine.node.mdns import Advertiser, instance
 from dwarfstar_engine.node.needs import kv_cells, reserve_bytes
+from dwarfstar_engine.node.roster import RosterStore
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
+from dwarfstar_engine.node.tunnel import Tunnel
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.stage.fingerprint import fingerprint
-from dwarfstar_engine.wire import channel
-from dwarfstar_engine.wire import door as ports
+from dwarfstar_engine.views import StatusView
 from dwarfstar_engine.wire.enrol import Enrolment, join_port, serve_enrolment
-from dwarfstar_engine.wire.generated.control_pb2_grpc import add_ControlServicer_to_server
 from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.trust import (
     OWNER,
@@ -106,7 +113,7 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
     lent_gib = _lent_gib(start, settings, source)
     for line in telling.opening(source, settings, local, lent_gib):
         say(line)
-    listener = _bind(settings.host, settings.port, "")
+    listener = bind(settings.host, settings.port, "")
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
         door = open_door(settings, listener.getsockname(), utc_now())
@@ -128,24 +135,39 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
         if coordinator.drafter is not None:
             stack.push_async_callback(coordinator.drafter.close)
-        control = await _control(coordinator, admission, settings, trust, stopping.set)
+        chair = _chair(coordinator, settings, source)
+        chair.service = ControlService(None, admission, stopping.set, chair)
+        chair.lead = lead = Lead(
+            OWNER,
+            trust,
+            Kept(trust.folder / "lead"),
+            lambda: coordinator.gossip.own or Peer(id=OWNER, name=OWNER, hosts=()),
+            chair,
+            api_url=lambda: door.url,
+        )
+        host, wanted = shown_host(settings.control_host), settings.control_port
+        # gRPC would say why it cannot listen in a log line of its own; a plain socket tells us.
+        bind(settings.control_host, wanted, "control-").close()
+        control, port = await control_server(chair, admission.refusal, trust, host, wanted)
+        coordinator.address = chair.address = f"{shown_host(reached_host(settings.control_host))}:{port}"
         stack.push_async_callback(control.stop, 0.5)
+        stack.push_async_callback(chair.close)
         joining, join = await _joining(admission, trust, settings, coordinator.address)
         stack.push_async_callback(joining.stop, 0.5)
         stack.callback(running.withdraw, settings.home)
-        coordinator.api_url = door.url
+        coordinator.api_url = chair.api_url = door.url
         # On this machine by loopback, where it listens there: the outward address may change.
-        own = f"127.0.0.1:{_port(coordinator.address)}" if is_any(settings.control_host) else coordinator.address
+        own = f"127.0.0.1:{port_of(coordinator.address)}" if is_any(settings.control_host) else coordinator.address
         running.announce(settings.home, own, door.url, join, door.certificate, found)
         nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, admission)
         for node in nodes:
             stack.push_async_callback(node.stop)
             await node.start()
-        tasks = [asyncio.create_task(coordinator.run(), name="coordinator")]
+        advertiser = _advertiser(coordinator, authority, settings, port_of(join))
+        tasks = [asyncio.create_task(lead.run(), name="lead")]
         if not local:
             _issue_own(settings, admission)
-            tasks.append(asyncio.create_task(_own_node(settings, own), name="node"))
-        advertiser = _advertiser(coordinator, authority, settings, _port(join))
+            tasks.append(asyncio.create_task(_own_node(settings, Led(lead, lambda: own)), name="node"))
         if found:
             tasks.append(asyncio.create_task(advertiser.run(), name="adverts"))
         renew = renewal.by_authority(authority, lifetime, utc_now)
@@ -153,8 +175,11 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
             renewing = renewal.keep_renewed(files, renew, utc_now, random.random)
             tasks.append(asyncio.create_task(renewing, name="renewal"))
         stack.push_async_callback(_cancel, tasks)
-        http = asyncio.create_task(_http(coordinator, listener, settings, door, stopping), name="http")
-        teller = asyncio.create_task(telling.tell(coordinator, say, started, settings.home, door.curl))
+        tunnel = Tunnel(trust)
+        stack.push_async_callback(tunnel.close)
+        front = Front(chair, tunnel, door.gate, settings, public=door.public)
+        http = asyncio.create_task(serve_http(front, listener, door.tls, stopping), name="http")
+        teller = asyncio.create_task(telling.tell(_Told(chair), say, started, settings.home, door.curl))
         stack.push_async_callback(_cancel, [teller])
         stopped = asyncio.create_task(stopping.wait())
         done, _ = await asyncio.wait([stopped, http, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -164,6 +189,40 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         await http
         for task in done:
             task.result()
+
+
+def _chair(coordinator: Coordinator, settings: Settings, source: Source) -> Chair:
+    """The engine's: it has its coordinator, model and vocabulary from the start, and its files say what is kept."""
+    store, roster = KeyStore(key_folder(settings.home), utc_now), RosterStore(settings.home / "trust", utc_now)
+    wishes = shared.wishes_of(settings, source)
+
+    async def make(state: ClusterState) -> Coordinator:
+        return coordinator
+
+    def describe(state: ClusterState, now: Coordinator) -> Mapping[str, Any]:
+        told: dict[str, Any] = {"model": source.name, "wishes": shared.with_plan(wishes, state.wishes, now)}
+        with contextlib.suppress(TrustError):  # a damaged file is told of where it is used; what was kept stays
+            told["keys"] = keys = keys_of(store.read())
+            told["revoked"] = (state.revoked | state.keys.keys()) - keys.keys()
+            told["overrides"] = {node.id: {REMOVED: True} for node in roster.read().nodes if node.removed}
+        return told
+
+    return Chair(make, describe, forwarded_app(settings))
+
+
+class _Told:
+    """What the person who started the engine is told of: the coordinator here, or who leads elsewhere."""
+
+    def __init__(self, chair: Chair) -> None:
+        self._chair = chair
+
+    def status(self) -> StatusView:
+        coordinator = self._chair.coordinator
+        return self._chair.status() if coordinator is None else coordinator.status()
+
+    def loading(self) -> str:
+        coordinator = self._chair.coordinator
+        return "" if coordinator is None else coordinator.loading()
 
 
 def _control_host(settings: Settings, local: int) -> str:
@@ -178,7 +237,7 @@ def _advertiser(coordinator: Coordinator, authority: Authority, settings: Settin
     build, everywhere = local_build(), is_any(settings.control_host)
     name = settings.name or socket.gethostname()
     cluster = cluster_id(authority_fingerprint(authority.certificate_pem))
-    port = _port(coordinator.address)
+    port = port_of(coordinator.address)
 
     def advert() -> Advert:
         return Advert(
@@ -201,10 +260,6 @@ def _advertiser(coordinator: Coordinator, authority: Authority, settings: Settin
 
     seen(interfaces())
     return Advertiser(advert, seen=seen)
-
-
-def _port(address: str) -> int:
-    return int(address.rpartition(":")[2])
 
 
 def _check_cuts(source: Source, cuts: Sequence[int]) -> None:
@@ -231,27 +286,6 @@ def _sayer(out: TextIO) -> Callable[[str], None]:
         print(text if text.startswith("curl ") else f"dwarfstar: {text}", file=out, flush=True)
 
     return say
-
-
-def _shown_host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _bind(host: str, port: int, prefix: str) -> socket.socket:
-    """A listening socket. Raises SettingsError naming the option, ``--{prefix}host`` or ``--{prefix}port``."""
-    option = f"--{prefix}host"
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        both = family == socket.AF_INET6 and is_any(host) and socket.has_dualstack_ipv6()  # as the address says
-        return socket.create_server((host, port), family=family, backlog=512, dualstack_ipv6=both)
-    except OSError as error:
-        code, problem = "bad_host", (error.strerror or str(error)).split(" (", 1)[0]
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            option, code = f"--{prefix}port", "port_taken"
-            problem = "another program has it" if error.errno == errno.EADDRINUSE else "permission denied"
-        raise SettingsError(
-            f"cannot listen on {_shown_host(host)}:{port} ({problem}): choose another with {option}", code=code
-        ) from None
 
 
 def _on_signals(stop: Callable[[], None]) -> None:
@@ -282,35 +316,6 @@ async def _open_vocab(source: Source) -> Vocab:
     return vocab
 
 
-async def _control(
-    coordinator: Coordinator,
-    admission: Admission,
-    settings: Settings,
-    trust: NodeFiles,
-    on_stop: Callable[[], None],
-) -> grpc.aio.Server:
-    """The control and data plane's server. Raises SettingsError if its port is taken."""
-    # gRPC would say why it cannot listen in a log line of its own; a plain socket tells us.
-    _bind(settings.control_host, settings.control_port, "control-").close()
-    watch = ports.Watch()
-    door = ports.Door(admission.refusal, watch.called)
-    server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=(door,))
-    server.add_generic_rpc_handlers((coordinator.receiver.handler(),))
-    add_ControlServicer_to_server(ControlService(coordinator, admission, on_stop), server)
-    host = _shown_host(settings.control_host)
-    try:
-        credentials = channel.server_credentials(trust, watch.handshake)
-        port = server.add_secure_port(f"{host}:{settings.control_port}", credentials)
-    except RuntimeError:
-        raise SettingsError(
-            f"cannot listen on {host}:{settings.control_port}: choose another with --control-port", code="port_taken"
-        ) from None
-    watch.watch(port)
-    await server.start()
-    coordinator.address = f"{_shown_host(reached_host(settings.control_host))}:{port}"
-    return server
-
-
 async def _joining(
     admission: Admission, trust: NodeFiles, settings: Settings, control: str
 ) -> tuple[grpc.aio.Server, str]:
@@ -318,7 +323,7 @@ async def _joining(
     host, _, control_port = control.rpartition(":")
     service = Enrolment(admission.authority, admission.join, f":{control_port}", utc_now, admission.lifetime)
     wanted = join_port(settings.control_port)
-    server, port = await serve_enrolment(service, _shown_host(settings.control_host), wanted, trust)
+    server, port = await serve_enrolment(service, shown_host(settings.control_host), wanted, trust)
     return server, f"{host}:{port}"
 
 
@@ -364,8 +369,8 @@ def _issue_own(settings: Settings, admission: Admission) -> None:
     issue_local(admission.authority, files, node_id, utc_now(), admission.lifetime)
 
 
-async def _own_node(settings: Settings, address: str) -> None:
-    """This process as the coordinator's node."""
+async def _own_node(settings: Settings, where: Seek) -> None:
+    """This process as a node of whoever leads."""
     files = NodeFiles(settings.home / "node" / "trust")
     options = NodeOptions(
         name=settings.name or socket.gethostname(),
@@ -377,25 +382,7 @@ async def _own_node(settings: Settings, address: str) -> None:
         gpu_layers=settings.gpu_layers,
         split_mode=settings.split_mode,
     )
-    await NodeDaemon(certificate_node_id(files.load().certificate_pem), options).run(address)
-
-
-async def _http(
-    coordinator: Coordinator, listener: socket.socket, settings: Settings, door: Door, stopping: asyncio.Event
-) -> None:
-    app = create_app(
-        coordinator,
-        gate=door.gate,
-        health_details=not door.public,
-        max_body_bytes=settings.max_body_mib << 20,
-        request_timeout_s=settings.request_timeout_s,
-    )
-    server = http_server(app, door.tls)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    serving = asyncio.create_task(server._serve([listener]))
-    await stopping.wait()
-    server.should_exit = True
-    await serving
+    await NodeDaemon(certificate_node_id(files.load().certificate_pem), options).run(where)
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -13,6 +13,8 @@ UNKNOWN = "–"
 
 def status_text(view: StatusView, width: int) -> str:
     """At most ``width`` columns for usual names, but not less than 80."""
+    if not view.coordinator.leads:
+        return f"{view.state}: term {view.coordinator.term} · {view.coordinator.api_url}\n  {view.reason}"
     model = f"{view.model.name}, {view.model.layers} layers" if view.model else "no model"
     lines = [
         f"{view.state}: {model} · epoch {view.epoch} · {view.coordinator.api_url}",

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from dwarfstar_engine.cli.door import home_option
-from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.facts import GIB
 from dwarfstar_engine.node.needs import kv_cells, reserve_bytes
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
@@ -40,7 +40,14 @@ def opening(source: Source, settings: Settings, local: int, lent_gib: float | No
     yield f"{nodes}, each lending {lent_gib:.2f} GiB{fits}"
 
 
-async def tell(coordinator: Coordinator, say: Callable[[str], None], started: float, home: Path, curl: str) -> None:
+class Told(Protocol):
+    """Of what it is told."""
+
+    def status(self) -> StatusView: ...
+    def loading(self) -> str: ...
+
+
+async def tell(coordinator: Told, say: Callable[[str], None], started: float, home: Path, curl: str) -> None:
     """Say what changes, until cancelled.
 
     started: monotonic time the program began. curl: the options with which curl gets in.

@@ -144,7 +144,7 @@ class Leadership:
                 if self._leader == event.leader and self._vote.term == event.term and self._leader != self.me:
                     self._unserve("its leader released it", out)
             case PeerKnown():
-                self._know(event)
+                self._know(event, t)
             case PeerForgotten():
                 self._forget(event.node, "it was forgotten", out)
             case PeerRemoved():
@@ -161,9 +161,11 @@ class Leadership:
                 assert_never(event)
         return out
 
-    def _know(self, event: PeerKnown) -> None:
+    def _know(self, event: PeerKnown, t: float) -> None:
         room = event.node in self._peers or len(self._peers) < MAX_PEERS
         if room and event.node != self.me and event.node not in self._fenced:
+            if event.node not in self._peers and self.role is Role.LEADER:
+                self._next_round = min(self._next_round, t)  # it is asked with the next tick: nobody likes to wait
             self._peers[event.node] = event.capable
 
     # --- the node's side ---

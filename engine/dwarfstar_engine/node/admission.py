@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Protocol
 
 from dwarfstar_engine.errors import TrustError
 from dwarfstar_engine.node import roster
@@ -21,6 +22,40 @@ from dwarfstar_engine.wire.trust import KEY_ID, NODE_LIFETIME, Authority, sign_r
 log = logging.getLogger("dwarfstar.admission")
 
 MAX_NAME = 64  # characters of a node's name, as in the settings
+
+
+class Gatekeeper(Protocol):
+    """What a control service asks of who decides: the CA's holder, or a node that leads in its place."""
+
+    @property
+    def ca_pem(self) -> bytes: ...
+    def renew(self, node_id: str, csr_pem: bytes) -> bytes: ...
+    def remove(self, wanted: str, attached: Iterable[tuple[str, str]] = ()) -> tuple[str, str]: ...
+    def refusal(self, node_id: str) -> str | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Deputy:
+    """Of a node that leads without the CA's key: it keeps removed nodes out and signs nothing. removed: whether the
+    cluster's state has this id among them."""
+
+    ca_pem: bytes
+    removed: Callable[[str], bool]
+
+    def renew(self, node_id: str, csr_pem: bytes) -> bytes:
+        raise TrustError(AWAY)
+
+    def remove(self, wanted: str, attached: Iterable[tuple[str, str]] = ()) -> tuple[str, str]:
+        raise TrustError(AWAY)
+
+    def refusal(self, node_id: str) -> str | None:
+        return roster.REFUSAL if self.removed(node_id) else None
+
+
+AWAY = (
+    "Another node leads in the place of the machine that holds the cluster's CA: start the engine there again to let "
+    "machines join, renew their certificates or remove them."
+)
 
 
 @dataclass(slots=True)
@@ -38,6 +73,10 @@ class Admission:
     def __post_init__(self) -> None:
         self.tokens = TokenStore(self.folder, self.clock)
         self.roster = RosterStore(self.folder, self.clock)
+
+    @property
+    def ca_pem(self) -> bytes:
+        return self.authority.certificate_pem
 
     def join(self, secret: bytes, node_id: str, name: str) -> None:
         """Let a machine in for the secret of a join token. Raises TrustError: what to tell it."""

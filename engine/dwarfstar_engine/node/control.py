@@ -11,19 +11,20 @@ import contextlib
 import ipaddress
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 import grpc
 import grpc.aio
 
 from dwarfstar_engine.errors import ClusterError, DwarfStarError, Overloaded, PeerError, TrustError
-from dwarfstar_engine.node.admission import Admission
+from dwarfstar_engine.node.admission import Gatekeeper
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.moves import find
 from dwarfstar_engine.node.roster import REMOVED
+from dwarfstar_engine.views import StatusView
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlServicer
@@ -34,33 +35,74 @@ log = logging.getLogger("dwarfstar.control")
 
 HELLO_DEADLINE_S = 10.0
 MAX_NAME = 64
+NOT_LEADING = "not_leading"
+
+
+class Duties(Protocol):
+    """What a node that can lead does beside coordinating. me: its id."""
+
+    @property
+    def me(self) -> str: ...
+    def serve_lead(
+        self, requests: AsyncIterator[pb.LeadMessage], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.LeadMessage]: ...
+    async def answer(self, context: grpc.aio.ServicerContext[Any, Any]) -> None: ...
+    def status(self) -> StatusView: ...
 
 
 class ControlService(ControlServicer):
-    """``on_stop`` is called when the command line asks the engine to end."""
+    """``on_stop`` is called when the command line asks the engine to end. coordinator: while this node leads. duties:
+    what it does whether it leads or not; None: it is the only one that could."""
 
-    def __init__(self, coordinator: Coordinator, admission: Admission, on_stop: Callable[[], None]) -> None:
-        self._coordinator, self._admission, self._on_stop = coordinator, admission, on_stop
+    def __init__(
+        self,
+        coordinator: Coordinator | None,
+        admission: Gatekeeper,
+        on_stop: Callable[[], None],
+        duties: Duties | None = None,
+    ) -> None:
+        self.coordinator, self._admission, self._on_stop, self._duties = coordinator, admission, on_stop, duties
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        if self.coordinator is None:
+            raise PeerError("this node does not lead now", code=NOT_LEADING)
+        return self.coordinator
+
+    async def Lead(
+        self, request_iterator: AsyncIterator[pb.LeadMessage], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.LeadMessage]:
+        if self._duties is not None:
+            with contextlib.suppress(PeerError):
+                async for message in self._duties.serve_lead(request_iterator, context):
+                    yield message
+
+    async def Forward(  # type: ignore[override]  # it reads and writes by itself
+        self, request_iterator: AsyncIterator[pb.ForwardPart], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        if self._duties is not None:
+            await self._duties.answer(context)
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.NodeMessage], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.CoordinatorMessage]:
-        nodes = self._coordinator.nodes
         try:
             member = await self._hello(request_iterator, context)
         except DwarfStarError as error:
-            nodes.refused(_peer(context), "", error.code, error.message)
+            if error.code != NOT_LEADING and self.coordinator is not None:
+                self.coordinator.nodes.refused(_peer(context), "", error.code, error.message)
             yield pb.CoordinatorMessage(refused=pb.Refused(code=error.code, message=error.message))
             return
-        reader = asyncio.create_task(self._read(member, request_iterator))
+        coordinator = self._coordinator
+        reader = asyncio.create_task(self._read(coordinator, member, request_iterator))
         reader.add_done_callback(lambda task: _over(task, member))
-        nodes.attach(member)
+        coordinator.nodes.attach(member)
         try:
             while (message := await member.outbox.get()) is not END:
                 yield message
         finally:
             reader.cancel()
-            nodes.broken(member)
+            coordinator.nodes.broken(member)
 
     async def _hello(
         self, messages: AsyncIterator[pb.NodeMessage], context: grpc.aio.ServicerContext[Any, Any]
@@ -84,14 +126,17 @@ class ControlService(ControlServicer):
         host = hello.data_host or peer_host(context.peer())
         name, instance = hello.name[:MAX_NAME], hello.instance[:MAX_NAME]
         member = Member(hello.node_id, name, host, hello.device, instance, _peer(context))
+        member.epoch_seen = hello.epoch_seen
         member.hosts, member.control_port = sound_hosts(hello.hosts), min(hello.control_port, 65535)
         return member
 
-    async def _read(self, member: Member, messages: AsyncIterator[pb.NodeMessage]) -> None:
+    async def _read(self, coordinator: Coordinator, member: Member, messages: AsyncIterator[pb.NodeMessage]) -> None:
         async for message in messages:
-            self._coordinator.heard(member, message)
+            coordinator.heard(member, message)
 
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatusReply:
+        if self.coordinator is None and self._duties is not None:
+            return pb.StatusReply(json=self._duties.status().model_dump_json().encode())
         return pb.StatusReply(json=self._coordinator.status().model_dump_json().encode())
 
     async def Events(
@@ -104,9 +149,12 @@ class ControlService(ControlServicer):
                     yield pb.EventsReply(json=batch.model_dump_json().encode())
         except Overloaded as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
+        except PeerError as error:  # it does not lead
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
 
     async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
-        await _owner_only(context)
+        if self._duties is None or channel.peer_node_id(context) != self._duties.me:
+            await _owner_only(context)
         asyncio.get_running_loop().call_soon(self._on_stop)
         return pb.StopReply()
 
@@ -117,16 +165,17 @@ class ControlService(ControlServicer):
         except TrustError as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, error.message)
         log.info("renewed the certificate of %s", node_id)
-        return pb.RenewReply(certificate_pem=certificate, ca_pem=self._admission.authority.certificate_pem)
+        return pb.RenewReply(certificate_pem=certificate, ca_pem=self._admission.ca_pem)
 
     async def RemoveNode(
         self, request: pb.RemoveNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.RemoveNodeReply:
         await _owner_only(context)
-        here = [(member.id, member.name) for member in self._coordinator.members.values()]
+        held = self.coordinator
+        here = [(member.id, member.name) for member in held.members.values()] if held else []
         try:
             node_id, name = await asyncio.to_thread(self._admission.remove, request.node, here)
-            attached = self._coordinator.nodes.removed(node_id, name)
+            attached = held is not None and held.nodes.removed(node_id, name)
         except (TrustError, ClusterError) as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
         return pb.RemoveNodeReply(node_id=node_id, name=name, attached=attached)

@@ -24,7 +24,7 @@ from typing import Any
 
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
-from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.errors import DwarfStarError, IllegalCutError, PeerError, PlanError, StageError, Unavailable
 from dwarfstar_engine.node.beside import loaded
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
@@ -32,6 +32,7 @@ from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
 from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.hops import AVOID_S, Hops
 from dwarfstar_engine.node.journal import Journal
+from dwarfstar_engine.node.kept_plan import KeptPlan
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.moves import REPLAN_IDLE_S, Moves
 from dwarfstar_engine.node.needs import need
@@ -76,6 +77,7 @@ WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
 WARNING_S = 600.0
 MAX_WAITED = 3  # such failures pause no longer than this many while streams wait, which is bounded by rescue_s
+MAX_EPOCH_SEEN = 1 << 31  # what a node says to have seen is believed up to here
 MAX_BRIEF = 2  # such failures pause no longer than this many: the model did load
 
 
@@ -100,13 +102,14 @@ class Coordinator:
         self._hops = Hops()
         self._build: BuildInfo = local_build()
         self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
-        self._ring = Epoch(self.term, self.epoch)
+        self._ring = Epoch(self.term, self.epoch, name)
         self._dispatcher: Dispatcher | None = None
         self._sender: RingSender | None = None
         self.planned: Plan | None = None
         self._next: Plan | None = None  # to be brought up when the present epoch is over
         self._sound = False  # the last epoch that was brought up served
         self._broke_at = 0.0  # monotonic time at which the last epoch ended
+        self._kept: KeptPlan | None = None
         self._idle_since = 0.0  # monotonic time of the last sign of a request
         self._waiting = WaitingRoom(settings.rescue_s)
         self.moves = Moves(self)
@@ -120,6 +123,7 @@ class Coordinator:
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
         self.gone_at = 0.0  # monotonic time the last node was lost
         self._stopping = False
+        self._floor = 0  # epochs begin above it: nodes have seen it
         self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
 
@@ -162,11 +166,35 @@ class Coordinator:
             )
         return self._dispatcher.generate(request, sink)
 
+    # --- terms ---
+
+    def begin(self, term: int, kept: KeptPlan | None = None) -> None:
+        """Lead ``term``: before ``run``, or while it runs, which assigns everything anew then. kept: nodes' slices."""
+        if not self._stopping and self.epoch:
+            self._break(f"term {term} begins")
+        else:
+            self._stopping, self._served_at, self.gone_at = False, 0.0, 0.0
+            self.nodes.stopping = self._sound = False
+            self._reason = self._code = "starting"
+            self._kept = kept
+        self.term = term
+
+    def retire(self, cause: str) -> None:
+        """Lead no more: every request ends now, and nodes are sent away. ``run`` is to be cancelled."""
+        self._stopping = True
+        self._break(cause)
+        self._give_up(StageError(f"{cause}: send the request again", retry_after_s=RETRY_AFTER_S))
+        self.nodes.stopping = True
+        for member in list(self.members.values()):
+            self.nodes.broken(member)
+            member.dismiss()
+
     # --- nodes come, speak and go ---
 
     def joined(self, member: Member) -> None:
         """See ``nodes.Host``."""
         self.moves.came(member)
+        self._floor = max(self._floor, min(member.epoch_seen, MAX_EPOCH_SEEN))
         self.gossip.changed()
         self.gossip.tell(member, self.members.values())
         self._came.set()
@@ -385,6 +413,8 @@ class Coordinator:
         wanted = self.settings.wait_nodes
         if here < wanted and not self._served_at:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
+        if self._kept is not None and not self._served_at and (plan := self._kept_plan(self._kept)) is not None:
+            return self.source, plan
         try:
             return self._main, self._plan_of(self._main)
         except PlanError as error:
@@ -400,6 +430,19 @@ class Coordinator:
                 code=WAITING,
                 retry_after_s=left,
             ) from None
+
+    def _kept_plan(self, kept: KeptPlan) -> Plan | None:
+        """The plan whose slices the nodes hold; None: it is no more possible. Raises PlanError: they are awaited."""
+        left, missing = kept.until - time.monotonic(), kept.awaited - self.members.keys()
+        if missing and left > 0:
+            raise PlanError(f"{len(missing)} nodes have not come over yet", code=WAITING, retry_after_s=left)
+        if not all(node in self.members for node in kept.nodes):
+            return None
+        capacities = [self.members[node].capacity for node in kept.nodes]
+        with contextlib.suppress(PlanError, IllegalCutError):
+            room = need(self.settings, self.source, self.context)
+            return with_cuts(self.source.costs, self.source.cuts, room, capacities, kept.cuts)
+        return None
 
     async def _use(self, source: Source) -> None:
         """Serve another model from now on, if it is another: who waits has tokens of the old one. Raises ModelError."""
@@ -466,10 +509,11 @@ class Coordinator:
 
     async def _bring_up(self, plan: Plan) -> None:
         """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
-        self.epoch += 1
+        self.epoch = max(self.epoch, self._floor) + 1
         self._broken.clear()
         self._returned.clear()
-        self._ring = Epoch(self.term, self.epoch, tuple(Stage(s, self.members[s.node]) for s in plan.stages))
+        stages = tuple(Stage(s, self.members[s.node]) for s in plan.stages)
+        self._ring = Epoch(self.term, self.epoch, self._name, stages)
         self._reason, self._code = "the model is being loaded", "loading"
         self._news.plan_made(self._ring, plan.excluded, self.members)
         # First what is there already: a node gives up what it is not known to need for what it is to load.
@@ -603,7 +647,7 @@ class Coordinator:
         sender, self._sender = self._sender, None
         if sender is not None:
             await sender.close()
-        self._ring = Epoch(self.term, self.epoch)
+        self._ring = Epoch(self.term, self.epoch, self._name)
 
     async def _watch(self) -> None:
         """Find what does not announce itself: frames that do not come back, streams that wait for too long."""
@@ -638,7 +682,9 @@ class Coordinator:
         total = sum(source.costs.layer_bytes) + source.costs.head_bytes
         tok_s = dispatcher.tok_s(now) if dispatcher else 0.0
         return StatusView(
-            coordinator=CoordinatorView(address=self.address, term=self.term, api_url=self.api_url),
+            coordinator=CoordinatorView(
+                address=self.address, term=self.term, api_url=self.api_url, leader=self._name, leads=not self._stopping
+            ),
             model=ModelView(
                 name=source.name,
                 architecture=source.architecture,

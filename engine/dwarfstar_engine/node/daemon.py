@@ -133,6 +133,8 @@ class NodeDaemon:
         self._host = options.listen
         self._welcomed = False
         self._leaving: asyncio.Event | None = None  # set: drained
+        self._epoch_seen = 0
+        self.control_port = 0  # where it would be a coordinator; 0: it would not
         self._newest = 0  # epoch of the newest assignment of this connection
         self._assigning = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,6 +142,10 @@ class NodeDaemon:
         self._beat_s = HEARTBEAT_S
         self._beats_changed = asyncio.Event()
         self._told = ("", float("-inf"))  # what was last said of the coordinator, and when
+
+    @property
+    def id(self) -> str:
+        return self._id
 
     async def run(self, where: str | Seek) -> None:
         """Attach to the coordinator, again and again; ``where``: its host:port, or how it is found.
@@ -156,7 +162,7 @@ class NodeDaemon:
                 self._coordinator = coordinator = await self._seek.coordinator()
                 began, self._welcomed = loop.time(), False
                 try:
-                    await self._attach(coordinator)
+                    await self._while_it_leads(coordinator)
                     self._tell(f"the coordinator at {coordinator} ended the connection")
                 except VersionMismatch:
                     raise
@@ -180,6 +186,18 @@ class NodeDaemon:
         if trouble != self._told[0] or now - self._told[1] > RETELL_S:
             log.warning("%s; trying on", trouble)
             self._told = (trouble, now)
+
+    async def _while_it_leads(self, coordinator: str) -> None:
+        """``_attach``, which ends also when this node obeys another coordinator."""
+        attached, over = asyncio.ensure_future(self._attach(coordinator)), asyncio.ensure_future(self._seek.over())
+        try:
+            await asyncio.wait({attached, over}, return_when=asyncio.FIRST_COMPLETED)
+            if attached.done():
+                attached.result()
+        finally:
+            for task in (attached, over):
+                task.cancel()
+            await asyncio.gather(attached, over, return_exceptions=True)
 
     async def _attach(self, coordinator: str) -> None:
         """One life of the control stream. Raises PeerError: not reached, not answering, or it refuses us."""
@@ -205,6 +223,8 @@ class NodeDaemon:
                 raise TrustError(str(error.details()), code=REMOVED) from None
             raise PeerError(_trouble(coordinator, error, self._welcomed)) from None
         finally:
+            with contextlib.suppress(asyncio.QueueFull):  # else it is read to its end
+                self._outbox.put_nowait(None)  # gRPC does not end what it reads with the call
             beat.cancel()
             with contextlib.suppress(asyncio.QueueFull):  # then nobody waits for a message
                 self._outbox.put_nowait(None)
@@ -219,6 +239,8 @@ class NodeDaemon:
             name=self._options.name,
             data_host="" if is_any(self._host) else self._host,
             instance=self._instance,
+            epoch_seen=self._epoch_seen,
+            control_port=self.control_port,
             hosts=[one.host for one in interfaces()],
             build=pb.Build(
                 protocol=build.protocol, llama_build=build.llama_build, version=build.version, abi=build.abi
@@ -306,9 +328,12 @@ class NodeDaemon:
 
     def _handle(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):
+            case "assign" | "link" | "release" if not self._seek.obeys(_term(message)):
+                raise PeerError(f"the coordinator at {self._coordinator} leads no more")
             case "assign":
                 if not message.assign.standby:
                     self._newest = message.assign.epoch
+                    self._epoch_seen = max(self._epoch_seen, self._newest)
                 self._spawn(self._assign(message.assign, self._outbox))
             case "link":
                 self._link(message.link)
@@ -599,6 +624,12 @@ def _known(assign: pb.Assign) -> dict[str, Any] | None:
         "batched": known.batched,
         "window": known.window,
     }
+
+
+def _term(message: pb.CoordinatorMessage) -> int:
+    return {"assign": message.assign.term, "link": message.link.term}.get(
+        message.WhichOneof("message") or "", message.release.term
+    )
 
 
 def _profile(told: Mapping[str, Any]) -> pb.StageProfile:

@@ -226,9 +226,29 @@ class Seek(Protocol):
     async def told(self, peers: pb.Peers) -> None:
         """The coordinator has told who else is a member."""
 
+    def obeys(self, term: int) -> bool:
+        """Whether this node obeys the coordinator it is attached to, in this term, now."""
+
+    async def over(self) -> None:
+        """Returns when the coordinator that was given last is this node's no more."""
+
+
+class Standing:
+    """Of a coordinator that is this node's for as long as it answers: without elections."""
+
+    __slots__ = ()
+
+    def obeys(self, term: int) -> bool:
+        """See ``Seek``."""
+        return True
+
+    async def over(self) -> None:
+        """See ``Seek``."""
+        await asyncio.get_running_loop().create_future()
+
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
+class Fixed(Standing):
     """A coordinator whose address is given and does not change: that of this machine's engine."""
 
     address: str
@@ -244,7 +264,7 @@ class Fixed:
 
 
 @dataclass(slots=True)
-class Finder:
+class Finder(Standing):
     """A member's way to its coordinator. typed: addresses a user gave; discovery: adverts are heard, too."""
 
     files: NodeFiles

@@ -18,7 +18,6 @@ from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import StageView
 from dwarfstar_engine.wire.frames import MAX_ROUNDS
 from dwarfstar_engine.wire.generated import control_pb2 as pb
-from dwarfstar_engine.wire.trust import OWNER
 
 ANSWERED = (pb.STAGE_STATE_READY, pb.STAGE_STATE_LOADING)  # last said by a stage that then fell silent
 
@@ -68,10 +67,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """stages: in the order of the ring."""
+    """stages: in the order of the ring. leader: id in the certificate of the coordinator."""
 
     term: int
     number: int
+    leader: str
     stages: tuple[Stage, ...] = ()
 
     def __str__(self) -> str:
@@ -133,7 +133,7 @@ class Epoch:
             epoch=self.number,
             next_hop=following[0].address if following else "",
             feed_hop="" if following or not index else stages[0].address,
-            senders=[stages[index - 1].member.id] if index else [OWNER, stages[-1].member.id],
+            senders=[stages[index - 1].member.id] if index else [self.leader, stages[-1].member.id],
             layers=pb.Slice(begin=stages[index].plan.layers[0], end=stages[index].plan.layers[1]),
         )
 

@@ -42,6 +42,7 @@ class Member:
     profiled: int = 0  # its layers
     hosts: tuple[str, ...] = ()  # all its machine's addresses, for its peers
     control_port: int = 0  # where it would be a coordinator; 0: it would not
+    epoch_seen: int = 0  # the highest its stage was ever assigned
     outbox: asyncio.Queue[pb.CoordinatorMessage] = field(default_factory=lambda: asyncio.Queue(OUTBOX))
 
     @property

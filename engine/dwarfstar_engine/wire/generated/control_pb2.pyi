@@ -282,6 +282,7 @@ class NodeHello(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     HOSTS_FIELD_NUMBER: _builtins.int
     CONTROL_PORT_FIELD_NUMBER: _builtins.int
+    EPOCH_SEEN_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """must be the certificate's"""
     name: _builtins.str
@@ -294,6 +295,8 @@ class NodeHello(_message.Message):
     """random, of this process: tells a copy of its identity from its own return"""
     control_port: _builtins.int
     """where it would be a coordinator; 0: it would not"""
+    epoch_seen: _builtins.int
+    """the highest its stage was ever assigned: a new leader's epochs begin above it"""
     @_builtins.property
     def build(self) -> Global___Build: ...
     @_builtins.property
@@ -320,10 +323,11 @@ class NodeHello(_message.Message):
         instance: _builtins.str = ...,
         hosts: _abc.Iterable[_builtins.str] | None = ...,
         control_port: _builtins.int = ...,
+        epoch_seen: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "cluster_id", b"cluster_id", "control_port", b"control_port", "data_host", b"data_host", "device", b"device", "held", b"held", "hosts", b"hosts", "instance", b"instance", "name", b"name", "node_id", b"node_id", "term_seen", b"term_seen"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["build", b"build", "cluster_id", b"cluster_id", "control_port", b"control_port", "data_host", b"data_host", "device", b"device", "epoch_seen", b"epoch_seen", "held", b"held", "hosts", b"hosts", "instance", b"instance", "name", b"name", "node_id", b"node_id", "term_seen", b"term_seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1358,3 +1362,249 @@ class DrainReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015
+
+@_typing.final
+class LeadMessage(_message.Message):
+    """--- leadership ---"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELLO_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    state: _builtins.bytes
+    """cluster.state, behind the hello and when it has changed"""
+    @_builtins.property
+    def hello(self) -> Global___LeadHello:
+        """the first message of each side, and again when it has changed"""
+
+    @_builtins.property
+    def request(self) -> Global___LeaseRequest: ...
+    @_builtins.property
+    def reply(self) -> Global___LeaseReply: ...
+    @_builtins.property
+    def release(self) -> Global___LeaseRelease: ...
+    def __init__(
+        self,
+        *,
+        hello: Global___LeadHello | None = ...,
+        request: Global___LeaseRequest | None = ...,
+        reply: Global___LeaseReply | None = ...,
+        release: Global___LeaseRelease | None = ...,
+        state: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "release", b"release", "reply", b"reply", "request", b"request", "state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "release", b"release", "reply", b"reply", "request", b"request", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "request", "reply", "release", "state"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___LeadMessage: _TypeAlias = LeadMessage  # noqa: Y015
+
+@_typing.final
+class LeadHello(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ME_FIELD_NUMBER: _builtins.int
+    CAPABLE_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    API_URL_FIELD_NUMBER: _builtins.int
+    capable: _builtins.bool
+    """it can lead now"""
+    api_url: _builtins.str
+    """of its HTTP API; empty: it has none"""
+    @_builtins.property
+    def me(self) -> Global___Peer: ...
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
+        """the others it knows that can be called"""
+
+    def __init__(
+        self,
+        *,
+        me: Global___Peer | None = ...,
+        capable: _builtins.bool = ...,
+        peers: _abc.Iterable[Global___Peer] | None = ...,
+        api_url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["me", b"me"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_url", b"api_url", "capable", b"capable", "me", b"me", "peers", b"peers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeadHello: _TypeAlias = LeadHello  # noqa: Y015
+
+@_typing.final
+class LeaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    LEADING_FIELD_NUMBER: _builtins.int
+    HEARS_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    number: _builtins.int
+    leading: _builtins.bool
+    hears: _builtins.bool
+    lease_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        number: _builtins.int = ...,
+        leading: _builtins.bool = ...,
+        hears: _builtins.bool = ...,
+        lease_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hears", b"hears", "leading", b"leading", "lease_s", b"lease_s", "number", b"number", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseRequest: _TypeAlias = LeaseRequest  # noqa: Y015
+
+@_typing.final
+class LeaseReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TERM_SEEN_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    number: _builtins.int
+    reason: _builtins.str
+    """empty: granted"""
+    term_seen: _builtins.int
+    holder: _builtins.str
+    """empty: nobody's lease runs on it"""
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        number: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        term_seen: _builtins.int = ...,
+        holder: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "number", b"number", "reason", b"reason", "term", b"term", "term_seen", b"term_seen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseReply: _TypeAlias = LeaseReply  # noqa: Y015
+
+@_typing.final
+class LeaseRelease(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseRelease: _TypeAlias = LeaseRelease  # noqa: Y015
+
+@_typing.final
+class ForwardPart(_message.Message):
+    """--- HTTP of a node that does not lead ---
+
+    The first part of each direction has the head; ``end`` is with the last one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    body: _builtins.bytes
+    end: _builtins.bool
+    @_builtins.property
+    def head(self) -> Global___ForwardHead: ...
+    def __init__(
+        self,
+        *,
+        head: Global___ForwardHead | None = ...,
+        body: _builtins.bytes = ...,
+        end: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "end", b"end", "head", b"head"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForwardPart: _TypeAlias = ForwardPart  # noqa: Y015
+
+@_typing.final
+class ForwardHead(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """of the request"""
+    path: _builtins.str
+    query: _builtins.bytes
+    status: _builtins.int
+    """of the answer"""
+    @_builtins.property
+    def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ForwardHeader]: ...
+    def __init__(
+        self,
+        *,
+        method: _builtins.str = ...,
+        path: _builtins.str = ...,
+        query: _builtins.bytes = ...,
+        headers: _abc.Iterable[Global___ForwardHeader] | None = ...,
+        status: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["headers", b"headers", "method", b"method", "path", b"path", "query", b"query", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForwardHead: _TypeAlias = ForwardHead  # noqa: Y015
+
+@_typing.final
+class ForwardHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    name: _builtins.bytes
+    value: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        name: _builtins.bytes = ...,
+        value: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForwardHeader: _TypeAlias = ForwardHeader  # noqa: Y015

@@ -190,6 +190,16 @@ class ControlStub:
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Lead = channel.stream_stream(
+                '/dwarfstar.v1.Control/Lead',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.FromString,
+                _registered_method=True)
+        self.Forward = channel.stream_stream(
+                '/dwarfstar.v1.Control/Forward',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.ForwardPart.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.ForwardPart.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -243,6 +253,20 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Lead(self, request_iterator, context):
+        """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Forward(self, request_iterator, context):
+        """An HTTP request that came in at a node that does not lead; whoever forwards it has checked its API key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -280,6 +304,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.SerializeToString,
+            ),
+            'Lead': grpc.stream_stream_rpc_method_handler(
+                    servicer.Lead,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.SerializeToString,
+            ),
+            'Forward': grpc.stream_stream_rpc_method_handler(
+                    servicer.Forward,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.ForwardPart.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.ForwardPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -472,6 +506,60 @@ class Control:
             '/dwarfstar.v1.Control/Drain',
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.SerializeToString,
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lead(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dwarfstar.v1.Control/Lead',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forward(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dwarfstar.v1.Control/Forward',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.ForwardPart.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.ForwardPart.FromString,
             options,
             channel_credentials,
             insecure,

@@ -96,6 +96,10 @@ class ControlStub:
     """What happened in the cluster, and why."""
     Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainReply]
     """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
+    Lead: _grpc.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]
+    """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
+    Forward: _grpc.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]
+    """An HTTP request that came in at a node that does not lead; whoever forwards it has checked its API key."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -114,6 +118,10 @@ class ControlAsyncStub(ControlStub):
     """What happened in the cluster, and why."""
     Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainReply]  # type: ignore[assignment]
     """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
+    Lead: _aio.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]  # type: ignore[assignment]
+    """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
+    Forward: _aio.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]  # type: ignore[assignment]
+    """An HTTP request that came in at a node that does not lead; whoever forwards it has checked its API key."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """Served with mutual TLS: every caller holds a certificate of the cluster."""
@@ -171,5 +179,21 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.DrainReply, _abc.Awaitable[_control_pb2.DrainReply]]:
         """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
+
+    @_abc_1.abstractmethod
+    def Lead(
+        self,
+        request_iterator: _MaybeAsyncIterator[_control_pb2.LeadMessage],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.LeadMessage], _abc.AsyncIterator[_control_pb2.LeadMessage]]:
+        """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
+
+    @_abc_1.abstractmethod
+    def Forward(
+        self,
+        request_iterator: _MaybeAsyncIterator[_control_pb2.ForwardPart],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.ForwardPart], _abc.AsyncIterator[_control_pb2.ForwardPart]]:
+        """An HTTP request that came in at a node that does not lead; whoever forwards it has checked its API key."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,51 @@
+"""What an engine has the cluster keep, so that another node can go on in its place: model, settings, plan. Pure.
+
+Of the settings those go that belong to the cluster, not to a machine. Nothing secret is among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from dwarfstar_engine.cluster.state import ClusterState, Scalar
+from dwarfstar_engine.errors import ClusterError
+from dwarfstar_engine.node import kept_plan
+from dwarfstar_engine.node.coordinator import Coordinator
+from dwarfstar_engine.node.source import Source
+from dwarfstar_engine.settings import Settings
+
+SHARED = (
+    "context", "slots", "kv", "chunk", "prefix_cache", "speculation", "queue", "request_timeout_s", "flash_attention",
+    "batching", "wire", "rejoin_s", "on_loss", "rescue_s", "replan", "frame_deadline_s",
+)  # fmt: skip
+
+
+def wishes_of(settings: Settings, source: Source) -> dict[str, Scalar]:
+    """The state's wishes for this model, without a plan."""
+    shared: dict[str, Scalar] = {name: getattr(settings, name) for name in SHARED}
+    cuts = ",".join(map(str, settings.cuts))
+    return {**shared, "cuts": cuts, "fingerprint": source.fingerprint, "path": source.path, "plan": ""}
+
+
+def with_plan(
+    wishes: Mapping[str, Scalar], before: Mapping[str, Scalar], coordinator: Coordinator
+) -> dict[str, Scalar]:
+    """The wishes with the plan that the coordinator has made; with the one before while it has made none."""
+    made = kept_plan.to_text(coordinator.planned)
+    same = before.get("fingerprint") == wishes.get("fingerprint")
+    return {**wishes, "plan": made or (before.get("plan", "") if same else "")}
+
+
+def settings_of(own: Settings, state: ClusterState) -> Settings:
+    """The settings with which a node leads in the engine's place. Raises ClusterError."""
+    told: dict[str, Any] = {name: state.wishes[name] for name in SHARED if name in state.wishes}
+    try:
+        told["cuts"] = tuple(int(part) for part in str(state.wishes.get("cuts", "")).split(",") if part)
+        return Settings(**{**own.model_dump(exclude_unset=True), **told, "wait_nodes": 1})
+    except (ValidationError, ValueError):
+        raise ClusterError(
+            "the settings in the cluster's state are not of this version: run the same one on all machines"
+        ) from None
