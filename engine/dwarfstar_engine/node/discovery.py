@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import grpc
 import grpc.aio
 
 from dwarfstar_engine.cluster.candidates import (
@@ -43,6 +44,7 @@ from dwarfstar_engine.errors import DwarfStarError, PeerError, TrustError
 from dwarfstar_engine.node.facts import interfaces
 from dwarfstar_engine.node.gossip import PeerBook, from_wire, read_book, write_book
 from dwarfstar_engine.node.mdns import Browser, Look
+from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.enrol import fetch_ca, split_address
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -138,6 +140,8 @@ class _Driver:
         except TimeoutError:
             await self._events.put(Failed(address, Failure.UNREACHED, "no answer"))
         except TrustError as error:
+            if error.code == REMOVED and not self._found.done():
+                self._found.set_exception(error)  # trying on would change nothing
             await self._events.put(Failed(address, Failure.FOREIGN, error.message))
         except PeerError as error:
             await self._events.put(Failed(address, Failure.UNREACHED, error.message))
@@ -204,6 +208,8 @@ def attachable(trust: NodeFiles) -> Attempt:
                 if error.code() is grpc.StatusCode.PERMISSION_DENIED:
                     return  # it is the coordinator, and says why to who attaches
                 detail = error.details() or str(error.code())
+                if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+                    raise TrustError(detail, code=REMOVED) from None
                 if FOREIGN in detail:
                     raise TrustError(FOREIGN_SAID) from None
                 raise PeerError(detail.rpartition(": ")[2][:MAX_WHY]) from None  # its end is the system's word
