@@ -205,8 +205,6 @@ def attachable(trust: NodeFiles) -> Attempt:
             try:
                 await stub.Status(pb.StatusRequest(), timeout=ATTEMPT_S)
             except grpc.aio.AioRpcError as error:
-                if error.code() is grpc.StatusCode.PERMISSION_DENIED:
-                    return  # it is the coordinator, and says why to who attaches
                 detail = error.details() or str(error.code())
                 if error.code() is grpc.StatusCode.PERMISSION_DENIED:
                     raise TrustError(detail, code=REMOVED) from None
