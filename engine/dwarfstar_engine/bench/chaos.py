@@ -326,7 +326,8 @@ def settled(machines: Sequence[Machine], tally: Tally) -> None:
             stages, busy = len(status["stages"]), status["throughput"]["active"] + status["throughput"]["queued"]
             seen = f"{status['state']} over {stages} stages, {busy} requests, {status['reason']}"
             joined = sum(node["state"] == "joined" for node in status["nodes"])
-            if status["state"] == "serving" and stages == joined >= len(machines) - 1 and not busy:
+            tidy = all(len(machine.family()) == 2 for machine in machines[1:])  # what a switch left is given back soon
+            if status["state"] == "serving" and stages == joined >= len(machines) - 1 and not busy and tidy:
                 break
         time.sleep(0.5)
     else:
