@@ -31,7 +31,7 @@ SHORT, LONG = 80, 450  # tokens; the long one lasts until the node is back
 STRIKE_AT = 20  # tokens
 DEADLINE_S = 60.0
 SLACK_S = 2.0  # beside LOST_S + 1: test machines have other work
-GONE, BACK = "node node1 is lost", "attached to the coordinator"
+GONE, BACK = "events: node node1 is lost", "attached to the coordinator"
 LOST_S: float = Settings.model_fields["lost_s"].default
 
 
@@ -116,7 +116,8 @@ async def play(two: Two, cut: Callable[[bool], None]) -> float:
         await until(lambda: len(stream.text) >= STRIKE_AT, "the stream has begun")
         cut(False)
         await stream.check()
-        assert await epoch(http) == before, "the stage of an epoch that is over has disturbed the stream"
+        # One switch at most, which gives the node its share again: the stage of an epoch that is over disturbs nobody.
+        assert await epoch(http) <= before + 1
 
         await until(lambda: two.told(two.lent, BACK) > attached, "the node is back")
         async with asyncio.timeout(DEADLINE_S):

@@ -162,7 +162,13 @@ def test_a_stopped_node_is_late_then_lost_and_is_back_when_it_wakes(engine: Engi
 def test_a_front_end_that_follows_is_told_at_once_and_ends_with_the_engine(engine: EngineProcess) -> None:
     since = settled(engine)
     arguments = [*PROGRAM, "events", "--follow", "--json", "--since", str(since), "--home", str(engine.home)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment()) as follower:
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that.
+    kept = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        follower = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment())
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    with follower:
         try:
             engine.kill(engine.stage(0).pid)
             assert follower.stdout is not None

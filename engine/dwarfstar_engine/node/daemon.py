@@ -372,7 +372,7 @@ class NodeDaemon:
             log.error("a fault of the node daemon", exc_info=error)
 
     def _needed(self, stage: _Stage) -> bool:
-        return not stage.standby and stage.epoch >= self._newest
+        return not stage.standby and stage.epoch >= self._newest > 0  # 0: this coordinator has asked for nothing yet
 
     async def _assign(self, assign: pb.Assign, outbox: asyncio.Queue[pb.NodeMessage | None]) -> None:
         """Hold the slice asked for: keep the process that has it, or start one. outbox: of who asked."""

@@ -165,6 +165,8 @@ class Moves:
         """Give back what neither serves nor waits for a loss."""
         pipeline = self._pipeline
         for member in pipeline.members.values():
+            if not pipeline.ring.has(member) and not member.drained:
+                continue  # it came back, perhaps with the slice that it gets again
             keep = self._own(member) | {one.stage.layers for one in wanted if one.stage.node == member.id}
             if member.tidied != pipeline.epoch or member.held.keys() - keep:
                 member.tidied = pipeline.epoch
