@@ -15,6 +15,7 @@ from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import StatusView
 
+ELECTION_S = 5.0  # after the start; a cluster that has no leader for longer is worth a line
 LOOK_S = 0.25
 PROGRESS_EVERY_S = 1.0  # of a load: a line for each percent would scroll everything else away
 
@@ -57,6 +58,8 @@ async def tell(coordinator: Told, say: Callable[[str], None], started: float, ho
         status, now = coordinator.status(), time.monotonic()
         loading = coordinator.loading() if status.stages else ""
         line = _line(status, loading, served=invited)
+        if not status.coordinator.leader and now - started < ELECTION_S:
+            line = ""  # who leads is being found out, as at every start
         hurry = not loading or now - told_at >= PROGRESS_EVERY_S
         if line and line != told and hurry:
             took = f" (after {now - started:.1f} s)" if status.state == "serving" and not invited else ""
