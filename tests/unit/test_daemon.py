@@ -24,6 +24,7 @@ from dwarfstar_engine.wire import channel, trust
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated import control_pb2_grpc
 from dwarfstar_engine.wire.trust import Authority, NodeFiles
+from support.control_base import UnexpectedControl
 
 DEADLINE_S = 20.0
 NOW = trust.utc_now()  # TLS looks at the real clock
@@ -60,7 +61,7 @@ class PlayedStage:
         self.on_event({"event": event, **fields})
 
 
-class Coordinator(control_pb2_grpc.ControlServicer):
+class Coordinator(UnexpectedControl):
     """Records what nodes say; ``tell`` speaks to the one that is attached."""
 
     def __init__(self) -> None:
@@ -87,41 +88,6 @@ class Coordinator(control_pb2_grpc.ControlServicer):
     async def _read(self, messages: AsyncIterator[pb.NodeMessage]) -> None:
         async for message in messages:
             self.heard.append(message)
-
-    async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatusReply:
-        raise AssertionError("a node does not ask for the status")
-
-    async def Events(
-        self, request: pb.EventsRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.EventsReply]:
-        raise AssertionError("a node asks for no events")
-        yield pb.EventsReply()
-
-    async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
-        raise AssertionError("a node does not end the engine")
-
-    async def Renew(self, request: pb.RenewRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.RenewReply:
-        raise AssertionError("its certificate is good for long")
-
-    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DrainReply:
-        raise AssertionError("a node drains no others")
-
-    async def RemoveNode(
-        self, request: pb.RemoveNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.RemoveNodeReply:
-        raise AssertionError("a node removes no others")
-
-    async def Lead(
-        self, request_iterator: AsyncIterator[pb.LeadMessage], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.LeadMessage]:
-        raise AssertionError("nobody is elected here")
-        yield
-
-    async def Forward(
-        self, request_iterator: AsyncIterator[pb.ForwardPart], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.ForwardPart]:
-        raise AssertionError("nothing is forwarded here")
-        yield
 
     def tell(self, **what: Any) -> None:
         self._out.put_nowait(pb.CoordinatorMessage(**what))

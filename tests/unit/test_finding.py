@@ -25,6 +25,7 @@ from dwarfstar_engine.wire.enrol import Enrolment, serve_enrolment
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated import control_pb2_grpc
 from dwarfstar_engine.wire.trust import Authority, NodeFiles
+from support.control_base import UnexpectedControl
 
 NOW = trust.utc_now()  # TLS looks at the real clock
 LOOPBACK = (Interface("lo", "127.0.0.1", 8),)
@@ -46,7 +47,7 @@ def member(authority: Authority, folder: Path, node_id: str) -> NodeFiles:
     return files
 
 
-class Control(control_pb2_grpc.ControlServicer):
+class Control(UnexpectedControl):
     """Answers as a coordinator does."""
 
     asked = 0
@@ -54,44 +55,6 @@ class Control(control_pb2_grpc.ControlServicer):
     async def Status(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatusReply:
         self.asked += 1
         return pb.StatusReply(json=b"{}")
-
-    async def Attach(
-        self, request_iterator: AsyncIterator[pb.NodeMessage], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.CoordinatorMessage]:
-        raise AssertionError("a search attaches to nobody")
-        yield pb.CoordinatorMessage()
-
-    async def Events(
-        self, request: pb.EventsRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.EventsReply]:
-        raise AssertionError("a search asks for no events")
-        yield pb.EventsReply()
-
-    async def Stop(self, request: pb.StopRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StopReply:
-        raise AssertionError("a search ends no engine")
-
-    async def Renew(self, request: pb.RenewRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.RenewReply:
-        raise AssertionError("a search renews nothing")
-
-    async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DrainReply:
-        raise AssertionError("a node drains no others")
-
-    async def RemoveNode(
-        self, request: pb.RemoveNodeRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.RemoveNodeReply:
-        raise AssertionError("a search removes nobody")
-
-    async def Lead(
-        self, request_iterator: AsyncIterator[pb.LeadMessage], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.LeadMessage]:
-        raise AssertionError("nobody is elected here")
-        yield
-
-    async def Forward(
-        self, request_iterator: AsyncIterator[pb.ForwardPart], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[pb.ForwardPart]:
-        raise AssertionError("nothing is forwarded here")
-        yield
 
 
 @asynccontextmanager
