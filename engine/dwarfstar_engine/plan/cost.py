@@ -151,6 +151,11 @@ def busy_ms(link: Link, size_bytes: float) -> float:
     return size_bytes * 8 / (link.gbit_s * 1e6)
 
 
+def link_hop_ms(link: Link, size_bytes: float) -> float:
+    """From one stage's end to the next one's start, over a link."""
+    return link.latency_ms + busy_ms(link, size_bytes) + HOP_MS
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """A cluster's costs for a job, by node name."""
@@ -161,12 +166,11 @@ class Costs:
 
     def hop_ms(self, a: str, b: str, rows: int = 1) -> float:
         """Rows of hidden states from one stage to the next."""
-        link = self.link(a, b)
-        return link.latency_ms + busy_ms(link, rows * row_bytes(self.job)) + HOP_MS
+        return link_hop_ms(self.link(a, b), rows * row_bytes(self.job))
 
     def closing_ms(self, last: str, first: str) -> float:
         """Drawn ids from the last stage to the first."""
-        return 0.0 if last == first else self.link(last, first).latency_ms + HOP_MS
+        return 0.0 if last == first else link_hop_ms(self.link(last, first), 0)
 
     def link(self, a: str, b: str) -> Link:
         return self.cluster.between(self.nodes[a].node, self.nodes[b].node)

@@ -18,8 +18,8 @@ Layers = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class NodeDelta:
-    """What changes on a node. load, drop: ranges of layers, half open. headroom_bytes: after all is done; while both are
-    held it is ``both_headroom_bytes``: negative means that something has to go before the new layers are loaded.
+    """What changes on a node. load, drop: ranges of layers, half open. headroom_bytes: after all is done; while both
+    are held it is ``both_headroom_bytes``: negative means that something has to go before the new layers are loaded.
     """
 
     node: str

@@ -59,6 +59,11 @@ def value(forecast: Forecast, objective: Objective) -> float:
     return forecast.single_tok_s if objective is Objective.SINGLE else forecast.aggregate_tok_s
 
 
+def rate(tok_s: float) -> str:
+    """Tokens a second as they are told: three digits."""
+    return f"{tok_s:.0f}" if tok_s >= 100 else f"{tok_s:.1f}" if tok_s >= 10 else f"{tok_s:.2f}"
+
+
 def _check_wishes(cluster: Cluster, wishes: Wishes) -> None:
     known = {node.name for node in cluster.nodes}
     for name in sorted((wishes.pins.keys() | wishes.excluded) - known):
@@ -66,7 +71,7 @@ def _check_wishes(cluster: Cluster, wishes: Wishes) -> None:
 
 
 def _variants(nodes: Sequence[Node], wishes: Wishes) -> list[tuple[Node, ...]]:
-    """Each machine as one stage; and, where machines have several devices, each device as a stage (if it is not pinned)."""
+    """Each machine as one stage; and, where machines have several devices, each unpinned device as a stage."""
     whole = tuple(nodes)
     apart = tuple(part for node in nodes for part in ((node,) if node.name in wishes.pins else by_device(node)))
     return [whole] if len(apart) == len(whole) else [whole, apart]
@@ -171,6 +176,5 @@ def why_not(costs: Costs, stages: Sequence[tuple[str, int, int]], name: str, obj
     with_it = [(name, 0, first), *rest, *stages[1:]]
     there = value(predict(costs, plan_of(costs, with_it).stages), objective)
     count = f"{first} layer{'s' * (first != 1)}"
-    if there < here:
-        return f"it only slows the model down: with {count} on it {there:.1f} tok/s, without it {here:.1f}"
-    return f"it adds nothing: with {count} on it {there:.1f} tok/s, without it {here:.1f}"
+    effect = "only slows the model down" if there < here else "adds nothing"
+    return f"it {effect}: with {count} on it {rate(there)} tok/s, without it {rate(here)}"

@@ -19,16 +19,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice, permutations, product
 
 import numpy as np
 import numpy.typing as npt
 
-from dwarfstar_engine.plan.cost import Costs, busy_ms, row_bytes
+from dwarfstar_engine.plan.cluster import Link
+from dwarfstar_engine.plan.cost import Costs, busy_ms, link_hop_ms, row_bytes
 from dwarfstar_engine.plan.forecast import Wishes
 from dwarfstar_engine.plan.proportional import Flags, Ints, loadable, slice_bytes
 
 EXACT_STEPS = 1200  # (set, node) pairs of the exact search: eight different nodes make 1024
-MOVE_STEPS = 6000  # nodes passed by the ordered search while moves are tried
+MOVE_STEPS = 3000  # nodes passed by the ordered search while moves are tried
+ORDER_WORK = 500_000_000  # elements of matrices passed for the orders tried first, about a second
+LEAST_ORDERS = 2
 MAX_LAST = 8  # kinds of node tried as the last stage, behind all others
 MAX_MOVED = 24  # nodes of a plan that moves are tried with; with more, order matters little for any one
 Floats = npt.NDArray[np.float64]
@@ -74,16 +78,12 @@ class Problem:
         self._bytes: dict[int, Ints] = {}
         self._matrices: dict[int, Floats] = {}
         self.uniform = self._alike()
-        n = len(self.names)
-        if self.uniform:
-            a, b = (self.names * 2)[:2] if n > 1 else (self.names[0], self.names[0])
-            self.hop, self.closing = np.full((1, 1), self._hop(a, b)), np.full((1, 1), self._closing(a, b))
-        else:
-            self.hop, self.closing = np.zeros((n, n)), np.zeros((n, n))
-            for i, a in enumerate(self.names):
-                for j, b in enumerate(self.names):
-                    if i != j:
-                        self.hop[i, j], self.closing[i, j] = self._hop(a, b), self._closing(a, b)
+        n = 1 if self.uniform else len(self.names)
+        usual = self.costs.cluster.link
+        self.hop, self.closing = np.full((n, n), self._hop(usual)), np.full((n, n), self._closing(usual))
+        for i, j in () if self.uniform else self._unusual():
+            link = self.costs.link(self.names[i], self.names[j])
+            self.hop[i, j], self.closing[i, j] = self._hop(link), self._closing(link)
 
     def _class(self, name: str) -> int:
         """Nodes of one class cost and hold the same."""
@@ -99,17 +99,25 @@ class Problem:
         paired = any(a in machines and b in machines for a, b in self.costs.cluster.pairs)
         return not paired and len(machines) == len(nodes)
 
-    def _hop(self, a: str, b: str) -> float:
-        if self.measure is Measure.MAX or self._limit_ms < np.inf:
-            taken = 0.0 if a == b else busy_ms(self.costs.link(a, b), self.batch * row_bytes(self.costs.job))
-            if self.measure is Measure.MAX:
-                return taken
-            if taken > self._limit_ms:
-                return np.inf
-        return self.costs.hop_ms(a, b, self.batch)
+    def _unusual(self) -> Iterator[tuple[int, int]]:
+        """Pairs of nodes that the cluster's own link does not join: those with a link of theirs, and of one machine."""
+        by_machine: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            by_machine.setdefault(self.costs.nodes[name].node.machine, []).append(i)
+        for a, b in self.costs.cluster.pairs:
+            for i, j in product(by_machine.get(a, ()), by_machine.get(b, ())):
+                yield from ((i, j), (j, i))
+        for several in by_machine.values():
+            yield from permutations(several, 2)
 
-    def _closing(self, a: str, b: str) -> float:
-        return 0.0 if self.measure is Measure.MAX else self.costs.closing_ms(a, b)
+    def _hop(self, link: Link) -> float:
+        taken = busy_ms(link, self.batch * row_bytes(self.costs.job))
+        if self.measure is Measure.MAX:
+            return taken
+        return link_hop_ms(link, self.batch * row_bytes(self.costs.job)) if taken <= self._limit_ms else np.inf
+
+    def _closing(self, link: Link) -> float:
+        return 0.0 if self.measure is Measure.MAX else link_hop_ms(link, 0)
 
     def matrix(self, index: int) -> Floats:
         """Stage ms from bound i to bound j on a node; infinite where it cannot be."""
@@ -144,8 +152,10 @@ def best(problem: Problem) -> Found | None:
         return None
     if exact_steps(problem) <= EXACT_STEPS:
         return _exact(problem)
+    n, size = len(problem.names), problem.size
+    orders = islice(_orders(problem), max(LEAST_ORDERS, ORDER_WORK // (n * size * (size if problem.uniform else n))))
     found = min(
-        (one for order in _orders(problem) if (one := in_order(problem, order)) is not None),
+        (one for order in orders if (one := in_order(problem, order)) is not None),
         key=lambda one: one.value,
         default=None,
     )
@@ -320,8 +330,8 @@ def _orders(problem: Problem) -> Iterator[list[int]]:
     room = [one.usable_bytes for one in costs]
     for key in (
         lambda i: (-pace[i], i),
-        lambda i: (pace[i], i),
         lambda i: (room[i], i),
+        lambda i: (pace[i], i),
         lambda i: (-room[i], i),
     ):
         yield _with_pins(problem, sorted(everybody, key=key))
