@@ -21,7 +21,8 @@ from dwarfstar_engine.plan.search import Measure, Problem, in_order
 
 MAX_PIPELINES = 8
 SEARCHED_NODES = 8  # of a pipeline's nodes, at most, all orders are tried; with more, one
-WORTH = 0.01  # so much better than the plan: else the plan is kept
+NEAR = 0.03  # for many streams, so far below the best is as good: models are no finer
+WORTH = 0.01  # of one stream: less is no reason to leave the plan
 
 
 class Kind(StrEnum):
@@ -64,11 +65,18 @@ def advise(cluster: Cluster, job: Job, planned: Planned, wishes: Wishes = NO_WIS
     own = _alternative(Kind.SPLIT if len(planned.nodes) > 1 else Kind.SINGLE, [(planned.plan.stages, planned.forecast)])
     found = [own]
     found += [one for one in _others(costs, cluster, job, planned, wishes) if one.kind is not own.kind]
-    best = max(found, key=lambda one: (one.value(planned.objective), one is own))
-    if best.value(planned.objective) <= own.value(planned.objective) * (1 + WORTH):
-        best = own
+    best = _best(own, found, planned.objective)
     found.sort(key=lambda one: list(Kind).index(one.kind))
     return Advice(tuple(found), best, _sentence(own, best, found, planned.objective))
+
+
+def _best(own: Alternative, found: Sequence[Alternative], objective: Objective) -> Alternative:
+    """Of those near the best for the objective the quickest for one stream; the plan itself, if it is as good."""
+    most = max(one.value(objective) for one in found)
+    near = [one for one in found if one.value(objective) >= most * (1 - NEAR)]
+    best = max(near, key=lambda one: one.single_tok_s)
+    as_good = own in near and own.single_tok_s >= best.single_tok_s * (1 - WORTH)
+    return own if as_good else best
 
 
 def _others(costs: Costs, cluster: Cluster, job: Job, planned: Planned, wishes: Wishes) -> Iterator[Alternative]:
@@ -152,10 +160,10 @@ def _ring(costs: Costs, names: Sequence[str]) -> Ring | None:
     if len(names) <= SEARCHED_NODES:
         slices = fastest(there, Objective.THROUGHPUT)
     else:
-        problem = Problem(there, list(names), NO_WISHES, Measure.MAX)
+        problem = Problem(there, names, NO_WISHES, Measure.MAX)
         found = in_order(problem, range(len(names)))
-        slices = found and [(names[i], problem.bounds[a], problem.bounds[b]) for i, a, b in found.picks]
-    if not slices:
+        slices = None if found is None else problem.slices(found)
+    if slices is None:
         return None
     stages = plan_of(there, slices).stages
     return stages, predict(there, stages)

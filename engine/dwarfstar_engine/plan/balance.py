@@ -1,8 +1,8 @@
 """When layers should move between stages that run, from how busy they are. A pure state machine; time is passed in.
 
-Theory. Under load a pipeline runs at its busiest stage's pace. A stage's rate is the weight bytes it holds over the time
-it computes; so what a slice would take on another stage's node follows from that node's rate. If the busiest and the
-idlest stage are ``GAP`` apart for ``GAP_S`` without a break, the busiest gives layers to the less busy of its
+Theory. Under load a pipeline runs at its busiest stage's pace. A stage's rate is the weight bytes it holds over the
+time it computes; so what a slice would take on another stage's node follows from that node's rate. If the busiest and
+the idlest stage are ``GAP`` apart for ``GAP_S`` without a break, the busiest gives layers to the less busy of its
 neighbours: half of what would make the two equal, as rates change with the slice. What it did is judged over
 ``JUDGE_S``: if tokens a second dropped by ``DROP``, the old cuts are advised again. After each move there is quiet for
 ``COOL_S``.

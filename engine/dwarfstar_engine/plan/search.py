@@ -140,6 +140,10 @@ class Problem:
         fits = self._bytes[id(there.costs)] <= there.usable_bytes
         return np.where(self._loadable[pinned] & fits & (ms <= self._limit_ms), ms, np.inf)
 
+    def slices(self, found: Found) -> list[tuple[str, int, int]]:
+        """The stages as (node, first layer, end)."""
+        return [(self.names[i], self.bounds[a], self.bounds[b]) for i, a, b in found.picks]
+
     def join(self, before: Floats, more: Floats | float) -> Floats:
         """What parts make together."""
         found: Floats = before + more if self.measure is Measure.SUM else np.maximum(before, more)
