@@ -49,7 +49,7 @@ def render(told: Answer, width: int) -> Iterator[RenderableType]:
         " one stream · ",
         (f"{rate(forecast.aggregate_tok_s)} tok/s", "bold"),
         f" all streams ({forecast.lanes} lane{'s' * (forecast.lanes != 1)} of {forecast.batch})"
-        f" · first token after {forecast.ttft_ms / 1000:.1f} s ({forecast.prompt_tokens}-token prompt)",
+        f" · {forecast.prompt_tokens}-token prompt: first token after {_time(forecast.ttft_ms)}",
     )
     for option in planned.options:
         yield Text(f"! {option}", "yellow")
@@ -57,6 +57,10 @@ def render(told: Answer, width: int) -> Iterator[RenderableType]:
     yield from _alternatives(told, width)
     yield Text.assemble(("→ ", "bold green"), (told.advice.sentence, "bold"))
     yield from _left_out(told, width)
+
+
+def _time(ms: float) -> str:
+    return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms:.0f} ms"
 
 
 def _bars(told: Answer, width: int) -> Iterator[Text]:

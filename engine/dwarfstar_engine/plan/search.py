@@ -30,10 +30,11 @@ from dwarfstar_engine.plan.forecast import Wishes
 from dwarfstar_engine.plan.proportional import Flags, Ints, loadable, slice_bytes
 
 EXACT_STEPS = 1200  # (set, node) pairs of the exact search: eight different nodes make 1024
-MOVE_STEPS = 3000  # nodes passed by the ordered search while moves are tried
+MOVE_STEPS = 6000  # nodes passed by the ordered search while moves are tried
 ORDER_WORK = 500_000_000  # elements of matrices passed for the orders tried first, about a second
 LEAST_ORDERS = 2
 MAX_LAST = 8  # kinds of node tried as the last stage, behind all others
+STARTS = 4  # of the orders' plans, the best are moved on from
 MAX_MOVED = 24  # nodes of a plan that moves are tried with; with more, order matters little for any one
 Floats = npt.NDArray[np.float64]
 Picks = tuple[tuple[int, int, int], ...]  # (node, first block, end)
@@ -158,12 +159,10 @@ def best(problem: Problem) -> Found | None:
         return _exact(problem)
     n, size = len(problem.names), problem.size
     orders = islice(_orders(problem), max(LEAST_ORDERS, ORDER_WORK // (n * size * (size if problem.uniform else n))))
-    found = min(
-        (one for order in orders if (one := in_order(problem, order)) is not None),
-        key=lambda one: one.value,
-        default=None,
-    )
-    return None if found is None else _moved(problem, found)
+    found = {one.picks: one for order in orders if (one := in_order(problem, order)) is not None}
+    starts = sorted(found.values(), key=lambda one: one.value)[:STARTS]
+    moved = (_moved(problem, start, MOVE_STEPS // len(starts)) for start in starts)
+    return min(moved, key=lambda one: one.value, default=None)
 
 
 # --- an order given ---
@@ -369,9 +368,8 @@ def _with_pins(problem: Problem, order: list[int]) -> list[int]:
     return [*names, *(i for one in free for i in (one, *names))]
 
 
-def _moved(problem: Problem, found: Found) -> Found:
+def _moved(problem: Problem, found: Found, budget: int) -> Found:
     """Single nodes moved, left out, exchanged for one that is not used, or added, as long as that is better."""
-    budget = MOVE_STEPS
     improved = True
     while improved and budget > 0:
         improved = False
@@ -410,3 +408,4 @@ def _moves(used: Sequence[int], spares: Sequence[int]) -> Iterable[list[int]]:
     for i in range(len(used)):
         for j in range(i + 2, len(used) + 1):
             yield [*used[:i], *reversed(used[i:j]), *used[j:]]
+            yield [*used[:i], used[j - 1], *used[i + 1 : j - 1], used[i], *used[j:]]
