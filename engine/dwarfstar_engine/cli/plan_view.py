@@ -94,7 +94,9 @@ def _bars(told: Answer, width: int) -> Iterator[Text]:
 
 def _sizes(stage: StageForecast) -> str:
     used = stage.weights_bytes + stage.kv_bytes + stage.compute_bytes
-    return f"{used / GIB:.1f}/{(used + stage.headroom_bytes) / GIB:.1f}"
+    room = used + stage.headroom_bytes
+    digits = 1 if room >= 10 * GIB else 2
+    return f"{used / GIB:.{digits}f}/{room / GIB:.{digits}f}"
 
 
 def _bar(stage: StageForecast, width: int) -> Text:
