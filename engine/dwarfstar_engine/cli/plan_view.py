@@ -56,7 +56,7 @@ def render(told: Answer, width: int) -> Iterator[RenderableType]:
     yield Text()
     yield from _alternatives(told, width)
     yield Text.assemble(("→ ", "bold green"), (told.advice.sentence, "bold"))
-    yield from _left_out(told, width)
+    yield from _left_out(told)
 
 
 def _time(ms: float) -> str:
@@ -131,7 +131,7 @@ def _alternatives(told: Answer, width: int) -> Iterator[RenderableType]:
     yield table
 
 
-def _left_out(told: Answer, width: int) -> Iterator[Text]:
+def _left_out(told: Answer) -> Iterator[Text]:
     excluded = told.planned.plan.excluded
     if excluded:
         yield Text()
