@@ -34,7 +34,7 @@ EXACT_WORK = 100_000_000  # elements of matrices passed by the exact search, a f
 # of their own and 100 layers, or nine different ones with 128
 STEP_WORK = 10_000  # of each (set, node) pair, beside its elements
 MOVE_STEPS = 6000  # nodes passed by the ordered search while moves are tried
-ORDER_WORK = 150_000_000  # elements of matrices passed for the orders tried first, some tenths of a second
+ORDER_WORK = 100_000_000  # elements of matrices passed for the orders tried first, some tenths of a second
 LEAST_ORDERS = 2
 MAX_LAST = 8  # kinds of node tried as the last stage, behind all others
 STARTS = 4  # of the orders' plans, the best are moved on from
