@@ -71,6 +71,9 @@ def answer(asked: Asked, settings: Settings) -> Answer:
         status = _status(settings)
         cluster = running_cluster(status)
     name, job = _job(asked, settings, shape, status)
+    served = status.model.name if status is not None and status.model else ""
+    if status is not None and name != served:  # what was measured was of another model
+        cluster = replace(cluster, nodes=tuple(replace(node, measured=()) for node in cluster.nodes))
     cluster = replace(cluster, nodes=_lent(cluster.nodes, asked.lend))
     wishes = Wishes(pins=_pins(asked.pin), excluded=frozenset(asked.exclude))
     try:
