@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dwarfstar_engine.model.gguf_reader import shown
 from dwarfstar_engine.model.hub_names import Offer
 from dwarfstar_engine.node.pull import Progress
 from dwarfstar_engine.views import ModelFilesView, ModelFileView
@@ -25,7 +24,7 @@ def models_text(view: ModelFilesView, folder: Path, width: int) -> str:
     """The models, and below them why some cannot be served."""
     width = max(width, NARROW)
     lines = list(_table(view.models, width)) if view.models else []
-    notes = [f"! {shown(model.name)}: {model.reason}" for model in view.models if model.reason]
+    notes = [f"! {_clean(model.name)}: {model.reason}" for model in view.models if model.reason]
     if view.left_out:
         notes.append(f"! {view.left_out} more files were not looked at: there are too many, or the disk is too slow")
     if not any(Path(model.path).parent == folder for model in view.models):
@@ -41,10 +40,10 @@ def _table(models: Sequence[ModelFileView], width: int) -> Iterator[str]:
     wide = width > NARROW
     heading = HEADING if wide else SHORT_HEADING
     room = width - len(heading) - 2
-    name = min(room, max(len("name"), *(len(shown(model.name)) for model in models)))
+    name = min(room, max(len("name"), *(len(_clean(model.name)) for model in models)))
     yield f"{'name':{name}}{heading}"
     for model in models:
-        yield (f"{_short(shown(model.name), name):{name}}{_figures(model, wide=wide)}").rstrip()
+        yield (f"{_short(_clean(model.name), name):{name}}{_figures(model, wide=wide)}").rstrip()
 
 
 def _figures(model: ModelFileView, *, wide: bool) -> str:
@@ -70,6 +69,11 @@ def count(n: int) -> str:
     return str(n)
 
 
+def _clean(text: str) -> str:
+    """Without what would steer a terminal."""
+    return text if text.isprintable() else ascii(text)
+
+
 def _short(text: str, width: int) -> str:
     """Cut in the middle: both ends of a model's name tell something."""
     if len(text) <= width:
@@ -83,7 +87,7 @@ def offers_text(offers: Sequence[Offer]) -> str:
     lines = [f"{'type':10}{'GiB':>9}  file"]
     for offer in offers:
         more = f"  (and {len(offer.files) - 1} more parts)" if len(offer.files) > 1 else ""
-        lines.append(f"{offer.quantisation or UNKNOWN:10}{offer.size / GIB:9.2f}  {shown(offer.files[0].path)}{more}")
+        lines.append(f"{offer.quantisation or UNKNOWN:10}{offer.size / GIB:9.2f}  {_clean(offer.files[0].path)}{more}")
     return "\n".join(lines)
 
 

@@ -256,12 +256,7 @@ class _Fetch:
         """Take what one request brings."""
         stop = min(self._file.size, self._done + SPAN_BYTES)
         with self._source.read(self._file, self._done, stop) as body:
-            if body.total is not None and body.total != self._file.size:
-                raise HubError(
-                    f"{self._file.name} has {body.total} bytes, and {self._file.size} were said: it was replaced "
-                    "meanwhile; pull again",
-                    code="hub_damaged",
-                )
+            _check_total(body, self._file)
             if body.start != self._done:  # no ranges there
                 self._restart(out)
             for chunk in body.chunks:
@@ -301,6 +296,7 @@ class _Remote:
         stop = min(self._file.size, self._at + size)
         data = bytearray()
         with self._source.read(self._file, self._at, stop) as body:
+            _check_total(body, self._file)
             skip = self._at - body.start  # without ranges, all of it comes
             for chunk in body.chunks:
                 data += chunk[skip:]
@@ -310,6 +306,14 @@ class _Remote:
         if len(data) < stop - self._at:
             raise HubError(f"the connection broke while {self._file.name} was read", passing=True)
         return bytes(data[: stop - self._at])
+
+
+def _check_total(body: Body, file: HubFile) -> None:
+    if body.total is not None and body.total != file.size:
+        raise HubError(
+            f"{file.name} has {body.total} bytes, and {file.size} were said: it was replaced meanwhile; pull again",
+            code="hub_damaged",
+        )
 
 
 def _wait_s(tries: int, trouble: HubError) -> float:
