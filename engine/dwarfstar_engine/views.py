@@ -126,3 +126,4 @@ class ModelFileView(View):
 class ModelFilesView(View):
     models: tuple[ModelFileView, ...]  # by name, the demo last
     left_out: int = 0  # files that were not looked at: too many, or too slow to read
+    unfinished_gib: float = 0.0  # of downloads that may go on

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dwarfstar_engine.model.hub_names import DOWNLOADS
 from dwarfstar_engine.node.pull import PART
-from dwarfstar_engine.node.pulled import FOLDER
 from support import gguf_bytes as g
 from support.engine_process import DEADLINE_S, PROGRAM, command, environment
 from support.fake_hub import FakeHub, fake_hub
@@ -70,6 +70,7 @@ def test_from_choosing_to_serving(tmp_path: Path) -> None:
         view = json.loads(run(hub, tmp_path, "models", "--json").stdout)
         assert view["models"][0]["name"] == "tiny-Q8_0" and view["models"][0]["supported"]
         table = run(hub, tmp_path, "models", COLUMNS="80").stdout
+        assert "it is there already" in run(hub, tmp_path, "pull", "owner/name:Q8_0", **token).stderr
         assert "tiny-Q8_0" in table and max(map(len, table.splitlines())) <= 80
 
 
@@ -103,7 +104,7 @@ def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(tmp_path: Path) -> None:
         assert process.returncode == 130 and "Traceback" not in told
         assert f"dwarfstar pull owner/name --models {tmp_path / 'models'}" in told.splitlines()[-1]
         assert there(tmp_path) == []
-        (part,) = (tmp_path / "models" / FOLDER).rglob(f"*{PART}")
+        (part,) = (tmp_path / "models" / DOWNLOADS).rglob(f"*{PART}")
         had = part.stat().st_size
         hub.hold.set()
         hub.asked.clear()
@@ -124,7 +125,7 @@ def test_a_wrong_hash_and_a_full_disk(tmp_path: Path) -> None:
         assert "8192.00 GiB are still to come: make room for" in told and there(tmp_path) == []
 
 
-def test_a_hub_that_refuses(tmp_path: Path) -> None:
+def test_a_hub_that_has_no_such_thing(tmp_path: Path) -> None:
     with fake_hub(files=FILES) as hub:
         assert "there is no repository owner/nothing" in refused(run(hub, tmp_path, "pull", "owner/nothing"))
         assert "no such revision" in refused(run(hub, tmp_path, "pull", f"{hub.url}/owner/name/blob/x/tiny-Q8_0.gguf"))
@@ -132,12 +133,31 @@ def test_a_hub_that_refuses(tmp_path: Path) -> None:
         assert "names no model of a hub" in refused(run(hub, tmp_path, "pull", "name"), 2)
         hub.statuses = [404]
         assert "is not there (any more)" in refused(run(hub, tmp_path, "pull", "owner/name:Q8_0"))
-        hub.statuses = [503]  # passes
-        assert run(hub, tmp_path, "pull", "owner/name:Q4_0").returncode == 0
-        hub.token, hub.gated = "secret-token", True
+
+
+def test_a_hub_that_wants_a_token(tmp_path: Path) -> None:
+    with fake_hub(files=FILES, token="secret-token", gated=True) as hub:
         for token in ("", "secret", "secret\nbad"):
             told = refused(run(hub, tmp_path, "pull", "owner/name:Q8_0", HF_TOKEN=token))
             assert f"gated: accept its terms at {hub.url}/owner/name and set HF_TOKEN" in told
+        assert not any(asked.content for asked in hub.asked)
+
+
+def test_a_hub_in_trouble(tmp_path: Path) -> None:
+    with fake_hub(files={"tiny-Q4_0.gguf": SMALL}) as hub:
+        for status, said in (
+            (500, "HTTP status 500; try again later"),
+            (418, "HTTP status 418"),
+            (403, "set HF_TOKEN"),
+        ):
+            hub.api = [(status, b"no")]
+            assert said in refused(run(hub, tmp_path, "pull", "owner/name"))
+        for answer in (b"<html>", b"[]", b'{"siblings": [{}]}', b'{"siblings": [{"rfilename": "m.gguf", "size": -1}]}'):
+            hub.api = [(200, answer)]
+            told = refused(run(hub, tmp_path, "pull", "owner/name"))
+            assert "cannot be used" in told or "no usable size" in told
+        hub.statuses = [503]  # which passes
+        assert run(hub, tmp_path, "pull", "owner/name").returncode == 0
     assert "no connection" in refused(run(hub, tmp_path, "pull", "owner/name:Q8_0"))
     assert "HF_HUB_OFFLINE" in refused(run(hub, tmp_path, "pull", "owner/name:Q8_0", HF_HUB_OFFLINE="1"))
 

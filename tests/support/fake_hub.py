@@ -12,9 +12,10 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -45,6 +46,7 @@ class FakeHub:
     hashes: dict[str, str | None] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
+    api: list[tuple[int, bytes]] = field(default_factory=list)  # the next answers of the API
     ranges: bool = True
     redirects: bool = True
     token: str | None = None
@@ -96,26 +98,29 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.token is None or self.headers.get("Authorization") == f"Bearer {self.hub.token}":
             return True
         code = {"X-Error-Code": "GatedRepo"} if self.hub.gated else {"X-Error-Code": "RepoNotFound"}
-        self._answer(401, b"{}", **code)
+        self._answer(401, b"{}", code)
         return False
 
     def _api(self, path: str) -> None:
+        if self.hub.api and path.startswith("/api/models/"):
+            return self._answer(*self.hub.api.pop(0))
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
         if match is None or match[1] != self.hub.repo:
-            self._answer(404, b"{}", **{"X-Error-Code": "RepoNotFound"})
+            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif match[2] not in (None, "main", COMMIT):
-            self._answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound"})
+            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         elif self._allowed():
-            self._answer(200, json.dumps(self.hub.info()).encode(), **{"Content-Type": "application/json"})
+            self._answer(200, json.dumps(self.hub.info()).encode(), {"Content-Type": "application/json"})
+        return None
 
     def _resolve(self, path: str) -> None:
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if match is None or match[1] != self.hub.repo or match[3] not in self.hub.files:
-            self._answer(404, b"", **{"X-Error-Code": "EntryNotFound"})
+            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         elif not self._allowed():
             pass
         elif self.hub.redirects:
-            self._answer(302, b"", Location=f"{self.hub.content_url}/blob/{match[3]}?signature=secret")
+            self._answer(302, b"", {"Location": f"{self.hub.content_url}/blob/{match[3]}?signature=secret"})
         else:
             self._content(match[3])
 
@@ -135,10 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"Content-Range": f"bytes {start}-{stop - 1}/{total}"}
         body = data[start:stop]
         cut = hub.cuts.pop(0) if hub.cuts and len(body) > hub.cuts[0] else None
-        self._answer(status, body, cut, ETag=f'"{len(data)}"', **headers)
+        self._answer(status, body, {"ETag": f'"{len(data)}"', **headers}, cut)
         return None
 
-    def _answer(self, status: int, body: bytes, cut: int | None = None, **headers: str) -> None:
+    def _answer(
+        self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({}), cut: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

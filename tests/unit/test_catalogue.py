@@ -116,6 +116,15 @@ def test_it_has_an_end_in_time_and_number(tmp_path: Path, monkeypatch: pytest.Mo
     assert (len(listed(tmp_path).models), listed(tmp_path).left_out) == (2, 4)
 
 
+def test_downloads_that_are_not_complete_are_counted(tmp_path: Path) -> None:
+    (work := tmp_path / ".pull" / "0123").mkdir(parents=True)
+    (work / "m.gguf.part").write_bytes(bytes(3 << 20))
+    (work / "n.gguf").write_bytes(bytes(1 << 20))
+    (tmp_path / ".pull" / "pulled.json").write_bytes(bytes(1 << 20))
+    view = listed(tmp_path)
+    assert view.models == () and view.unfinished_gib == pytest.approx(4 / 1024, abs=1e-4)
+
+
 WHOLE = g.gguf_bytes(g.llama_pairs(4), g.llama_tensors(4))
 
 

@@ -49,6 +49,11 @@ def test_an_empty_folder_says_what_to_do() -> None:
     assert "dwarfstar pull" not in models_text(ModelFilesView(models=(model("m"),)), FOLDER, 80)
 
 
+def test_downloads_that_are_not_complete_are_told() -> None:
+    text = models_text(ModelFilesView(models=(model("m"),), unfinished_gib=3.25), FOLDER, 160)
+    assert "3.25 GiB of pulls that are not complete lie in /models/.pull" in text
+
+
 def test_what_is_broken_has_no_figures() -> None:
     broken = model("m", architecture="", layers=0, context=0, supported=False, broken=True, reason="it is damaged")
     text = models_text(ModelFilesView(models=(broken,)), FOLDER, 80)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dwarfstar_engine.errors import HubError, ModelError, ModelFileError
 from dwarfstar_engine.model.gguf import read_model
-from dwarfstar_engine.model.hub_names import HubFile, Offer, Reference, offers
+from dwarfstar_engine.model.hub_names import DOWNLOADS, HubFile, Offer, Reference, offers
 from dwarfstar_engine.node import pull as pull_module
 from dwarfstar_engine.node.pull import (
     MAX_TRIES,
@@ -28,7 +28,7 @@ from dwarfstar_engine.node.pull import (
     read_offer,
     unfinished,
 )
-from dwarfstar_engine.node.pulled import FOLDER, MAX_KEPT, Pulled, find_pulled, note_pulled, read_record
+from dwarfstar_engine.node.pulled import MAX_KEPT, Pulled, find_pulled, note_pulled, read_record
 from dwarfstar_engine.node.source import find_model
 from dwarfstar_engine.wire.private_files import locked
 from support import gguf_bytes as g
@@ -89,11 +89,11 @@ OFFER = offer_of(ONE)
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name != FOLDER)
+    return sorted(path.name for path in folder.iterdir() if path.name != DOWNLOADS)
 
 
 def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / FOLDER).rglob("*") if path.suffix != ".lock" and path.is_file())
+    return sorted(path.name for path in (folder / DOWNLOADS).rglob("*") if path.suffix != ".lock" and path.is_file())
 
 
 def test_a_model_is_pulled(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_two_pulls_of_one_model(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pull(Server(ONE, [1000], KeyboardInterrupt()), OFFER, tmp_path, ASKED, Room().tools())
-    (lock,) = (tmp_path / FOLDER).glob("*.lock")
+    (lock,) = (tmp_path / DOWNLOADS).glob("*.lock")
     with locked(lock, 0.0), pytest.raises(HubError, match="another pull") as refused:
         pull(Server(ONE), OFFER, tmp_path, ASKED, Room().tools())
     assert refused.value.code == "pull_running"
@@ -365,14 +365,14 @@ def test_the_record_is_bounded_and_believed_only_so_far(tmp_path: Path) -> None:
         elif i == 1:
             many = tuple(replace_file(entry, n) for n in range(MAX_KEPT))
             record = read_record(tmp_path).model_copy(update={"models": many})
-            (tmp_path / FOLDER / "pulled.json").write_text(record.model_dump_json())
+            (tmp_path / DOWNLOADS / "pulled.json").write_text(record.model_dump_json())
     kept = read_record(tmp_path).models
     assert len(kept) == MAX_KEPT and kept[-1].file == f"m{MAX_KEPT + 2}.gguf" and kept[0].file == "m1.gguf"
     (tmp_path / "m.gguf").write_bytes(WHOLE)
     (tmp_path / "sub").mkdir()
     note_pulled(tmp_path / "sub", Pulled(file="../m.gguf", repo="o/n"))
     assert find_pulled(tmp_path / "sub", Reference("o/n")) == ()  # it leads out of the folder
-    (tmp_path / FOLDER / "pulled.json").write_text("{]")
+    (tmp_path / DOWNLOADS / "pulled.json").write_text("{]")
     assert read_record(tmp_path).models == ()
 
 

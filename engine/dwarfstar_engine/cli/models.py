@@ -74,13 +74,14 @@ def pull_model(
         path = pull(hub, offer, settings.models_dir, asked, tools)
     except KeyboardInterrupt:
         meter.end()
-        _say(f"stopped; what came is kept, and this goes on there: {_again(asked, settings)}")
+        _say(f"stopped; what came is kept, and this goes on there: {_again(asked, settings, force=force)}")
         raise SystemExit(INTERRUPTED) from None
     except DwarfStarError:
         meter.end()
         raise
     meter.end()
-    _say(f"pulled; to serve it: dwarfstar --serve {shlex.quote(path.stem)}{_where(settings)}")
+    done = "pulled" if meter.pulled else "it is there already"
+    _say(f"{done}; to serve it: dwarfstar --serve {shlex.quote(path.stem)}{_where(settings)}")
     print(path)
 
 
@@ -127,8 +128,8 @@ def _where(settings: Settings) -> str:
     return "" if folder == load_settings({}, os.environ).models_dir else f" --models {shlex.quote(str(folder))}"
 
 
-def _again(asked: Reference, settings: Settings) -> str:
-    return f"dwarfstar pull {shlex.quote(str(asked))}{_where(settings)}"
+def _again(asked: Reference, settings: Settings, *, force: bool) -> str:
+    return f"dwarfstar pull {shlex.quote(str(asked))}{' --force' * force}{_where(settings)}"
 
 
 def _say(text: str) -> None:
@@ -143,10 +144,12 @@ class _Meter:
         self._screen = out.isatty()
         self._next = 0.0
         self._open = False
+        self.pulled = False  # whether anything came
 
     def show(self, progress: Progress) -> None:
         now = time.monotonic()
-        if now < self._next and progress.done < progress.total:
+        self.pulled = self.pulled or progress.doing == "pulling"
+        if now < self._next and progress.done < progress.total and progress.doing != "waiting":
             return
         self._next = now + (SCREEN_EVERY_S if self._screen else LINE_EVERY_S)
         line = self._pace.line(progress, now)

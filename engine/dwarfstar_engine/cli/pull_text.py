@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dwarfstar_engine.model.hub_names import Offer
+from dwarfstar_engine.model.hub_names import DOWNLOADS, Offer
 from dwarfstar_engine.node.pull import Progress
 from dwarfstar_engine.views import ModelFilesView, ModelFileView
 
@@ -27,6 +27,11 @@ def models_text(view: ModelFilesView, folder: Path, width: int) -> str:
     notes = [f"! {_clean(model.name)}: {model.reason}" for model in view.models if model.reason]
     if view.left_out:
         notes.append(f"! {view.left_out} more files were not looked at: there are too many, or the disk is too slow")
+    if view.unfinished_gib:
+        notes.append(
+            f"! {view.unfinished_gib:.2f} GiB of pulls that are not complete lie in {folder / DOWNLOADS}: pull again "
+            "to go on, or delete that folder"
+        )
     if not any(Path(model.path).parent == folder for model in view.models):
         notes.append(f"no GGUF files in {folder}: `dwarfstar pull OWNER/NAME` gets one from a model hub")
     if notes and lines:

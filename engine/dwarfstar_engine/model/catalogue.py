@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dwarfstar_engine.errors import ModelError, ModelFileError
@@ -19,12 +20,12 @@ from dwarfstar_engine.model.arch import rules
 from dwarfstar_engine.model.costs import model_costs
 from dwarfstar_engine.model.ggml_types import FILE_TYPES, TENSOR_TYPES
 from dwarfstar_engine.model.gguf import SHARD_NAME, GgufModel, read_model
+from dwarfstar_engine.model.hub_names import DOWNLOADS, SUFFIX
 from dwarfstar_engine.views import ModelFilesView, ModelFileView
 
 MAX_FILES = 2000  # names looked at; each costs a look at the disk
 MAX_MODELS = 500  # directories read; each may be some megabytes
 MAX_TIME_S = 20.0  # a person waits; local disks need a few milliseconds for each file
-SUFFIX = ".gguf"
 GIB = 1 << 30
 
 _WHERE = re.compile(r" \(field .*\)$", re.DOTALL)  # what a ModelFileError says for those who mend files
@@ -46,7 +47,8 @@ def catalogue(
     now: a clock, in seconds. Raises nothing for what is in the files.
     """
     until = now() + max_time_s
-    names, unseen = _names(folders, MAX_FILES)
+    folders = tuple(dict.fromkeys(folders))
+    names, unseen = _names(folders)
     entries = models_of(names)
     if demo is not None:
         entries.append(ModelFiles(demo[0], (demo[1],)))
@@ -55,7 +57,10 @@ def catalogue(
         if len(found) >= MAX_MODELS or now() > until:
             break
         found.append(describe(entry))
-    return ModelFilesView(models=tuple(found), left_out=len(entries) - len(found) + unseen)
+    unfinished = sum(map(_unfinished, folders)) / GIB
+    return ModelFilesView(
+        models=tuple(found), left_out=len(entries) - len(found) + unseen, unfinished_gib=round(unfinished, 4)
+    )
 
 
 def models_of(paths: Iterable[Path]) -> list[ModelFiles]:
@@ -148,12 +153,18 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _names(folders: Iterable[Path], most: int) -> tuple[list[Path], int]:
-    """GGUF files in ``folders``, and how many more there are."""
+def _unfinished(folder: Path) -> int:
+    """Bytes of a folder's downloads that are not complete."""
+    files = islice((folder / DOWNLOADS).glob(f"*/*{SUFFIX}*"), MAX_FILES)
+    return sum(map(_size, files))
+
+
+def _names(folders: Iterable[Path]) -> tuple[list[Path], int]:
+    """GGUF files in ``folders``, at most MAX_FILES, and how many more there are."""
     found: list[Path] = []
     unseen = 0
     for path in _listed(folders):
-        if len(found) < most:
+        if len(found) < MAX_FILES:
             found.append(path)
         else:
             unseen += 1
@@ -161,7 +172,7 @@ def _names(folders: Iterable[Path], most: int) -> tuple[list[Path], int]:
 
 
 def _listed(folders: Iterable[Path]) -> Iterator[Path]:
-    for folder in dict.fromkeys(folders):
+    for folder in folders:
         try:
             yield from (p for p in folder.iterdir() if p.name.endswith(SUFFIX) and not p.name.startswith("."))
         except OSError:

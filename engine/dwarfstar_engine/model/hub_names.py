@@ -18,6 +18,7 @@ from dwarfstar_engine.errors import ModelError
 from dwarfstar_engine.model.gguf import MAX_SHARDS, SHARD_NAME
 
 HUB = "https://huggingface.co"  # addresses of files there are known whatever mirror is used
+DOWNLOADS = ".pull"  # in the models folder: what is not complete yet, and the record of what was pulled
 SUFFIX = ".gguf"
 MAX_NAME = 200  # characters of a file's name; file systems take 255 bytes, and a suffix is added
 MAX_TEXT = 2000  # characters of what a person gives; signed addresses are long

@@ -14,7 +14,13 @@ from collections.abc import Iterator
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 import dwarfstar_engine
 from dwarfstar_engine.errors import HubError
@@ -162,7 +168,7 @@ def _told(what: str) -> Iterator[None]:
         ) from error
     except OfflineModeIsEnabled as error:
         raise HubError("HF_HUB_OFFLINE is set: unset it to reach the hub", code="hub_offline") from error
-    except httpx2.HTTPStatusError as error:
+    except (HfHubHTTPError, httpx2.HTTPStatusError) as error:
         status = error.response.status_code
         if status in (401, 403):
             raise _refused(what, gated=False) from error

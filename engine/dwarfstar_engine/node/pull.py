@@ -27,8 +27,8 @@ from typing import IO, Protocol
 
 from dwarfstar_engine.errors import HubError, ModelFileError, TrustError
 from dwarfstar_engine.model.gguf import GgufModel, read_head, read_model
-from dwarfstar_engine.model.hub_names import HubFile, Offer, Reference, without_query
-from dwarfstar_engine.node.pulled import FOLDER, Pulled, note_pulled, read_record
+from dwarfstar_engine.model.hub_names import DOWNLOADS, HubFile, Offer, Reference, without_query
+from dwarfstar_engine.node.pulled import Pulled, note_pulled, read_record
 from dwarfstar_engine.wire.private_files import locked
 
 SPAN_BYTES = 8 << 30  # of one request: content networks refuse to send more than some tens of GiB in one answer
@@ -60,7 +60,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """doing: ``checking`` what is there, or ``pulling``. done, total: bytes of the whole model."""
+    """doing: ``checking`` what is there, ``pulling``, or ``waiting`` to try again. done, total: bytes of the model."""
 
     doing: str
     file: str
@@ -85,16 +85,18 @@ def read_offer(source: Source, offer: Offer, tools: Tools) -> GgufModel:
 
 def pull(source: Source, offer: Offer, folder: Path, wanted: Reference, tools: Tools) -> Path:
     """Have a model in ``folder``. Returns its first file. Raises HubError, ModelFileError."""
-    work = folder / FOLDER / _key(offer)
+    work = folder / DOWNLOADS / _key(offer)
     with _disk(folder):
         work.mkdir(parents=True, exist_ok=True)
     try:
         with locked(work.with_suffix(".lock"), 0.0):
-            if not _already(offer, folder, tools):
-                _fetch_all(source, offer, folder, work, tools)
-            with _disk(folder):
-                shutil.rmtree(work, ignore_errors=True)
-                work.with_suffix(".lock").unlink(missing_ok=True)
+            try:
+                if not _already(offer, folder, tools):
+                    _fetch_all(source, offer, folder, work, tools)
+            finally:
+                with contextlib.suppress(OSError):  # what came stays; who waits for the lock finds that it is over
+                    work.rmdir()
+                    work.with_suffix(".lock").unlink()
     except TrustError as error:
         if error.code != "locked":
             raise HubError(error.message, code="disk") from error
@@ -106,7 +108,7 @@ def pull(source: Source, offer: Offer, folder: Path, wanted: Reference, tools: T
 
 def unfinished(offer: Offer, folder: Path) -> int:
     """Bytes of a model that are here already, and count when it is pulled again."""
-    return sum(_there(folder / FOLDER / _key(offer), file) for file in offer.files)
+    return sum(_there(folder / DOWNLOADS / _key(offer), file) for file in offer.files)
 
 
 def _key(offer: Offer) -> str:
@@ -250,6 +252,7 @@ class _Fetch:
             if tries > MAX_TRIES:
                 raise trouble or HubError(f"nothing more comes of {self._file.name}; try again later")
             if trouble is not None and self._done < self._file.size:
+                self._tell("waiting")
                 self._tools.sleep(_wait_s(tries, trouble))
 
     def _request(self, out: IO[bytes]) -> None:

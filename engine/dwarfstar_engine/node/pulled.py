@@ -12,10 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dwarfstar_engine.errors import TrustError
-from dwarfstar_engine.model.hub_names import Reference
+from dwarfstar_engine.model.hub_names import DOWNLOADS, Reference
 from dwarfstar_engine.wire.private_files import locked, read_public, replace_file
 
-FOLDER = ".pull"  # in the models folder: downloads that are not complete, and the record
 RECORD, LOCK = "pulled.json", "pulled.lock"
 MAX_RECORD_BYTES = 1 << 20
 MAX_KEPT = 1000  # models; the oldest is forgotten first
@@ -44,17 +43,17 @@ class Record(BaseModel):
 def read_record(folder: Path) -> Record:
     """The record of a models folder."""
     try:
-        return Record.model_validate_json(read_public(folder / FOLDER / RECORD, MAX_RECORD_BYTES))
+        return Record.model_validate_json(read_public(folder / DOWNLOADS / RECORD, MAX_RECORD_BYTES))
     except (TrustError, ValidationError):
         return Record()
 
 
 def note_pulled(folder: Path, pulled: Pulled) -> None:
     """Add a model to the record, in the place of what had its file's name. Raises TrustError if it cannot be kept."""
-    with locked(folder / FOLDER / LOCK, LOCK_WAIT_S):
+    with locked(folder / DOWNLOADS / LOCK, LOCK_WAIT_S):
         others = (known for known in read_record(folder).models if known.file != pulled.file)
         record = Record(models=(*others, pulled)[-MAX_KEPT:])
-        replace_file(folder / FOLDER / RECORD, record.model_dump_json(indent=1).encode())
+        replace_file(folder / DOWNLOADS / RECORD, record.model_dump_json(indent=1).encode())
 
 
 def find_pulled(folder: Path, wanted: Reference) -> tuple[Path, ...]:
