@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from dwarfstar_engine.model import catalogue as catalogue_module
 from dwarfstar_engine.model.catalogue import catalogue
-from dwarfstar_engine.model.ggml_types import FILE_TYPES, TENSOR_TYPES
 from dwarfstar_engine.views import ModelFilesView, ModelFileView
 from support import gguf_bytes as g
 
@@ -53,17 +52,6 @@ def test_the_quantisation_is_what_the_file_says_or_most_of_it(tmp_path: Path, st
     pairs = [*g.llama_pairs(4), g.Pair("general.file_type", g.U32, stated)]
     g.write(tmp_path / "m.gguf", pairs, g.llama_tensors(4))
     assert only(tmp_path).quantisation == expected
-
-
-def test_file_types_are_those_of_the_pinned_llama_cpp() -> None:
-    llama_cpp = pytest.importorskip("llama_cpp.llama_cpp")
-    theirs = {
-        value: name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_")
-        for name, value in vars(llama_cpp).items()
-        if name.startswith("LLAMA_FTYPE_") and not name.endswith("GUESSED")
-    }
-    assert theirs == FILE_TYPES
-    assert len(TENSOR_TYPES) > 1
 
 
 def test_the_parts_of_a_split_model_are_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +175,14 @@ def test_tries_are_bounded_and_wait_longer(tmp_path: Path) -> None:
     room, server = Room(), Server(ONE, [0] * 100)
     with pytest.raises(HubError, match="connection broke"):
         pull(server, OFFER, tmp_path, ASKED, room.tools())
+    assert [progress.doing for progress in room.told] == ["waiting"] * MAX_TRIES
     assert len(server.asked) == MAX_TRIES + 1 and room.waits == sorted(room.waits) and room.waits[-1] > room.waits[0]
+    with pytest.raises(KeyboardInterrupt):
+        pull(Server(ONE, [1000], KeyboardInterrupt()), OFFER, tmp_path, ASKED, room.tools())
+    server = Server(ONE, [0] * 100)
+    with pytest.raises(HubError, match="connection broke"):
+        pull(server, OFFER, tmp_path, ASKED, room.tools())
+    assert len(server.asked) == MAX_TRIES + 1  # what was there before is nothing new
     busy = HubError("busy", retry_after_s=7.0, passing=True)
     room = Room()
     pull(Server(ONE, [500], busy), OFFER, tmp_path, ASKED, room.tools())
@@ -294,6 +302,30 @@ def test_a_move_that_was_cut_short_is_finished(tmp_path: Path) -> None:
     server = Server(data)
     pull(server, offer_of(data), folder, ASKED, Room().tools())
     assert names(folder) == sorted(data) and last not in {name for name, _, _ in server.asked}
+
+
+@pytest.mark.parametrize("moves", range(3))
+def test_the_part_that_names_the_model_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    (made := tmp_path / "made").mkdir()
+    data, folder = split(made), tmp_path / "models"
+    real, done = os.replace, 0
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal done
+        if target.parent == folder:
+            if done == moves:
+                raise OSError(errno.EIO, "Input/output error")
+            done += 1
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(HubError, match="Input/output error"):
+            pull(Server(data), offer_of(data), folder, ASKED, Room().tools())
+    assert len(names(folder)) == moves and "m-00001-of-00003.gguf" not in names(folder)
+    server = Server(data)
+    pull(server, offer_of(data), folder, ASKED, Room().tools())
+    assert names(folder) == sorted(data) and not server.asked
 
 
 def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:

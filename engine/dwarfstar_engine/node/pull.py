@@ -87,7 +87,7 @@ def pull(source: Source, offer: Offer, folder: Path, wanted: Reference, tools: T
     """Have a model in ``folder``. Returns its first file. Raises HubError, ModelFileError."""
     work = folder / DOWNLOADS / _key(offer)
     with _disk(folder):
-        work.mkdir(parents=True, exist_ok=True)
+        work.parent.mkdir(parents=True, exist_ok=True)
     try:
         with locked(work.with_suffix(".lock"), 0.0):
             try:
@@ -151,6 +151,8 @@ def _already(offer: Offer, folder: Path, tools: Tools) -> bool:
 
 def _fetch_all(source: Source, offer: Offer, folder: Path, work: Path, tools: Tools) -> None:
     _check_room(offer, folder, work, tools)
+    with _disk(work):
+        work.mkdir(exist_ok=True)
     before = 0
     for file in offer.files:
         if not (folder / file.name).exists() and not (work / file.name).exists():

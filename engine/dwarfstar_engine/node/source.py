@@ -90,7 +90,8 @@ def _of_hub(name: str, folder: Path) -> Path:
         raise ModelError(f"{name} may be any of {names}: give one of these names", code="model_not_found")
     where = "" if folder == Settings().models_dir else f" --models {shlex.quote(str(folder))}"
     raise ModelError(
-        f"no model {name!r} in {folder}: if it is one of a model hub, `dwarfstar pull {name}{where}` gets it",
+        f"no model {name!r}: there is no such file, and nothing of that name was pulled to {folder}; if it is one of a "
+        f"model hub, `dwarfstar pull {name}{where}` gets it",
         code="model_not_found",
     )
 
