@@ -52,7 +52,6 @@ class FakeHub:
     token: str | None = None
     gated: bool = False
     hold: threading.Event | None = None  # after a cut: wait for it instead of breaking the connection
-    held: threading.Event = field(default_factory=threading.Event)
     asked: list[Asked] = field(default_factory=list)
     url: str = ""
     content_url: str = ""
@@ -153,7 +152,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body if cut is None else body[:cut])
         if cut is not None:
             self.wfile.flush()
-            self.hub.held.set()
             if self.hub.hold is not None:
                 self.hub.hold.wait(60)
             self.close_connection = True

@@ -51,9 +51,11 @@ def pull_model(
         typer.Argument(metavar="MODEL", help="OWNER/NAME, OWNER/NAME:Q4_K_M, OWNER/NAME/FILE.gguf, or an address."),
     ],
     wanted: Annotated[
-        str | None, typer.Argument(metavar="[FILE|TYPE]", help="Which of its files, or quantisation.")
+        str | None, typer.Argument(metavar="FILE|TYPE", help="Which of its files, or quantisation.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also a model that cannot be split.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also a model that cannot be split, and so not served.")
+    ] = False,
     models: Models = None,
     home: Home = None,
 ) -> None:

@@ -28,7 +28,9 @@ from dwarfstar_engine.model.hub_names import HubFile, Reference, checked_sha256
 from dwarfstar_engine.node.pull import Body
 
 API_TIMEOUT_S = 20.0  # for a repository's list of files; they may be thousands
-READ_TIMEOUT = httpx2.Timeout(30.0, connect=15.0)  # between two pieces of a file, and to reach who has it
+CONNECT_TIMEOUT_S = 15.0
+# The wait between two pieces of a file is the library's setting, HF_HUB_DOWNLOAD_TIMEOUT.
+READ_TIMEOUT = httpx2.Timeout(float(constants.HF_HUB_DOWNLOAD_TIMEOUT), connect=CONNECT_TIMEOUT_S)
 MAX_FILES = 20_000  # of a repository; those of models have some hundreds
 MAX_SIZE = 1 << 44  # bytes of a file, 16 TiB: more is no model but a mistake
 MAX_TAG = 200  # characters of an ETag
@@ -183,7 +185,7 @@ def _told(what: str) -> Iterator[None]:
 def _reason(error: Exception, what: str) -> str:
     match error:
         case httpx2.ConnectTimeout():
-            return f"no connection within {READ_TIMEOUT.connect:.0f} s to what has {what}"
+            return f"no connection within {CONNECT_TIMEOUT_S:.0f} s to what has {what}"
         case httpx2.TimeoutException():
             return f"nothing came for too long while {what} was read"
         case httpx2.ConnectError():  # what the system says: no such host, refused, a certificate
