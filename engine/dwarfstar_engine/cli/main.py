@@ -22,6 +22,8 @@ from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.cli.events import FollowOption, SinceOption
 from dwarfstar_engine.cli.events import show as show_events
 from dwarfstar_engine.cli.keys import keys_app
+from dwarfstar_engine.cli.models import models as list_models
+from dwarfstar_engine.cli.models import pull_model
 from dwarfstar_engine.cli.status_text import status_text
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.source import find_model
@@ -40,6 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(keys_app, name="key")
+app.command("models")(list_models)
+app.command("pull")(pull_model)
 node_commands = typer.Typer(invoke_without_command=True)
 token_commands = typer.Typer(invoke_without_command=True)
 app.add_typer(node_commands, name="node")
