@@ -27,8 +27,14 @@ FILES = {"tiny-Q8_0.gguf": LARGE, "tiny-Q4_0.gguf": SMALL, "mamba-F32.gguf": MAM
 
 def variables(hub: FakeHub, home: Path, **more: str) -> dict[str, str]:
     """Where the hub is; no token of whoever runs the tests is shown to it, and no proxy asked."""
-    none = {"HF_TOKEN": "", "HUGGING_FACE_HUB_TOKEN": "", "HF_HUB_OFFLINE": "", "NO_PROXY": "127.0.0.1"}
-    return {**none, "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), **more}
+    none = {
+        "HF_TOKEN": "",
+        "HUGGING_FACE_HUB_TOKEN": "",
+        "HF_HUB_OFFLINE": "",
+        "NO_PROXY": "127.0.0.1",
+        "AI_AGENT": "x",
+    }
+    return {**none, "AI_AGENT": "x", "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), **more}
 
 
 def run(hub: FakeHub, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +68,7 @@ def test_from_choosing_to_serving(tmp_path: Path) -> None:
         listed = unclear.stdout.splitlines()
         assert [line.split()[0] for line in listed] == ["type", "Q4_0", "F32", "Q8_0"]  # the smallest first
         assert not any(asked.content for asked in hub.asked)
+        assert all(asked.path.startswith("/api/models/") for asked in hub.asked)  # it is told nothing else
 
         done = run(hub, tmp_path, "pull", "owner/name:Q8_0", **token)
         assert done.returncode == 0, done.stderr

@@ -9,10 +9,14 @@ no message. Each wait has a deadline.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 
 import httpx2
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is: what runs here is nobody's business
+
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
