@@ -65,7 +65,7 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageProcess
 
 
 def link(epoch: int) -> dict[str, Any]:
-    return {"epoch": epoch, "next": NEXT, "feed": FIRST, "senders": ["n1"]}
+    return {"epoch": epoch, "next": NEXT, "feed": FIRST, "senders": ["n1"], "keep": 0}
 
 
 async def test_a_link_that_is_given_up_leaves_no_hop_open(stage: StageProcess) -> None:

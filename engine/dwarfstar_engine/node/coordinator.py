@@ -25,7 +25,7 @@ from typing import Any
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, IllegalCutError, PeerError, PlanError, StageError, Unavailable
-from dwarfstar_engine.node.beside import loaded
+from dwarfstar_engine.node.beside import CRASHED, loaded
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
@@ -38,6 +38,7 @@ from dwarfstar_engine.node.moves import REPLAN_IDLE_S, Moves
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.news import News
 from dwarfstar_engine.node.nodes import Nodes
+from dwarfstar_engine.node.room import MAX_STAGES
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.node.streams import MAX_RESCUES, Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
@@ -50,7 +51,7 @@ from dwarfstar_engine.plan.proportional import (
     stage_plan,
     with_cuts,
 )
-from dwarfstar_engine.plan.standby import Layers, without_loading
+from dwarfstar_engine.plan.standby import Layers, moved, without_loading
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, ThroughputView
@@ -112,6 +113,9 @@ class Coordinator:
         self._kept: KeptPlan | None = None
         self._idle_since = 0.0  # monotonic time of the last sign of a request
         self._waiting = WaitingRoom(settings.rescue_s)
+        self._keep = 0  # the epoch whose sequences stages are to keep; 0: none
+        self._ran: frozenset[tuple[str, int]] = frozenset()  # node and process of the stages that served last
+        self._crashed = False  # one of them ended by its own doing
         self.moves = Moves(self)
         self._reviving = False  # a pipeline that served is being brought up again
         self._reason = "starting"
@@ -183,6 +187,7 @@ class Coordinator:
         """Lead no more: every request ends now, and nodes are sent away. ``run`` is to be cancelled."""
         self._stopping = True
         self._break(cause)
+        self._keep = 0
         self._give_up(StageError(f"{cause}: send the request again", retry_after_s=RETRY_AFTER_S))
         self.nodes.stopping = True
         for member in list(self.members.values()):
@@ -245,6 +250,7 @@ class Coordinator:
     def _on_stage(self, member: Member, event: pb.StageEvent) -> None:
         self.moves.beside.heard(member, event)
         self._news.stage(member, event, self._ring)
+        self._crashed |= event.code == CRASHED and (member.id, event.pid) in self._ran
         stage = self._ring.stage(member, (event.layers.begin, event.layers.end))
         if event.epoch != self.epoch or event.standby or stage is None:
             return
@@ -285,10 +291,13 @@ class Coordinator:
         if epoch == self.epoch:
             self._break(f"the connection from {sender} was lost", sure=False)
 
-    def _break(self, reason: str, code: str = "", *, sure: bool = True, planned: bool = False) -> None:
+    def _break(
+        self, reason: str, code: str = "", *, sure: bool = True, planned: bool = False, spoiled: bool = False
+    ) -> None:
         """The epoch is over: requests in flight get their error now, or wait; ``run`` does the rest.
 
-        sure: this is why; else it may follow from what is not known yet. planned: by us.
+        sure: this is why; else it may follow from what is not known yet. planned: by us. spoiled: what stages hold is
+        not to be relied on.
         """
         if self._broken.is_set():
             return
@@ -308,13 +317,14 @@ class Coordinator:
             dispatcher.fail(told, RETRY_AFTER_S)
             return
         self._reviving = True
+        self._keep = 0 if spoiled else self.epoch
+        self._crashed |= spoiled
         streams = dispatcher.suspend(told, RETRY_AFTER_S)
         if planned:
             for stream in streams:
                 self._waiting.put(stream, self._broke_at)
         else:
-            lost = self._waiting.rescue(streams, self._broke_at, StageError(told, retry_after_s=RETRY_AFTER_S))
-            self._news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
+            self._waiting.rescue(streams, self._broke_at)
         self._news.waiting(len(self._waiting))
 
     def _give_up(self, error: DwarfStarError) -> None:
@@ -398,10 +408,15 @@ class Coordinator:
             return self.source, plan
         if self._sound and self.planned is not None and self.source is self._main:
             there = {member.id: loaded(member) for member in self.members.values() if not member.drained}
-            plan = without_loading(self.planned, there)
+            plan = without_loading(self.planned, there) or self._moved(self.planned, there)
             if plan is not None:
                 return self.source, plan
         return self._plan_now()
+
+    def _moved(self, plan: Plan, there: Mapping[str, Collection[Layers]]) -> Plan | None:
+        avoided = self._hops.avoided(time.monotonic())
+        nodes = [self.members[node].capacity for node in sorted(there.keys() - avoided)]
+        return moved(plan, there, nodes, self.need(), MAX_STAGES)
 
     def _plan_now(self) -> tuple[Source, Plan]:
         """What to serve, and a plan for the nodes that are here.
@@ -541,7 +556,7 @@ class Coordinator:
         stages = self._ring.stages
         self.receiver.set_epoch(self.epoch, {stages[-1].member.id})
         for index, stage in enumerate(stages):
-            stage.member.send(pb.CoordinatorMessage(link=self._ring.link(index)))
+            stage.member.send(pb.CoordinatorMessage(link=self._ring.link(index, self._keep)))
         sender = RingSender(
             lambda reason: self._break(f"the connection to the first stage was lost: {reason}", sure=False)
         )
@@ -597,7 +612,7 @@ class Coordinator:
             len(ring.stages),
             sender.send,
             sender.flush,
-            lambda message: self._break(message),
+            lambda message: self._break(message, spoiled=True),
             drafter,
         )
         self._dispatcher.always_draft = settings.speculation == "on"
@@ -605,10 +620,18 @@ class Coordinator:
         self._hops.closed()
         self._reviving = False
         self._news.epoch_up(ring, self.source, self.context)
-        streams, lost = self._waiting.take(), 0
+        error = StageError("stages broke during this request, again and again", retry_after_s=RETRY_AFTER_S)
+        lost = self._waiting.judge(self._crashed, error)
+        self._news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
+        self._ran = frozenset((one.member.id, one.event.pid) for one in ring.stages if one.event is not None)
+        self._crashed = False
+        streams, lost, whole = self._waiting.take(), 0, 0
         for stream in streams:
+            kept = ring.kept(stream.slot, stream.through) if stream.slot >= 0 and self._keep else None
+            stream.slot = -1
+            whole += kept is None
             try:
-                self._dispatcher.carry(stream)
+                self._dispatcher.carry(stream, kept)
             except DwarfStarError as error:
                 lost += 1
                 stream.sink.fail(error)
@@ -621,11 +644,13 @@ class Coordinator:
         self._sound = True
         self.moves.served(self._served_at)
         if streams:  # said when their first frames are on their way
-            asyncio.get_running_loop().call_soon(self._tell_pause, len(streams))
+            asyncio.get_running_loop().call_soon(self._tell_pause, len(streams), whole)
 
-    def _tell_pause(self, streams: int) -> None:
+    def _tell_pause(self, streams: int, whole: int) -> None:
+        """whole: streams of which no stage has anything."""
         pause_ms = 1000 * (time.monotonic() - self._broke_at)
-        log.info("%d streams go on, %.0f ms after epoch %d", streams, pause_ms, self.epoch - 1)
+        told = "%d streams go on, %d of them from their beginning, %.0f ms after epoch %d"
+        log.info(told, streams, whole, pause_ms, self.epoch - 1)
 
     async def _until(self, state: pb.StageState.ValueType, deadline_s: float, what: str) -> None:
         """Wait until every stage has reached ``state``. Raises if the epoch breaks, or nothing moves for STALL_S."""
@@ -663,7 +688,8 @@ class Coordinator:
             self.moves.tick(now)
             deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
-                self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")
+                hangs = f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs"
+                self._break(hangs, spoiled=True)
 
     def _return_to_main(self, now: float) -> None:
         """Serve the model that is wanted again when it fits and nobody is served: its streams would end."""

@@ -26,7 +26,8 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Mapping
+import signal
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import grpc.aio
 from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError, TrustError, VersionMismatch
 from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.node import renewal
-from dwarfstar_engine.node.beside import NO_ROOM, RELEASED
+from dwarfstar_engine.node.beside import CRASHED, NO_ROOM, RELEASED
 from dwarfstar_engine.node.child import Child
 from dwarfstar_engine.node.discovery import FOREIGN, Fixed, Seek
 from dwarfstar_engine.node.facts import Facts, interfaces, is_any, is_loopback, local_host, shown_host
@@ -470,6 +471,7 @@ class NodeDaemon:
             "model": assign.model.name,
             "wire": assign.options.wire_type,
             "ends": list(assign.options.ends),
+            "record": assign.options.record_bytes,
             "options": {
                 "context": assign.options.context,
                 "slots": assign.options.slots,
@@ -525,6 +527,7 @@ class NodeDaemon:
             next=self._seen_from_here(link.next_hop) or self._coordinator,
             feed=self._seen_from_here(link.feed_hop),
             senders=list(link.senders),
+            keep=link.keep,
         )
 
     def _seen_from_here(self, hop: str) -> str:
@@ -551,7 +554,9 @@ class NodeDaemon:
             case "linked":
                 stage.state = pb.STAGE_STATE_LINKED
                 stage.link = pb.LinkProfile(**event.get("link", {}))
-                self._report(stage, pb.STAGE_STATE_LINKED, epoch=int(event["epoch"]))
+                names = ("slot", "held", "floor", "recorded")
+                slots = [pb.SlotCells(**dict(zip(names, one, strict=True))) for one in event.get("slots", ())]
+                self._report(stage, pb.STAGE_STATE_LINKED, epoch=int(event["epoch"]), slots=slots)
             case "broken":
                 stage.state = pb.STAGE_STATE_BROKEN
                 code = event.get("code", "")
@@ -579,7 +584,8 @@ class NodeDaemon:
         log.error("the stage process %d ended with %s%s", stage.child.pid, cause, words)
         self._stages.remove(stage)
         told = f"the stage process on {self._options.name} ended with {cause}{words}"
-        self._report(stage, pb.STAGE_STATE_EXITED, told)
+        crashed = not stage.silent and status not in (-signal.SIGKILL, -signal.SIGTERM)
+        self._report(stage, pb.STAGE_STATE_EXITED, told, CRASHED if crashed else "")
 
     def _report(
         self,
@@ -589,6 +595,7 @@ class NodeDaemon:
         code: str = "",
         share: float = 0.0,
         epoch: int | None = None,
+        slots: Sequence[pb.SlotCells] = (),
     ) -> None:
         """epoch: that it speaks of, if another than its newest."""
         self._post(
@@ -604,6 +611,7 @@ class NodeDaemon:
                 pid=stage.pid,
                 layers=stage.slice,
                 standby=stage.standby,
+                slots=slots,
             )
         )
 
