@@ -34,7 +34,7 @@ from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.chair import Chair
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.daemon import NodeDaemon
 from dwarfstar_engine.node.discovery import Seek, cluster_id
 from dwarfstar_engine.node.drafter import Drafter, DraftOptions
 from dwarfstar_engine.node.facts import (
@@ -57,6 +57,7 @@ from dwarfstar_engine.node.mdns import Advertiser, instance
 from dwarfstar_engine.node.needs import kv_cells, reserve_bytes
 from dwarfstar_engine.node.roster import RosterStore
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
+from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.tunnel import Tunnel
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
