@@ -183,10 +183,10 @@ async def test_a_node_that_another_does_not_reach_is_left_out(monkeypatch: pytes
         status = coordinator.status()
         assert [stage.node for stage in status.stages] == ["a"] and not sink.errors
         assert any("node b is left out" in warning for warning in status.warnings)
-        assert coordinator._hops.avoided(time.monotonic()) == {b.member.id}
+        assert coordinator.planner.hops.avoided(time.monotonic()) == {b.member.id}
         coordinator.nodes.broken(b.member)
         coordinator.nodes.attach(b.member)  # it comes anew, repaired
-        assert not coordinator._hops.avoided(time.monotonic())
+        assert not coordinator.planner.hops.avoided(time.monotonic())
 
 
 async def test_streams_that_wait_are_not_kept_by_long_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -131,7 +131,9 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         vocab = await _open_vocab(source)
         coordinator = Coordinator(settings, source, vocab, trust, OWNER)
         stack.push_async_callback(lambda: coordinator.vocab.close())
-        coordinator.fallbacks = tuple(open_source(name, settings.models_dir, settings.kv) for name in settings.fallback)
+        coordinator.planner.fallbacks = tuple(
+            open_source(name, settings.models_dir, settings.kv) for name in settings.fallback
+        )
         coordinator.open_vocab = _open_vocab
         coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
         if coordinator.drafter is not None:

@@ -48,8 +48,12 @@ class Pipeline(Protocol):
     term: int
     epoch: int
     members: dict[str, Member]
-    planned: Plan | None
-    gone_at: float  # monotonic time at which a node was lost last
+
+    @property
+    def planned(self) -> Plan | None: ...
+    @property
+    def gone_at(self) -> float:
+        """Monotonic time at which a node was lost last."""
 
     @property
     def ring(self) -> Epoch: ...
