@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from dwarfstar_engine.batch import restore
 from dwarfstar_engine.batch.restore import NO_CELLS, Cells, kept
 from dwarfstar_engine.batch.scheduler import Limits, Scheduler
 from dwarfstar_engine.errors import DwarfStarError
@@ -195,9 +196,11 @@ def long_texts(rng: random.Random, count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-async def test_texts_outlive_any_losses(seed: int) -> None:
+async def test_texts_outlive_any_losses(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several at once, during a replay, and of links only; with records that are too small, or not there."""
     rng = random.Random(seed)
+    monkeypatch.setattr(restore, "RESENT_ROWS", rng.choice([7, 16, 256]))
+    monkeypatch.setattr(restore, "RESENT_STEPS", rng.choice([3, 16]))
     budget = rng.choice([1 << 20, 1 << 20, 1200, 0])
     ring = Ring(seed, rounds=seed % 3 * 4, chunk=rng.choice([1, 8, 16]), budget=budget)
     asked = [(prompt, rng.choice([1, 9, 25, 40])) for prompt in prompts(rng, 9)]

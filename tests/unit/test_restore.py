@@ -7,7 +7,18 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwarfstar_engine.batch.restore import NO_CELLS, RESENT_ROWS, Cells, Kept, Part, Restore, Run, kept, missing
+from dwarfstar_engine.batch.restore import (
+    NO_CELLS,
+    RESENT_ROWS,
+    RESENT_STEPS,
+    Cells,
+    Kept,
+    Part,
+    Restore,
+    Run,
+    kept,
+    missing,
+)
 
 ROWS = 100
 WHOLE = Cells(ROWS, 0, ROWS)
@@ -82,13 +93,17 @@ def test_rows_come_as_they_came() -> None:
 
 
 def test_records_are_asked_for_in_bounded_pieces() -> None:
-    rows = RESENT_ROWS + 5
-    prompt, steps = waves(Restore(((1, 2), (3, 5)), rows, rows + 9, 64))
+    rows, end = RESENT_ROWS + 5, RESENT_ROWS + 5 + RESENT_STEPS + 9
+    prompt, steps = waves(Restore(((1, 2), (3, 5)), rows, end, 64))
     assert [part.resends for part in prompt] == [
         ((0, RESENT_ROWS, 0, 2), (0, RESENT_ROWS, 2, 5)),
         ((RESENT_ROWS, rows, 0, 2), (RESENT_ROWS, rows, 2, 5)),
     ]
-    assert [part.resends for part in steps] == [((rows, rows + 9, 0, 2), (rows, rows + 9, 2, 5))]
+    middle = rows + RESENT_STEPS
+    assert [part.resends for part in steps] == [
+        ((rows, middle, 0, 2), (rows, middle, 2, 5)),
+        ((middle, end, 0, 2), (middle, end, 2, 5)),
+    ]
     assert not any(part.rows for part in [*prompt, *steps])
 
 

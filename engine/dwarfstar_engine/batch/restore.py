@@ -20,9 +20,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dwarfstar_engine.batch.chunks import next_chunk
+from dwarfstar_engine.batch.chunks import LARGEST, next_chunk
 
-RESENT_ROWS = 2048  # that one frame asks a stage for: what is on its way to the next one at a time is bounded by it
+RESENT_ROWS = LARGEST  # of a prompt that one frame asks a stage for: it is not longer on its way than a chunk would be
+RESENT_STEPS = 16  # of an answer: a few streams' are on their way at a time, and a frame has a deadline
 REPLAY_ROWS = 8  # of an answer, in a frame: stages work at the same time, and others wait no longer for each
 
 Run = tuple[int, int]  # stages [begin, end)
@@ -136,11 +137,12 @@ class Restore:
 
 
 def _asked(prompt: bool, begin: int, end: int, gaps: Sequence[Run]) -> list[Part]:
+    size = RESENT_ROWS if prompt else RESENT_STEPS
     return [
         Part(
             prompt,
-            resends=tuple((at, min(at + RESENT_ROWS, end), first - 1, until) for first, until in gaps),
+            resends=tuple((at, min(at + size, end), first - 1, until) for first, until in gaps),
         )
-        for at in range(begin, end, RESENT_ROWS)
+        for at in range(begin, end, size)
         if gaps
     ]

@@ -25,6 +25,7 @@ class Outlet:
     ) -> None:
         self._sender, self._record, self._epoch, self._on_done = sender, record, epoch, on_done
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()  # held by who sends rows again: a slot's are asked for in pieces, in their order
 
     def pass_on(self, data: bytes, out: bytes, asked: Sequence[Resend]) -> None:
         """Queue what the stage made of ``data``; ``flush`` sends it. asked: what is to be sent before it."""
@@ -54,13 +55,14 @@ class Outlet:
         await self._sender.close()
 
     async def _resend(self, asked: Sequence[Resend], out: bytes) -> None:
-        prompt = frames.is_prompt(out)
-        for op in asked if self._record is not None else ():
-            assert self._record is not None
-            stages = op.until - op.stage - 1
-            for frame in self._record.again(self._epoch, op.slot, op.begin, op.end, prompt=prompt, stages=stages):
-                await self._sender.put(frames.encode(frame))
-        await self._sender.put(out)
+        prompt, record = frames.is_prompt(out), self._record
+        async with self._turn:
+            for op in asked if record is not None else ():
+                assert record is not None
+                stages = op.until - op.stage - 1
+                for frame in record.again(self._epoch, op.slot, op.begin, op.end, prompt=prompt, stages=stages):
+                    await self._sender.put(frames.encode(frame))
+            await self._sender.put(out)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
