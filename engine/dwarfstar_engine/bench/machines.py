@@ -169,13 +169,17 @@ class Machine:
             return False
 
     def stages(self) -> list[int]:
-        """Its stages' processes. On the engine's machine: of its own node."""
+        """Its stages' processes, but for the one that waits to become one. On the engine's machine: of its own node."""
         found = []
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                if STAGE in process.cmdline():
+                if STAGE in process.cmdline() and _listens(process):
                     found.append(process.pid)
         return found
+
+    def tidy(self) -> bool:
+        """Whether a node's processes are a daemon, a stage, and at most one that waits to become one."""
+        return len(self.stages()) == 1 and len(self.family()) <= 3
 
     def wait(self) -> None:
         """Until the command has ended; killed after END_S."""
@@ -237,6 +241,10 @@ class LocalNode(Machine):
 
     def wait(self) -> None:
         return
+
+
+def _listens(process: psutil.Process) -> bool:
+    return any(one.status == psutil.CONN_LISTEN for one in process.net_connections("tcp"))
 
 
 def signalled(pid: int, number: signal.Signals) -> bool:
