@@ -238,6 +238,24 @@ async def test_only_lost_layers_compute_again(lost: tuple[int, ...], rounds: int
     assert ring.whole == 0
 
 
+@pytest.mark.parametrize("lost", [(), (0,), (1,), (3,), (1, 2)])
+async def test_of_a_prompt_that_was_being_read_only_lost_layers_read_again(lost: tuple[int, ...]) -> None:
+    ring = Ring(5)
+    prompt = max(long_texts(random.Random(4), 9), key=len)
+    sink = ring.ask(prompt, 20)
+    scheduler = ring.dispatcher.scheduler
+    await ring.until(lambda: any(through >= 24 for _, through in scheduler.settled().values()))
+    ((_, through),) = scheduler.settled().values()
+    assert not sink.tokens
+    for stage in ring.stages:
+        stage.rows = 0
+    await ring.lose(lost)
+    await ring.finish([sink])
+    assert [token.id for token in sink.tokens] == text(prompt, 20)
+    new = len(prompt) - through + len(sink.tokens) - 1
+    assert [stage.rows for stage in ring.stages] == [new + (index in lost) * through for index in range(STAGES)]
+
+
 async def test_a_stage_whose_record_is_too_small_computes_again_what_the_next_one_lacks() -> None:
     ring = Ring(5)
     (prompt,) = long_texts(random.Random(2), 1)

@@ -49,9 +49,9 @@ def test_a_slot_that_cannot_be_cut_is_computed_again() -> None:
 
 
 def test_nothing_is_kept_of_a_sequence_that_goes_through_all_stages_again() -> None:
-    assert kept(3, ROWS, [NO_CELLS, UNRECORDED, WHOLE]) == Kept(3, ((0, 1),))
+    assert kept(3, ROWS, [NO_CELLS, UNRECORDED, WHOLE]) == Kept(3, ROWS, ((0, 1),))
     assert kept(3, ROWS, [NO_CELLS, NO_CELLS]) is None
-    assert kept(3, ROWS, [Cells(ROWS, 7, 0), Cells(ROWS, 90, 0)]) == Kept(3, (), 90)
+    assert kept(3, ROWS, [Cells(ROWS, 7, 0), Cells(ROWS, 90, 0)]) == Kept(3, ROWS, (), 90)
 
 
 @given(st.integers(1, 150), st.lists(CELLS, min_size=1, max_size=8))

@@ -1,17 +1,18 @@
 """What of a sequence is computed again after a loss, and by which stages. Pure.
 
 Theory. A stage that lives keeps the cells of its slots, and of what it sent a record. The coordinator knows the tokens
-of which results came; the rows of all but the last one went through every stage. So a stage that can be cut to these
-needs nothing. One that cannot, because it is another process or was in the middle of being brought back, gets its rows
-again from the record of the stage before it, or as tokens if it is the first one; if that record is not whole, the
-stage before computes its rows again, too, and so on. What lies between two stages that have theirs is a *run*.
+of which results came; the rows of all but the last one went through every stage, as did the chunks of a prompt that
+were answered. So a stage that can be cut to these needs nothing. One that cannot, because it is another process or was
+in the middle of being brought back, gets its rows again from the record of the stage before it, or as tokens if it is
+the first one; if that record is not whole, the stage before computes its rows again, too, and so on. What lies between
+two stages that have theirs is a *run*.
 
 A run computes the rows in the frames they came in, the prompt's as those of a prompt and the answer's as steps, so
 every bit is as it was. Frames of steps overtake those of prompts inside a stage: so they come in two *waves*, the
 second one when all of the first was answered.
 
-Invariant. A slot is spoken of only while it is its sequence's own at every stage: from the first result on that shows
-that its prompt has been read (``Scheduler.settled``).
+Invariant. A slot is spoken of only while it is its sequence's own at every stage: from the first answer to a chunk of
+its prompt on (``Scheduler.settled``).
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ NO_CELLS = Cells()
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A sequence's slot, the runs that are missing of it, and what the slot can be cut to."""
+    """A sequence's slot, the rows with which it goes on there, the runs that are missing of them, and what the slot can
+    be cut to."""
 
     slot: int
+    positions: int
     runs: tuple[Run, ...]
     floor: int = 0
 
@@ -77,7 +80,7 @@ def kept(slot: int, positions: int, stages: Sequence[Cells]) -> Kept | None:
     runs = missing(positions, stages)
     if runs == ((0, len(stages)),):
         return None
-    return Kept(slot, runs, max(cells.floor for cells in stages))
+    return Kept(slot, positions, runs, max(cells.floor for cells in stages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class Part:
 
 
 class Restore:
-    """The parts of one sequence, of which ``positions`` rows were through, ``prompt`` of them its prompt's."""
+    """The parts of one sequence of which ``positions`` rows were through, ``prompt`` of them its prompt's."""
 
     def __init__(self, runs: Sequence[Run], prompt: int, positions: int, chunk: int) -> None:
         head = runs[0][1] if runs and runs[0][0] == 0 else 0

@@ -114,8 +114,9 @@ class Output:
 @dataclass(slots=True)
 class _Sequence:
     """tokens: prompt and answer. guesses: of what follows, the first ``guessed`` of which were sent. sent: rows sent of
-    both. going: the frame in which its row goes round by itself; -1: none. settled: its slot holds nothing of others at
-    any stage. restore: what is missing of it is being computed again."""
+    both. going: the frame in which its row goes round by itself; -1: none. through: rows of the prompt that were
+    through all stages in this pipeline; from the first ones on its slot holds nothing of others anywhere. restore: what
+    is missing of it is being computed again."""
 
     id: int
     request: Request
@@ -130,7 +131,7 @@ class _Sequence:
     guesses: list[int] = field(default_factory=list)
     guessed: int = 0
     going: int = -1
-    settled: bool = False
+    through: int = 0
     restore: Restore | None = None
     lookup: Lookup | None = None
     acceptance: Acceptance | None = None
@@ -147,12 +148,13 @@ class _Sequence:
 @dataclass(slots=True)
 class _Flight:
     """A frame in the ring. owners: by slot, of the rows that ask for a sample. rounds: that it will come back from by
-    itself. restores: it is a part of bringing this one back."""
+    itself. restores: it is a part of bringing this one back. reads: whose prompt it is, and up to which row."""
 
     kind: Literal["prompt", "steps", "halts"]
     owners: dict[int, _Sequence]
     rounds: int
     restores: _Sequence | None = None
+    reads: tuple[_Sequence, int] | None = None
 
 
 class Scheduler:
@@ -230,11 +232,11 @@ class Scheduler:
         heapq.heappush(self._queue, (-request.priority, next(self._arrivals), sequence))
 
     def _go_on_with(self, sequence: _Sequence, kept: Kept) -> None:
-        assert sequence.generated > 0
         sequence.slot = self._slots.claim(kept.slot, sequence.id, kept.floor)
-        sequence.sent, sequence.settled = len(sequence.tokens) - 1, True
-        chunk = self.limits.chunk or self.limits.costs.choose(sequence.prompt)
-        sequence.restore = Restore(kept.runs, sequence.prompt, sequence.sent, chunk)
+        prompt = sequence.through = min(kept.positions, sequence.prompt)
+        sequence.sent, sequence.kept = kept.positions, 0
+        sequence.chunk = self.limits.chunk or self.limits.costs.choose(sequence.prompt)
+        sequence.restore = Restore(kept.runs, prompt, kept.positions, sequence.chunk)
         self._running[sequence.id] = self._restores[sequence.id] = sequence
 
     @property
@@ -242,9 +244,10 @@ class Scheduler:
         """Sequences that have a slot."""
         return frozenset(self._running)
 
-    def settled(self) -> dict[int, int]:
-        """Sequences whose slot holds nothing of others at any stage, and their slots."""
-        return {one.id: one.slot.number for one in self._running.values() if one.settled and one.slot is not None}
+    def settled(self) -> dict[int, tuple[int, int]]:
+        """Sequences whose slot holds nothing of others at any stage: their slot, and the rows of the prompt that were
+        through all stages."""
+        return {one.id: (_slot_number(one), one.through) for one in self._running.values() if one.through}
 
     def cancel(self, sequence: int) -> None:
         """Forget a sequence; its slot is free at once, or when its row is back that goes round by itself.
@@ -506,6 +509,7 @@ class Scheduler:
             wants=(0,) * (rows - 1) + (DRAWN if ends and draws else 0,),
             owners=[sequence] if ends else [],
             sequences=(sequence.id,) if ends and draws else (),
+            reads=(sequence, sequence.sent),
         )
 
     def _reread(self) -> Step | None:
@@ -539,13 +543,14 @@ class Scheduler:
         stages: int = 0,
         resends: tuple[tuple[int, int, int, int, int], ...] = (),
         restores: _Sequence | None = None,
+        reads: tuple[_Sequence, int] | None = None,
     ) -> Step:
         number = self._number
         self._number += 1
         kind: Literal["prompt", "steps", "halts"] = "prompt" if prompt else "halts" if halts else "steps"
         self._prompts += kind == "prompt"
         self._steps += kind == "steps"
-        self._flights[number] = _Flight(kind, {_slot_number(s): s for s in owners}, rounds, restores)
+        self._flights[number] = _Flight(kind, {_slot_number(s): s for s in owners}, rounds, restores, reads)
         return Step(
             number, prompt, copy, samplers, slots, positions, tokens, wants, sequences, rounds, halts, stages, resends
         )
@@ -569,9 +574,9 @@ class Scheduler:
             self._steps -= flight.kind == "steps"
         if flight.restores is not None:
             self._restored(flight.restores)
+        if flight.reads is not None:
+            flight.reads[0].through = flight.reads[1]
         for slot, sequence in owners.items():
-            if flight.kind == "prompt":
-                sequence.settled = True
             if sequence.going == number and slot not in flight.owners:
                 self._came_back(sequence)
             elif flight.kind == "prompt" and sequence.generated and sequence.id in self._running:
@@ -595,7 +600,10 @@ class Scheduler:
             del self._restores[sequence.id]
             slot.tokens = sequence.tokens[: sequence.sent]
             slot.wide = min(wide_rows(sequence.prompt, self._chunk), sequence.sent)
-            self._ready[sequence.id] = sequence
+            if sequence.generated:
+                self._ready[sequence.id] = sequence
+            else:
+                self._reading.append(sequence)
 
     def _came_back(self, sequence: _Sequence) -> None:
         """A row does not go by itself any more."""

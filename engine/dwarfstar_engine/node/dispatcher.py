@@ -259,7 +259,8 @@ class Dispatcher:
         settled, running = self.scheduler.settled(), self.scheduler.running
         for sequence, stream in carried.items():
             stream.leave = None
-            stream.slot, stream.ran = settled.get(sequence, -1), sequence in running
+            stream.slot, stream.read = settled.get(sequence, (-1, 0))
+            stream.ran = sequence in running
             self._forget(sequence)
         return list(carried.values())
 

@@ -31,23 +31,36 @@ class Stream:
 
     leave: has its carrier forget it; set by the carrier. left: its client did. rescues, losses: without PROGRESS in
     between; had: tokens of the answer at the last one. ran: it had rows in the pipeline that broke. slot: where stages
-    hold its rows, and nothing else; -1: nowhere.
+    hold its rows, and nothing else; -1: nowhere. read: rows of its prompt that were through all of them.
     """
 
-    __slots__ = ("answer", "had", "leave", "left", "losses", "ran", "request", "rescues", "seed", "sink", "slot")
+    __slots__ = (
+        "answer",
+        "had",
+        "leave",
+        "left",
+        "losses",
+        "ran",
+        "read",
+        "request",
+        "rescues",
+        "seed",
+        "sink",
+        "slot",
+    )
 
     def __init__(self, request: Request, sink: Sink, seed: int) -> None:
         self.request, self.sink, self.seed = request, sink, seed
         self.answer: list[int] = []
         self.rescues = self.losses = self.had = 0
-        self.slot, self.ran = -1, True
+        self.slot, self.read, self.ran = -1, 0, True
         self.left = False
         self.leave: Callable[[], None] | None = None
 
     @property
     def through(self) -> int:
-        """Rows that were through all stages: the last token is drawn, and its row is not known to be."""
-        return len(self.request.prompt) + len(self.answer) - 1
+        """Rows that were through all stages: of an answer all but the last token's, which is not known to be."""
+        return len(self.request.prompt) + len(self.answer) - 1 if self.answer else self.read
 
     def cancel(self) -> None:
         self.left = True
