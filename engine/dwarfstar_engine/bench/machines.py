@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.stage.pipe import STAGE_NAME
 
 PROGRAM = (sys.executable, "-m", "dwarfstar_engine.cli.main")
 MARK = "DS_MACHINE_OF_A_RUN"  # not of DWARFSTAR_: it is no setting
@@ -173,7 +174,7 @@ class Machine:
         found = []
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                if STAGE in process.cmdline() and _listens(process):
+                if STAGE in process.cmdline() and process.name() == STAGE_NAME:
                     found.append(process.pid)
         return found
 
@@ -241,10 +242,6 @@ class LocalNode(Machine):
 
     def wait(self) -> None:
         return
-
-
-def _listens(process: psutil.Process) -> bool:
-    return any(one.status == psutil.CONN_LISTEN for one in process.net_connections("tcp"))
 
 
 def signalled(pid: int, number: signal.Signals) -> bool:

@@ -41,7 +41,7 @@ from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
 from dwarfstar_engine.stage.measure import Profile
 from dwarfstar_engine.stage.outlet import Outlet
-from dwarfstar_engine.stage.pipe import ChildPipe
+from dwarfstar_engine.stage.pipe import STAGE_NAME, ChildPipe
 from dwarfstar_engine.stage.record import Record
 from dwarfstar_engine.stage.worker import Backend, Counted, LlamaBackend, ToyBackend, Worker
 from dwarfstar_engine.wire import channel, frames, loop
@@ -354,8 +354,15 @@ def open_backend(command: dict[str, Any], on_progress: Callable[[float], None] |
     return LlamaBackend(LlamaSlice(file, arch, model.n_embd, options, on_progress, embedder=embedder), embedder)
 
 
+def _take_name() -> None:
+    """So that a stage is told from a process that only waits to be one; where there is such a file."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(STAGE_NAME)
+
+
 async def _run(pipe: ChildPipe) -> None:
     first = await pipe.command()
+    _take_name()
     if first.get("cpus") and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, first["cpus"])
     await StageProcess(pipe, first["name"], NodeFiles(Path(first["trust"]))).run(first["host"])
