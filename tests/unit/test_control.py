@@ -21,9 +21,10 @@ from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.daemon import NodeDaemon
 from dwarfstar_engine.node.facts import Facts
 from dwarfstar_engine.node.source import open_source
+from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.vocab import ToyVocab
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import EventsView
