@@ -1,0 +1,124 @@
+"""Lines of runs, drawn by ``render_line``: the one way figures get onto the screen.
+
+Theory. A table of stock widgets costs a layout for each figure that changes. Here a line is a tuple of (text, role);
+lines that are equal to what is shown are not drawn again, and a role is one style looked up once for each theme. So 64
+machines four times a second cost a few hundredths of a core, and a terminal gets what has changed and no more.
+
+Roles are component classes, ``runs--ok``; their colours are in runs_view.tcss, which is CSS so that themes reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.geometry import Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+from dwarfstar_tui.cluster_rows import Runs
+
+ROLES = (
+    "plain", "muted", "name", "heading", "ok", "late", "lost", "gone", "drained", "used", "planned", "lent", "rest",
+    "slowest", "spark", "weights", "kv", "free", "boundary", "key", "brand", "tab", "badge", "accent", "error",
+    "warning",
+)  # fmt: skip
+
+
+class RunsView(ScrollView, can_focus=False):
+    """See the module. A cursor, where one is wanted, is a line number; None: there is none."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {f"runs--{role}" for role in ROLES} | {"runs--cursor"}
+    ALLOW_SELECT = False
+
+    class Pointed(Message):
+        """A line was clicked. again: it had the cursor already."""
+
+        def __init__(self, view: RunsView, line: int, *, again: bool) -> None:
+            super().__init__()
+            self.view, self.line, self.again = view, line, again
+
+        @property
+        def control(self) -> RunsView:
+            return self.view
+
+    def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:  # noqa: A002 - Textual's name
+        super().__init__(id=id, classes=classes)
+        self._lines: list[Runs] = []
+        self._cursor: int | None = None
+        self._styles: dict[str, Style] = {}
+
+    @property
+    def lines(self) -> Sequence[Runs]:
+        return self._lines
+
+    @property
+    def cursor(self) -> int | None:
+        return self._cursor
+
+    @property
+    def text(self) -> str:
+        """What is shown, without colours."""
+        return "\n".join("".join(part for part, _ in line) for line in self._lines)
+
+    def set_lines(self, lines: Sequence[Runs], cursor: int | None = None) -> None:
+        """Show these; only lines that differ are drawn."""
+        old, self._lines = self._lines, list(lines)
+        moved, self._cursor = {self._cursor, cursor}, cursor
+        if len(old) != len(lines):
+            self.virtual_size = Size(self._width(), len(lines))
+            self.refresh()
+            return
+        if self.virtual_size.width != self._width():
+            self.virtual_size = Size(self._width(), len(lines))
+        for index, (before, now) in enumerate(zip(old, lines, strict=True)):
+            if before != now:
+                self.refresh_line(index)
+        if len(moved) > 1:
+            for line in moved:
+                if line is not None:
+                    self.refresh_line(line)
+
+    def _width(self) -> int:
+        return self.scrollable_content_region.width
+
+    def show_cursor(self) -> None:
+        """Scroll so that the line with the cursor is seen."""
+        if self._cursor is None:
+            return
+        top, height = self.scroll_offset.y, self.scrollable_content_region.height
+        if self._cursor < top:
+            self.scroll_to(y=self._cursor, animate=False)
+        elif self._cursor >= top + height > 0:
+            self.scroll_to(y=self._cursor - height + 1, animate=False)
+
+    def notify_style_update(self) -> None:
+        self._styles.clear()
+        super().notify_style_update()
+
+    def _style(self, role: str) -> Style:
+        style = self._styles.get(role)
+        if style is None:
+            style = self._styles[role] = self.get_component_rich_style(f"runs--{role}", partial=role != "cursor")
+        return style
+
+    def render_line(self, y: int) -> Strip:
+        index = y + self.scroll_offset.y
+        width, base = self.size.width, self.rich_style
+        if not 0 <= index < len(self._lines):
+            return Strip.blank(width, base)
+        if index == self._cursor:
+            cursor = self._style("cursor")
+            segments = [Segment(part, self._style(role) + cursor) for part, role in self._lines[index]]
+            return Strip(segments).adjust_cell_length(width, base + cursor)
+        segments = [Segment(part, base + self._style(role)) for part, role in self._lines[index]]
+        return Strip(segments).adjust_cell_length(width, base)
+
+    async def _on_click(self, event: events.Click) -> None:
+        line = event.y + self.scroll_offset.y
+        if 0 <= line < len(self._lines):
+            self.post_message(self.Pointed(self, line, again=line == self._cursor))
