@@ -53,13 +53,13 @@ COLUMNS = (
     Column("layers", "layers", 7, 0),
     Column("ms", "ms/tok", 6, 0),
     Column("rate", "tok/s", 6, 66),
-    Column("busy", "busy", 5, 100),
-    Column("wait", "wait", 5, 108),
-    Column("load", "load", 5, 114),
-    Column("temp", "°C", 4, 120),
-    Column("power", "W", 5, 126),
-    Column("link", "link ms", 7, 134),
-    Column("spark", "last minute", 16, 92, right=False),
+    Column("busy", "busy", 5, 106),
+    Column("wait", "wait", 5, 112),
+    Column("load", "load", 5, 120),
+    Column("temp", "°C", 4, 126),
+    Column("power", "W", 5, 132),
+    Column("link", "link ms", 7, 142),
+    Column("spark", "last minute", 16, 100, right=False),
 )
 WIDER_MEMORY = ((150, 24), (112, 18), (84, 14), (76, 12))  # (width of the table, width of the bar)
 
@@ -69,13 +69,18 @@ def columns(width: int) -> tuple[Column, ...]:
     bar = next((cells for need, cells in WIDER_MEMORY if width >= need), 8)
     shown = [column for column in COLUMNS if width >= column.need]
     sized = [_with_width(column, bar) if column.key == "memory" else column for column in shown]
-    taken = sum(column.width for column in sized) + len(sized) - 1
+    taken = sum(column.width + len(gap(column)) for column in sized) - len(gap(sized[0]))
     name = max(MIN_NAME, min(MAX_NAME, width - taken))
     sized = [_with_width(column, name) if column.key == "name" else column for column in sized]
-    spare = width - sum(column.width for column in sized) - len(sized) + 1
+    spare = width - sum(column.width + len(gap(column)) for column in sized) + len(gap(sized[0]))
     if spare > 0:  # the bar takes what the name does not need
         sized = [_with_width(column, column.width + spare) if column.key == "memory" else column for column in sized]
     return tuple(sized)
+
+
+def gap(column: Column) -> str:
+    """Before a column that is not the first: texts stand apart from the figures before them."""
+    return " " if column.right else "  "
 
 
 def _with_width(column: Column, width: int) -> Column:
@@ -84,10 +89,12 @@ def _with_width(column: Column, width: int) -> Column:
 
 def heading(shown: tuple[Column, ...], glyphs: Glyphs = text.FANCY) -> str:
     titles = (text.spelled(column.title, ascii_only=glyphs is text.ASCII) or "C" for column in shown)
-    return " ".join(
-        fit(title, column.width, right=column.right, ellipsis=glyphs.ellipsis)
+    cells = (
+        ("" if column is shown[0] else gap(column))
+        + fit(title, column.width, right=column.right, ellipsis=glyphs.ellipsis)
         for column, title in zip(shown, titles, strict=True)
     )
+    return "".join(cells)
 
 
 def row_runs(row: NodeRow, shown: tuple[Column, ...], moment: Moment) -> Runs:
@@ -97,10 +104,32 @@ def row_runs(row: NodeRow, shown: tuple[Column, ...], moment: Moment) -> Runs:
     runs: list[Run] = []
     for column in shown:
         if runs:
-            runs.append((" ", "plain"))
+            runs.append((gap(column), "plain"))
         cell = _CELLS[column.key](row, column, moment, state)
         runs += [(part, "gone" if faded and column.key != "state" else role) for part, role in cell]
     return tuple(runs)
+
+
+def second_runs(row: NodeRow, width: int, moment: Moment) -> Runs:
+    """What stands under a row where there is room: what the machine is, and how it feels."""
+    glyphs, view = moment.glyphs, row.view
+    state = row.state(moment.now, live=moment.live)
+    if row.cause and state != "ok":
+        role = "error" if state == "lost" else "warning"
+        return ((fit(f"{'':11}{text.clean(row.cause)}", width, ellipsis=glyphs.ellipsis), role),)
+    facts = [text.clean(view.device), f"lends {text.gib(view.effective_vram_gib)} GiB"]
+    if view.load is not None:
+        facts.append(f"load {text.share(view.load)}")
+    if view.temperature_c is not None:
+        facts.append(f"{view.temperature_c:.0f} °C")
+    if view.power_w is not None:
+        facts.append(f"{view.power_w:.0f} W")
+    if row.link_ms is not None:
+        facts.append(f"{text.figure(row.link_ms, 2)} ms to the next")
+    line = f"{'':11}{f' {glyphs.dot} '.join(facts)}"
+    if glyphs is text.ASCII:
+        line = text.spelled(line, ascii_only=True)
+    return ((fit(line, width, ellipsis=glyphs.ellipsis), "gone" if row.gone else "muted"),)
 
 
 Cell = Callable[[NodeRow, Column, Moment, str], Runs]

@@ -97,9 +97,9 @@ def tab_line(active: str, width: int, glyphs: Glyphs) -> tuple[Runs, tuple[tuple
         else:
             runs += [(f" {index}", "key"), (f" {title} ", "muted")]
         size = len(title) + 4
-        places.append((at, at + size - 1, name))
+        places.append((at, at + size, name))
         runs.append((" ", "plain"))
-        at += size
+        at += size + 1
     if at + 22 <= width:
         hint = f"? help  {':'} commands "
         runs += [(" " * (width - at - len(hint)), "plain"), ("?", "key"), (" help  ", "muted"), (":", "key"),

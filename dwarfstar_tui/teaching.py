@@ -36,7 +36,7 @@ def listening(around: Surroundings, glyphs: Glyphs) -> list[Runs]:
     lines: list[Runs] = []
     if around.discovery:
         lines.append((("Listening for ", "muted"), ("dwarfstar node", "accent"),
-                      (" on the local network, by multicast DNS (UDP 5353).", "muted")))  # fmt: skip
+                      (" by multicast DNS (UDP 5353).", "muted")))  # fmt: skip
     else:
         lines.append((("Nothing is told to the network: machines join by address only.", "muted"),))
     if around.control:

@@ -58,7 +58,6 @@ class ChatScreen(AppScreen):
         self.host.submit(updates.ReadChats())
         self._chat = Conversation(id=self.host.fresh_id())
         transcript = self.query_one("#transcript", VerticalScroll)
-        transcript.anchor()
         transcript.mount(Static(_GREETING, id="greeting", markup=False))
         self.query_one(Prompt).focus()
 
@@ -165,6 +164,7 @@ class ChatScreen(AppScreen):
         elif answer.text:
             said = Turn(role="user", text=answer.prompt), Turn(role="assistant", text=answer.text, note=answer.note())
             self._keep(self.chat.with_turns(*said, used_s=self.host.wall()))
+        self.refresh_bindings()
         self.show(self.host.state)
 
     def _keep(self, chat: Conversation) -> None:

@@ -148,8 +148,8 @@ class ClusterScreen(AppScreen):
         ]
         if self._said and state.live:
             found.append(((fit_line(self._said[-1], width, glyphs.ellipsis), "muted"),))
-        if state.link.state is LinkState.NONE:
-            found = []
+        if not self.query_one(NodeTable).display:
+            found = []  # what takes the table's place says it
         more = len(found) - ALERTS_SHOWN
         shown: list[Runs] = list(found[:ALERTS_SHOWN])
         if more > 0:

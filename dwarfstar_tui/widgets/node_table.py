@@ -8,9 +8,13 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from dwarfstar_tui.cluster_rows import Moment, columns, heading, row_runs
+from dwarfstar_tui.cluster_rows import Moment, Runs, columns, heading, row_runs, second_runs
 from dwarfstar_tui.store import NodeRow
 from dwarfstar_tui.widgets.runs_view import RunsView
+
+
+TALL_WIDTH = 76  # less has no room for what a machine is
+TALL = 3  # lines of a machine where there is room for all: its row, what it is, a space
 
 
 class NodeTable(RunsView, can_focus=True):
@@ -37,18 +41,27 @@ class NodeTable(RunsView, can_focus=True):
         super().__init__(id="nodes")
         self._rows: tuple[NodeRow, ...] = ()
         self._chosen = ""  # id
+        self._at: int | None = None  # its place
+        self._tall = 1  # lines of a machine
 
     def show(self, rows: Sequence[NodeRow], moment: Moment) -> None:
         self._rows = tuple(rows)
         shown = columns(self.scrollable_content_region.width)
         ids = [row.id for row in rows]
         if self._chosen not in ids:
-            self._chosen = ids[min(self.cursor or 0, len(ids) - 1)] if ids else ""
-        cursor = ids.index(self._chosen) if ids else None
-        self.set_lines([row_runs(row, shown, moment) for row in rows], cursor if self.has_focus else None)
-        self._at = cursor
-
-    _at: int | None = None
+            self._chosen = ids[min(self._at or 0, len(ids) - 1)] if ids else ""
+        self._at = ids.index(self._chosen) if ids else None
+        room = len(rows) * TALL - 1 <= self.size.height and self.size.width >= TALL_WIDTH
+        self._tall = TALL if room else 1
+        lines: list[Runs] = []
+        for row in rows:
+            lines.append(row_runs(row, shown, moment))
+            if self._tall > 1:
+                lines += [second_runs(row, self.scrollable_content_region.width, moment), ()]
+        if lines and self._tall > 1:
+            lines.pop()
+        cursor = None if self._at is None or not self.has_focus else self._at * self._tall
+        self.set_lines(lines, cursor)
 
     def heading(self, moment: Moment) -> str:
         return heading(columns(self.scrollable_content_region.width), moment.glyphs)
@@ -71,6 +84,6 @@ class NodeTable(RunsView, can_focus=True):
     def on_runs_view_pointed(self, event: RunsView.Pointed) -> None:
         event.stop()
         self.focus()
-        self.choose(event.line)
+        self.choose(event.line // self._tall)
         if event.again:
             self.post_message(self.Opened())

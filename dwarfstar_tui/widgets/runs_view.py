@@ -103,7 +103,9 @@ class RunsView(ScrollView, can_focus=False):
     def _style(self, role: str) -> Style:
         style = self._styles.get(role)
         if style is None:
-            style = self._styles[role] = self.get_component_rich_style(f"runs--{role}", partial=role != "cursor")
+            whole = self.get_component_rich_style(f"runs--{role}")
+            # A cursor is a background only: what is under it keeps its colour.
+            style = self._styles[role] = Style(bgcolor=whole.bgcolor) if role == "cursor" else whole
         return style
 
     def render_line(self, y: int) -> Strip:
@@ -115,7 +117,7 @@ class RunsView(ScrollView, can_focus=False):
             cursor = self._style("cursor")
             segments = [Segment(part, self._style(role) + cursor) for part, role in self._lines[index]]
             return Strip(segments).adjust_cell_length(width, base + cursor)
-        segments = [Segment(part, base + self._style(role)) for part, role in self._lines[index]]
+        segments = [Segment(part, self._style(role)) for part, role in self._lines[index]]
         return Strip(segments).adjust_cell_length(width, base)
 
     async def _on_click(self, event: events.Click) -> None:

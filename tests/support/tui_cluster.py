@@ -40,6 +40,7 @@ from dwarfstar_tui.updates import (
 
 NOW = 10_000.0
 WALL = 1_790_000_000.0
+NOTHING_LIKED = Preferences()
 MINUTE = 60
 
 MACHINES = (  # name, device, memory, used, lent, load, °C, W, layers, ms
@@ -140,8 +141,8 @@ def history(view: StatusView, seconds: int = MINUTE) -> list[Update]:
 MODELS = ModelsFound(
     "/home/ada/.local/share/dwarfstar/models",
     (
-        ModelFile("demo", "/opt/demo/SmolLM2-135M-Instruct.Q4_1.gguf", 98_000_000, 30, "llama", "Q4_1", 8192, demo=True),
-        ModelFile("gemma-3-27b-it-Q4_K_M", "/m/gemma-3-27b-it-Q4_K_M.gguf", 16_546_000_000, 62, "gemma3", "Q4_K", 131072),
+        ModelFile("demo", "/opt/demo/SmolLM2.gguf", 98_000_000, 30, "llama", "Q4_1", 8192, demo=True),
+        ModelFile("gemma-3-27b-it-Q4_K_M", "/m/gemma-3-27b-it-Q4_K_M.gguf", 16_546_000_000, 62, "gemma3", "Q4_K", 8192),
         ModelFile("Llama-3.3-70B-Instruct-Q3_K_M", "/m/Llama-3.3-70B-Instruct-Q3_K_M.gguf", 34_268_000_000, 80, "llama",
                   "Q3_K", 131072),
         ModelFile("whisper-large", "/m/whisper-large.gguf", 3_100_000_000,
@@ -161,9 +162,9 @@ class Stage:
     updates: list[Update] = field(default_factory=list)
     asked: list[Command] = field(default_factory=list)
     readonly: bool = False
-    theme: str | None = None
+    theme: str | None = "night"
     glyphs: Glyphs = text.FANCY
-    liked: Preferences = Preferences()
+    liked: Preferences = NOTHING_LIKED
     config: Path = Path("/nonexistent")
     now: float = NOW
     slow: bool = False
