@@ -181,6 +181,11 @@ class DwarfStarApp(App[None]):
             self.set_interval(SLOW_TICK_S if self._slow else TICK_S, self.tick)
             self.set_interval(THEMES_S, self._reload_themes)
 
+    def get_key_display(self, binding: Binding) -> str:
+        if self._glyphs is text.ASCII:
+            return binding.key_display or binding.key.replace("question_mark", "?")
+        return super().get_key_display(binding)
+
     def _binding_ids(self) -> frozenset[str]:
         """Of everything there is, as a keymap may name it."""
         from textual.dom import DOMNode

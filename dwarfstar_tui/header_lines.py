@@ -38,7 +38,7 @@ def status_line(state: State, badges: Badges, now: float, width: int, glyphs: Gl
     left: list[tuple[str, str]] = [(" DwarfStar ", "brand"), (" ", "plain")]
     right = _right(state, badges, now, width, glyphs)
     room = width - width_of(tuple(left)) - width_of(right) - 1
-    left.append((fit(_model(state, glyphs, room), max(0, room), ellipsis=glyphs.ellipsis), "name"))
+    left.append((fit(_model(state, glyphs, room - 1), max(0, room - 1), ellipsis=glyphs.ellipsis) + " ", "name"))
     return (*left, *right, (" ", "plain"))
 
 

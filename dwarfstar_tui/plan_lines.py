@@ -52,7 +52,7 @@ def bar_lines(view: StatusView, rows: tuple[NodeRow, ...], width: int, glyphs: G
         names.append((fit(name, span.width, ellipsis=glyphs.ellipsis), "slowest" if slow else "name"))
         bars += _memory(stage, rows, span.width, glyphs)
         layers = text.layers(*stage.layers, glyphs.dash)
-        long = f"{layers}  {text.figure(stage.ms_per_token, 2)} ms"
+        long = f"{layers}  {text.figure(stage.ms_per_token, 2)} ms" if stage.ms_per_token else layers
         facts.append((fit(long if len(long) <= span.width else layers, span.width, ellipsis=glyphs.ellipsis), "muted"))
     return [tuple(names), tuple(bars), tuple(facts)]
 
@@ -100,13 +100,14 @@ def table_lines(view: StatusView, rows: tuple[NodeRow, ...], width: int, glyphs:
         runs: list[tuple[str, str]] = [(line, "plain")]
         if wide:
             mark = glyphs.bottleneck if slow else ""
-            runs.append((f" {mark + text.figure(stage.ms_per_token, 2):>8}", "slowest" if slow else "plain"))
+            took = text.figure(stage.ms_per_token or None, 2, glyphs.unknown)
+            runs.append((f" {mark + took:>8}", "slowest" if slow else "plain"))
             runs.append((f" {text.share(stage.busy):>5} {text.share(stage.wait):>5}", "plain"))
         lines.append(tuple(runs))
     return lines
 
 
-def summary(view: StatusView, glyphs: Glyphs) -> list[Runs]:
+def summary(view: StatusView, width: int, glyphs: Glyphs) -> list[Runs]:
     """A line or two in words above the bar."""
     if view.model is None or not view.stages:
         return []
@@ -115,10 +116,13 @@ def summary(view: StatusView, glyphs: Glyphs) -> list[Runs]:
     slowest = bottleneck(view)
     first = f"{text.clean(view.model.name)}, {view.model.layers} layers over {len(view.stages)} stage"
     first += f"{'s' * (len(view.stages) != 1)}, epoch {view.epoch}"
-    second = f"{took:.1f} ms of computing and {links:.1f} ms on the network for one token"
-    lines: list[Runs] = [((first, "plain"),), ((second, "muted"),)]
+    second = f"{took:.1f} ms of computing and {links:.1f} ms of round trips for one token"
+    if not took:
+        second = "no token has passed yet, so nothing is measured"
+    lines: list[Runs] = [((line, "plain"),) for line in text.wrapped(first, width)]
+    lines += [((line, "muted"),) for line in text.wrapped(second, width)]
     if slowest:
         share = sum(stage.ms_per_token for stage in view.stages if stage.node == slowest) / took if took else 0.0
         more = f"{glyphs.bottleneck} {text.clean(slowest)} is the bottleneck: {share:.0%} of the computing is there"
-        lines.append(((more, "slowest"),))
+        lines += [((line, "slowest"),) for line in text.wrapped(more, width)]
     return lines

@@ -57,7 +57,8 @@ class NodeRow:
 
     @property
     def ms(self) -> float | None:
-        return sum(stage.ms_per_token for stage in self.stages) if self.stages else None
+        """For one token; None: nothing was measured yet."""
+        return sum(stage.ms_per_token for stage in self.stages) or None
 
     @property
     def busy(self) -> float | None:

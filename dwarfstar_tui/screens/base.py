@@ -10,6 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Footer
 
+from dwarfstar_tui import text
 from dwarfstar_tui.header_lines import Badges
 from dwarfstar_tui.host import Host
 from dwarfstar_tui.store import State
@@ -25,7 +26,7 @@ class AppScreen(Screen[None]):
     LESSON: ClassVar[str] = ""
     """What `?` says about the screen."""
     FILTERS: ClassVar[bool] = False
-    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (60, "-narrow"), (80, "-medium"), (120, "-wide")]  # noqa: RUF012
+    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (60, "-narrow"), (80, "-medium"), (120, "-wide"), (150, "-huge")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS = [(0, "-short"), (24, "-tall")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [Binding("slash", "filter", "filter", id="screen.filter", show=False)]
 
@@ -64,6 +65,9 @@ class AppScreen(Screen[None]):
     def as_toml(self) -> dict[str, object] | None:
         """What `y` copies."""
         return None
+
+    def on_mount(self) -> None:
+        self.set_class(self.host.glyphs is text.ASCII, "-ascii")
 
     def on_screen_resume(self) -> None:
         self.call_after_refresh(lambda: self.show(self.host.state))

@@ -55,6 +55,7 @@ class ChatScreen(AppScreen):
         yield Prompt()
 
     def on_mount(self) -> None:
+        super().on_mount()
         self.host.submit(updates.ReadChats())
         self._chat = Conversation(id=self.host.fresh_id())
         transcript = self.query_one("#transcript", VerticalScroll)

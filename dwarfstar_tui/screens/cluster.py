@@ -26,6 +26,7 @@ from dwarfstar_tui.widgets.runs_view import RunsView
 ALERTS_SHOWN = 3
 SAID_MAX = 50  # lines of a starting engine
 PANE = 46
+MIN_CELLS = 5  # of a stage; narrower ones say nothing, and the machines can use the room
 
 
 class ClusterScreen(AppScreen):
@@ -66,6 +67,7 @@ class ClusterScreen(AppScreen):
                 yield RunsView(id="legend")
 
     def on_mount(self) -> None:
+        super().on_mount()
         self.query_one(NodeTable).focus()
         self.query_one("#pane").can_focus = False
         self.host.submit(updates.LookAround())
@@ -82,8 +84,10 @@ class ClusterScreen(AppScreen):
             case updates.StartLine(line, over, _):
                 self._said = () if over and not update.failed else (*self._said, line)[-SAID_MAX:]
                 if update.failed:
-                    self.host.tell("the engine could not start: " + " ".join(self._said[-2:]).strip(), "error")
+                    self.query_one(FirstStart).failed(" ".join(self._said[-2:]).strip())
                     self._said = ()
+                elif line:
+                    self.query_one(FirstStart).failed("")
             case updates.ModelsFound():
                 self.query_one(FirstStart).offer(update)
             case updates.TokenMade():
@@ -161,8 +165,8 @@ class ClusterScreen(AppScreen):
 
     def _present_pane(self, table: NodeTable, moment: Moment) -> None:
         row = table.chosen if table.display else None
-        wide = self.has_class("-wide")
-        shown = row is not None and (wide if self._pane_wanted is None else self._pane_wanted)
+        beside = self.has_class("-huge")
+        shown = row is not None and (beside if self._pane_wanted is None else self._pane_wanted)
         self._display("pane", shown)
         if row is not None and shown:
             details = self.query_one("#details", RunsView)
@@ -175,7 +179,9 @@ class ClusterScreen(AppScreen):
         bar = self.query_one("#strip", PlanBar)
         strip = self.query_one("#plan-strip")
         bar.show(state, self.host.glyphs)
-        strip.display = not first and state.status is not None and bool(state.status.stages) and self.has_class("-tall")
+        stages = len(state.status.stages) if state.status is not None else 0
+        drawn = bool(bar.lines) and stages * MIN_CELLS <= self.size.width
+        strip.display = not first and drawn and self.has_class("-tall")
         self.query_one("#legend", RunsView).set_lines([legend(self.host.glyphs)])
 
     def as_toml(self) -> dict[str, object] | None:

@@ -53,7 +53,13 @@ class Timeline(RunsView, can_focus=True):
         self._drawn = drawn
         self.set_lines(list(drawn.values()), self._index())
         if self.number is None:
-            self.scroll_end(animate=False, immediate=True)
+            self.follow()
+
+    def follow(self) -> None:
+        """Scroll to the newest. Not with ``scroll_end``, which counts on a height that may not be known yet."""
+        height = self.scrollable_content_region.height
+        if height:
+            self.scroll_to(y=max(0, len(self.events) - height), animate=False, immediate=True)
 
     def _index(self) -> int | None:
         if not self.events:
@@ -96,6 +102,7 @@ class EventsScreen(AppScreen):
             yield RunsView(id="event")
 
     def on_mount(self) -> None:
+        super().on_mount()
         self.query_one(Timeline).focus()
 
     def main_focus(self) -> None:

@@ -102,6 +102,7 @@ class ModelsScreen(AppScreen):
             yield RunsView(id="files-note")
 
     def on_mount(self) -> None:
+        super().on_mount()
         self.host.submit(updates.FindModels())
         self.query_one(FileList).focus()
 

@@ -34,7 +34,7 @@ class PlanScreen(AppScreen):
         top: list[Runs] = []
         table: list[Runs] = []
         if status is not None and status.stages:
-            top = summary(status, glyphs)
+            top = summary(status, width, glyphs)
             table = table_lines(status, state.rows, width, glyphs)
             loading = [stage for stage in status.stages if stage.state == "loading"]
             if loading:

@@ -48,6 +48,7 @@ class FirstStart(Vertical):
             markup=False,
             classes="quiet",
         )
+        yield Static("", id="first-problem", markup=False)
         yield OptionList(id="first-models", markup=False)
         yield Input(placeholder="or the path of a GGUF file, then enter", id="first-path", compact=True)
         yield Static("", id="first-note", markup=False, classes="quiet")
@@ -58,6 +59,12 @@ class FirstStart(Vertical):
             self.query_one(OptionList).focus()
         elif not wanted and self.display:
             self.display = False
+
+    def failed(self, why: str) -> None:
+        """Say why the engine that was started has ended; nothing: it has not."""
+        problem = self.query_one("#first-problem", Static)
+        problem.update(f"It could not start: {text.clean(why)}" if why else "")
+        problem.display = bool(why)
 
     def offer(self, found: ModelsFound) -> None:
         """List these."""

@@ -12,7 +12,6 @@ from dwarfstar_tui.cluster_rows import Moment, Runs, columns, heading, row_runs,
 from dwarfstar_tui.store import NodeRow
 from dwarfstar_tui.widgets.runs_view import RunsView
 
-
 TALL_WIDTH = 76  # less has no room for what a machine is
 TALL = 3  # lines of a machine where there is room for all: its row, what it is, a space
 

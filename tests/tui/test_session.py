@@ -113,22 +113,23 @@ class FakePlace:
 
 
 class Listener:
-    """Takes from a mailbox until what is waited for has come."""
+    """Takes from a mailbox until what is waited for has come. ``told``: all so far, in order."""
 
     def __init__(self) -> None:
         self.mailbox = Mailbox()
         self.told: list[Update] = []
 
-    def until(self, wanted: Callable[[Update], bool]) -> Update:
+    def until(self, wanted: Callable[[Update], bool], times: int = 1) -> Update:
+        """The update that is so for the ``times``-th time since the beginning."""
         waiting, end = threading.Event(), DEADLINE_S
         while end > 0:
-            self.told += (new := self.mailbox.take())
-            found = next((update for update in new if wanted(update)), None)
-            if found is not None:
-                return found
+            self.told += self.mailbox.take()
+            found = [update for update in self.told if wanted(update)]
+            if len(found) >= times:
+                return found[times - 1]
             waiting.wait(0.01)  # a condition is polled: nothing is asserted of how long it takes
             end -= 0.01
-        raise AssertionError(f"did not come; told: {self.told[-5:]}")
+        raise AssertionError(f"did not come; told: {[type(update).__name__ for update in self.told[-9:]]}")
 
 
 @contextmanager
@@ -163,8 +164,8 @@ def test_a_lost_engine_is_told_once_and_events_go_on_where_they_ended() -> None:
         down = listener.until(linked(LinkState.DOWN))
         assert isinstance(down, Linked)
         assert down.detail == "it is gone"
-        listener.until(linked(LinkState.UP))
-        listener.until(lambda update: isinstance(update, Happened))
+        listener.until(linked(LinkState.UP), times=2)
+        listener.until(lambda update: isinstance(update, Happened), times=2)
     assert place.since[:2] == [0, len(story().events)]
     assert sum(linked(LinkState.DOWN)(update) for update in listener.told) == 1
 
@@ -240,13 +241,11 @@ def test_a_start_is_followed_until_it_serves() -> None:
         place.said = ["loading: 40 %"]
         session.submit(updates.StartEngine(("--demo",)))
         listener.until(lambda update: isinstance(update, updates.StartLine) and "40" in update.text)
-        listener.until(linked(LinkState.STARTING)) if not any(
-            linked(LinkState.STARTING)(update) for update in listener.told
-        ) else None
+        listener.until(linked(LinkState.STARTING))
         place.there = True
         place.said = ["ready. Try it from another terminal:"]
         listener.until(lambda update: isinstance(update, updates.StartLine) and update.over)
-        listener.until(linked(LinkState.UP)) if not any(linked(LinkState.UP)(one) for one in listener.told) else None
+        listener.until(linked(LinkState.UP))
     assert place.started == [("--demo",)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dwarfstar_engine.views import EventsView, EventView
 from dwarfstar_tui.store import EVENTS_MAX, GONE_MAX, HISTORY, State, alerts, bottleneck, reduce
 from dwarfstar_tui.updates import Happened, Linked, LinkState, StatusSeen, Update
@@ -29,7 +31,7 @@ def one(age: float = 0.3, **more: object) -> StatusSeen:
 
 def test_ages_run_on_between_updates_and_states_follow() -> None:
     row = after(one(0.3)).rows[0]
-    assert row.age_s(NOW + 1.0) == 1.3
+    assert row.age_s(NOW + 1.0) == pytest.approx(1.3)
     assert [row.state(NOW + later) for later in (0, 2.1, 2.3, 4.6, 4.8)] == ["ok", "ok", "late", "late", "lost"]
 
 
@@ -52,7 +54,7 @@ def test_a_node_the_engine_forgets_stays_with_its_cause_and_when_it_was_seen() -
     state = after(StatusSeen(status([], []), NOW + 10, 1.0), state=state)
     row = state.rows[0]
     assert (row.gone, row.state(NOW + 10), row.cause) == (True, "lost", "its cable was pulled")
-    assert row.age_s(NOW + 10) == 10.3
+    assert row.age_s(NOW + 10) == pytest.approx(10.3)
 
 
 def test_a_removed_node_is_not_called_lost() -> None:
