@@ -8,8 +8,7 @@ from datetime import datetime, tzinfo
 from dwarfstar_engine.views import EventView
 from dwarfstar_tui import text
 from dwarfstar_tui.cluster_rows import Runs
-from dwarfstar_tui.text import Glyphs, fit
-from dwarfstar_tui.widgets.filter_input import matches
+from dwarfstar_tui.text import Glyphs, fit, matches
 
 BAD = frozenset({"node_lost", "stage_failed", "streams_given_up", "no_plan", "node_refused"})
 WARN = frozenset({"node_late", "epoch_over", "streams_waiting", "node_removed", "node_left"})

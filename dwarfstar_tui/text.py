@@ -158,3 +158,9 @@ def parts(amounts: Sequence[float], width: int) -> list[int]:
         cells.append(edge - done)
         done = edge
     return cells
+
+
+def matches(wanted: str, *texts: str) -> bool:
+    """Whether every word is in one of the texts, whatever its case."""
+    whole = " ".join(texts).casefold()
+    return all(word in whole for word in wanted.casefold().split())

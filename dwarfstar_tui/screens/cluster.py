@@ -11,13 +11,13 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 
 from dwarfstar_tui import text, updates
 from dwarfstar_tui.cluster_rows import Moment, Runs, detail_lines
-from dwarfstar_tui.plan_lines import legend
+from dwarfstar_tui.plan_lines import geometry, legend
 from dwarfstar_tui.screens.base import AppScreen
 from dwarfstar_tui.screens.dialogs import AddMachine, Confirm, ShowToken
 from dwarfstar_tui.store import NodeRow, State, alerts
 from dwarfstar_tui.teaching import unattached, waiting
+from dwarfstar_tui.text import matches
 from dwarfstar_tui.updates import LinkState, Surroundings, Update
-from dwarfstar_tui.widgets.filter_input import matches
 from dwarfstar_tui.widgets.first_start import FirstStart
 from dwarfstar_tui.widgets.node_table import NodeTable
 from dwarfstar_tui.widgets.plan_bar import PlanBar
@@ -178,10 +178,10 @@ class ClusterScreen(AppScreen):
     def _present_plan(self, state: State, *, first: bool) -> None:
         bar = self.query_one("#strip", PlanBar)
         strip = self.query_one("#plan-strip")
-        bar.show(state, self.host.glyphs)
-        stages = len(state.status.stages) if state.status is not None else 0
-        drawn = bool(bar.lines) and stages * MIN_CELLS <= self.size.width
+        status, width = state.status, self.size.width - 4
+        drawn = status is not None and len(status.stages) * MIN_CELLS <= width and geometry(status, width) is not None
         strip.display = not first and drawn and self.has_class("-tall")
+        bar.show(state, self.host.glyphs)
         self.query_one("#legend", RunsView).set_lines([legend(self.host.glyphs)])
 
     def as_toml(self) -> dict[str, object] | None:

@@ -13,9 +13,8 @@ from dwarfstar_tui import text, updates
 from dwarfstar_tui.cluster_rows import Runs
 from dwarfstar_tui.screens.base import AppScreen
 from dwarfstar_tui.store import State
-from dwarfstar_tui.text import Glyphs, fit
+from dwarfstar_tui.text import Glyphs, fit, matches
 from dwarfstar_tui.updates import ModelFile, ModelsFound, Update
-from dwarfstar_tui.widgets.filter_input import matches
 from dwarfstar_tui.widgets.runs_view import RunsView
 
 GB = 1e9

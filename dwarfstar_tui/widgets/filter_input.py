@@ -35,9 +35,3 @@ class FilterInput(Input):
     def _close(self) -> None:
         self.display = bool(self.value)
         self.post_message(self.Over())
-
-
-def matches(wanted: str, *texts: str) -> bool:
-    """Whether every word is in one of the texts, whatever its case."""
-    whole = " ".join(texts).casefold()
-    return all(word in whole for word in wanted.casefold().split())

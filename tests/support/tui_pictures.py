@@ -1,5 +1,6 @@
-"""Pictures of the app from a scripted cluster: SVG files for people, texts for tests. ``python -m support.tui_pictures``
-writes both anew; a test fails when what is kept is not what would be written.
+"""Pictures of the app from a scripted cluster: SVG files for people, texts for tests.
+
+``python -m support.tui_pictures`` writes both anew; a test fails when what is kept is not what would be written.
 
 Everything that could differ from run to run is fixed: the views, the clock, the ids, no animation, no blinking.
 """
