@@ -95,23 +95,27 @@ def play(nodes: int) -> None:
             threading.Thread(target=talk, args=(command.answer,), daemon=True).start()
 
     def live() -> None:
-        """Figures that change as those of a real cluster do: every machine's, with each status."""
+        """Figures that change as those of a real cluster do: a machine's with its heartbeats, one a second."""
         tick = 0
         mailbox.put(Linked(LinkState.UP, time.monotonic(), "bench:1"))
+
+        def beat(index: int) -> int:
+            return (tick + index) // 4
+
         while not over.wait(0.25):
             tick += 1
             machines = tuple(
                 node.model_copy(
                     update={
                         "heartbeat_age_s": ((tick + index) % 4) / 4,
-                        "used_gib": node.used_gib + ((tick + index) % 5) / 10,
-                        "load": ((tick * 7 + index) % 100) / 100,
+                        "used_gib": node.used_gib + (beat(index) % 5) / 10,
+                        "load": ((beat(index) * 7 + index) % 100) / 100,
                     }
                 )
                 for index, node in enumerate(view.nodes)
             )
             stages = tuple(
-                stage.model_copy(update={"rows_s": 18 + (tick + index) % 7, "busy": ((tick + index) % 10) / 10})
+                stage.model_copy(update={"rows_s": 18 + beat(index) % 7, "busy": (beat(index) % 10) / 10})
                 for index, stage in enumerate(view.stages)
             )
             told = view.model_copy(update={"nodes": machines, "stages": stages})
@@ -138,7 +142,7 @@ class Terminal:
         if self.pid == 0:
             environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "LANG": "C.UTF-8"}
             environment.pop("NO_COLOR", None)
-            arguments = [sys.executable, __file__, "--play", str(nodes)]
+            arguments = [sys.executable, str(Path(__file__).resolve()), "--play", str(nodes)]
             os.execve(sys.executable, arguments, environment)  # noqa: S606 - no shell is wanted
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", *SIZE, 0, 0))
         self.bytes = 0

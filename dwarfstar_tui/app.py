@@ -175,6 +175,8 @@ class DwarfStarApp(App[None]):
             self.tell(problem, "warning")
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows; a loop in a thread
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.exit)
+        if self._options.note:
+            self.tell(self._options.note)
         if self._options.start is not None:
             self._submit(updates.StartEngine(self._options.start))
         if self._ticking:

@@ -10,6 +10,7 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class AppOptions:
     """See ``dwarfstar --help``. start: arguments of an engine to start if none runs; None: attach, or let choose.
+    note: what to say first.
 
     config: folder of tui.toml and themes. None of the flags: not given.
     """
@@ -23,6 +24,7 @@ class AppOptions:
     mouse: bool | None = None
     theme: str | None = None
     start: tuple[str, ...] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,15 @@ Roles are component classes, ``runs--ok``; their colours are in runs_view.tcss, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import ClassVar
 
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
@@ -27,6 +29,40 @@ ROLES = (
     "slowest", "spark", "weights", "kv", "free", "boundary", "key", "brand", "tab", "badge", "accent", "error",
     "warning",
 )  # fmt: skip
+
+
+def differ_until(before: Runs, now: Runs) -> int:
+    """The cell behind the last one in which two lines may differ: Textual writes a line from its beginning anyway."""
+    at = last = 0
+    for old, new in zip_longest(before, now, fillvalue=("", "")):
+        width = cell_len(new[0])
+        if width != cell_len(old[0]):
+            return max(sum(cell_len(part) for part, _ in line) for line in (before, now))
+        at += width
+        if old != new:
+            last = at
+    return last
+
+
+def merged(segments: Iterable[Segment]) -> list[Segment]:
+    """With as few changes of style as will do: each costs some forty bytes on the way to the terminal.
+
+    Spaces take the style before them, which only differs in what spaces do not show.
+    """
+    found: list[Segment] = []
+    for segment in segments:
+        last = found[-1] if found else None
+        if last is not None and (segment.style == last.style or _only_background(segment, last)):
+            found[-1] = Segment(last.text + segment.text, last.style)
+        else:
+            found.append(segment)
+    return found
+
+
+def _only_background(segment: Segment, last: Segment) -> bool:
+    if segment.text.strip(" ") or segment.style is None or last.style is None:
+        return False
+    return segment.style.bgcolor == last.style.bgcolor and not (last.style.reverse or segment.style.reverse)
 
 
 class RunsView(ScrollView, can_focus=False):
@@ -75,9 +111,13 @@ class RunsView(ScrollView, can_focus=False):
             return
         if self.virtual_size.width != self._width():
             self.virtual_size = Size(self._width(), len(lines))
-        for index, (before, now) in enumerate(zip(old, lines, strict=True)):
-            if before != now:
-                self.refresh_line(index)
+        changed = [
+            Region(0, index - self.scroll_offset.y, differ_until(before, now), 1)
+            for index, (before, now) in enumerate(zip(old, lines, strict=True))
+            if before != now
+        ]
+        if changed:
+            self.refresh(*changed)
         if len(moved) > 1:
             for line in moved:
                 if line is not None:
@@ -116,9 +156,9 @@ class RunsView(ScrollView, can_focus=False):
         if index == self._cursor:
             cursor = self._style("cursor")
             segments = [Segment(part, self._style(role) + cursor) for part, role in self._lines[index]]
-            return Strip(segments).adjust_cell_length(width, base + cursor)
+            return Strip(merged(segments)).adjust_cell_length(width, base + cursor)
         segments = [Segment(part, self._style(role)) for part, role in self._lines[index]]
-        return Strip(segments).adjust_cell_length(width, base)
+        return Strip(merged(segments)).adjust_cell_length(width, base)
 
     async def _on_click(self, event: events.Click) -> None:
         line = event.y + self.scroll_offset.y

@@ -139,5 +139,5 @@ def test_gguf_files_are_described_and_what_is_wrong_is_said(tmp_path: Path) -> N
     broken, good = (file for file in find_models(tmp_path).files if not file.demo)
     assert (broken.name, broken.layers) == ("broken", 0)
     assert broken.problem
-    assert (good.name, good.layers, good.architecture, good.quantisation) == ("good", 4, "llama", "F32")
+    assert (good.name, good.layers, good.architecture, good.quantisation) == ("good", 4, "llama", "Q8_0")
     assert find_models(tmp_path / "none").problem == ""

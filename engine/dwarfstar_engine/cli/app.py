@@ -84,6 +84,7 @@ def open_app(settings: Settings, look: Look, arguments: Sequence[str], *, wants_
         mouse=look.mouse,
         theme=look.theme,
         start=engine_arguments(arguments) if wants_engine and not here else None,
+        note="an engine runs already: this is it, with the model it was started with" if wants_engine and here else "",
     )
     status = main.run(options, settings)
     if running.find(settings.home) is not None:
