@@ -195,8 +195,8 @@ class ClusterScreen(AppScreen):
 
     @on(NodeTable.Moved)
     def _moved(self) -> None:
-        self.show(self.host.state)
-        self.query_one(NodeTable).show_cursor()
+        state, host = self.host.state, self.host
+        self._present_pane(self.query_one(NodeTable), Moment(host.moment(), live=state.live, glyphs=host.glyphs))
 
     @on(NodeTable.Opened)
     def _opened(self) -> None:

@@ -71,7 +71,10 @@ class NodeTable(RunsView, can_focus=True):
 
     def choose(self, index: int) -> None:
         if self._rows:
-            self._chosen = self._rows[max(0, min(index, len(self._rows) - 1))].id
+            self._at = max(0, min(index, len(self._rows) - 1))
+            self._chosen = self._rows[self._at].id
+            self.set_lines(self.lines, self._at * self._tall if self.has_focus else None)
+            self.show_cursor()
             self.post_message(self.Moved())
 
     def action_move(self, by: int) -> None:

@@ -41,12 +41,13 @@ That buys **capacity**, not speed: a model that fits one GPU is faster there.
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """keys: pressed one after the other. then: told after them."""
+    """keys: pressed one after the other. prompt: asked after them. then: told after that."""
 
     name: str
     updates: tuple[Update, ...]
     keys: tuple[str, ...] = ()
     then: tuple[Update, ...] = ()
+    prompt: str = ""
     theme: str = "night"
     glyphs: Glyphs = FANCY
 
@@ -55,8 +56,6 @@ def _chat(*then: Update) -> tuple[Update, ...]:
     return (AnswerPiece(1, ANSWER, 80, NOW + 0.62, NOW + 0.62), AnswerPiece(1, "\n", 4, NOW + 4, NOW + 5.2), *then)
 
 
-ASKED = ("3", *"Why split a model?".replace(" ", "_"), "enter")
-ASKED = tuple("space" if key == "_" else key for key in ASKED)
 LOST = Happened(
     EventsView(
         events=(
@@ -77,14 +76,14 @@ EMPTY = status([], [], model=None, state="unavailable", reason="0 of 2 nodes hav
 SCREENS = (
     Scene("cluster", LAB),
     Scene("plan", LAB, ("2",)),
-    Scene("chat", LAB, ASKED, _chat(AnswerOver(1, NOW + 5.2, "stop", 14, 84))),
+    Scene("chat", LAB, ("3",), _chat(AnswerOver(1, NOW + 5.2, "stop", 14, 84)), prompt="Why split a model?"),
     Scene("events", LAB, ("4",)),
     Scene("models", LAB, ("5",)),
 )
 CASES = (
     Scene("first-start", (Linked(LinkState.NONE, NOW),)),
     Scene("empty", (Linked(LinkState.UP, NOW, "127.0.0.1:8477"), StatusSeen(EMPTY, NOW, 1.0))),
-    Scene("chat-paused", LAB, ASKED, (*_chat(), LOST)),
+    Scene("chat-paused", LAB, ("3",), (*_chat(), LOST), prompt="Why split a model?"),
     Scene("token", LAB, ("t",), (TOKEN,)),
     Scene("help", LAB, ("question_mark",)),
     Scene("crowd", tuple(history(large(64), 3))),
@@ -105,6 +104,9 @@ async def play(scene: Scene, size: tuple[int, int]) -> tuple[str, str]:
         stage.tell(AROUND, MODELS)
         for key in scene.keys:
             await pilot.press(key)
+        if scene.prompt:
+            app.screen.query_one(Prompt).text = scene.prompt
+            await pilot.press("enter")
         stage.tell(AROUND, MODELS, *scene.then)
         await pilot.pause()
         for prompt in app.screen.query(Prompt):
