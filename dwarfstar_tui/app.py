@@ -43,7 +43,6 @@ from dwarfstar_tui.widgets.first_start import FirstStart
 TICK_S, SLOW_TICK_S = 0.25, 1.0
 THEMES_S = 2.0  # between two looks at the person's theme files
 BACK_MAX = 20  # screens that esc remembers
-WIDGETS = Path(__file__).parent / "widgets"
 
 
 class DwarfStarApp(App[None]):
@@ -51,8 +50,8 @@ class DwarfStarApp(App[None]):
 
     TITLE = "DwarfStar"
     CSS_PATH: ClassVar[list[Path]] = [  # type: ignore[assignment]
-        Path(__file__).parent / "app.tcss", WIDGETS / "runs_view.tcss",
-    ]  # fmt: skip
+        Path(__file__).parent / "app.tcss"
+    ]
     MODES: ClassVar[dict[str, Callable[[], Screen[Any]]]] = {  # type: ignore[assignment]
         "cluster": ClusterScreen,
         "plan": PlanScreen,
@@ -160,9 +159,7 @@ class DwarfStarApp(App[None]):
     # --- life ---
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
-        theme = self.current_theme
-        found = {name: getattr(theme, source) or theme.primary for name, source in themes.ROLE_VARIABLES.items()}
-        return {**found, "ds-muted": found["ds-muted"] + (" 55%" if not theme.ansi else "")}
+        return themes.role_defaults(self.current_theme)
 
     def on_mount(self) -> None:
         self._register_themes()

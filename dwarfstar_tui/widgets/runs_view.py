@@ -4,19 +4,20 @@ Theory. A table of stock widgets costs a layout for each figure that changes. He
 lines that are equal to what is shown are not drawn again, and a role is one style looked up once for each theme. So 64
 machines four times a second cost a few hundredths of a core, and a terminal gets what has changed and no more.
 
-Roles are component classes, ``runs--ok``; their colours are in runs_view.tcss, which is CSS so that themes reach it.
+A role is a variable of the theme, see ROLES. They are no component classes: Textual would work out each of those anew
+for every widget and every change of size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import ClassVar
 
 from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
+from textual.color import Color
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
@@ -24,11 +25,34 @@ from textual.strip import Strip
 
 from dwarfstar_tui.cluster_rows import Runs
 
-ROLES = (
-    "plain", "muted", "name", "heading", "ok", "late", "lost", "gone", "drained", "used", "planned", "lent", "rest",
-    "slowest", "spark", "weights", "kv", "free", "boundary", "key", "brand", "tab", "badge", "accent", "error",
-    "warning",
-)  # fmt: skip
+ROLES: dict[str, tuple[str, str]] = {  # role: variable of the theme, how it is written
+    "plain": ("foreground", ""),
+    "muted": ("ds-muted", ""),
+    "name": ("foreground", "bold"),
+    "heading": ("ds-muted", ""),
+    "ok": ("ds-ok", ""),
+    "late": ("ds-late", "bold"),
+    "lost": ("ds-lost", "bold"),
+    "gone": ("ds-muted", "dim"),
+    "drained": ("accent", ""),
+    "used": ("ds-used", ""),
+    "planned": ("ds-planned", ""),
+    "lent": ("ds-lent", ""),
+    "rest": ("ds-lent", ""),
+    "slowest": ("ds-late", "bold"),
+    "spark": ("ds-spark", ""),
+    "weights": ("ds-used", ""),
+    "kv": ("ds-planned", ""),
+    "free": ("ds-lent", ""),
+    "boundary": ("ds-muted", ""),
+    "key": ("accent", "bold"),
+    "brand": ("accent", "bold"),
+    "tab": ("foreground", "bold reverse"),
+    "badge": ("ds-late", "bold reverse"),
+    "accent": ("accent", ""),
+    "error": ("ds-lost", ""),
+    "warning": ("ds-late", ""),
+}
 
 
 def differ_until(before: Runs, now: Runs) -> int:
@@ -68,7 +92,14 @@ def _only_background(segment: Segment, last: Segment) -> bool:
 class RunsView(ScrollView, can_focus=False):
     """See the module. A cursor, where one is wanted, is a line number; None: there is none."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {f"runs--{role}" for role in ROLES} | {"runs--cursor"}
+    DEFAULT_CSS = """
+    RunsView {
+        background: transparent;
+        scrollbar-size-vertical: 1;
+        scrollbar-size-horizontal: 0;
+        overflow-x: hidden;
+    }
+    """
     ALLOW_SELECT = False
 
     class Pointed(Message):
@@ -87,6 +118,7 @@ class RunsView(ScrollView, can_focus=False):
         self._lines: list[Runs] = []
         self._cursor: int | None = None
         self._styles: dict[str, Style] = {}
+        self._styled_for: tuple[int, Style | None] = (0, None)
 
     @property
     def lines(self) -> Sequence[Runs]:
@@ -136,17 +168,21 @@ class RunsView(ScrollView, can_focus=False):
         elif self._cursor >= top + height > 0:
             self.scroll_to(y=self._cursor - height + 1, animate=False)
 
-    def notify_style_update(self) -> None:
-        self._styles.clear()
-        super().notify_style_update()
-
     def _style(self, role: str) -> Style:
+        """A role's style on this background, looked up once for each theme."""
+        variables, base = self.app.theme_variables, self.rich_style
+        if self._styled_for != (id(variables), base):
+            self._styles, self._styled_for = {}, (id(variables), base)
         style = self._styles.get(role)
         if style is None:
-            whole = self.get_component_rich_style(f"runs--{role}")
-            # A cursor is a background only: what is under it keeps its colour.
-            style = self._styles[role] = Style(bgcolor=whole.bgcolor) if role == "cursor" else whole
+            style = self._styles[role] = self._made(role, variables, base)
         return style
+
+    def _made(self, role: str, variables: dict[str, str], base: Style) -> Style:
+        if role == "cursor":  # a background only: what is under it keeps its colour
+            return Style(bgcolor=Color.parse(variables["ds-cursor"]).rich_color)
+        name, how = ROLES[role]
+        return base + Style.parse(how) + Style(color=Color.parse(variables[name]).rich_color)
 
     def render_line(self, y: int) -> Strip:
         index = y + self.scroll_offset.y
