@@ -125,6 +125,10 @@ class DwarfStarApp(App[None]):
         return self._shown is not None
 
     @property
+    def slow(self) -> bool:
+        return self._slow
+
+    @property
     def home_label(self) -> str:
         return self._options.attach or str(self._options.home)
 

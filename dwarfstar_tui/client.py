@@ -105,7 +105,7 @@ class RemoteEngine:
         }
         headers = {"Authorization": f"Bearer {self._address.key}"} if self._address.key else {}
         url = f"{self._api_url.rstrip('/')}/v1/chat/completions"
-        reading = _Reading()
+        reading = Reading()
         try:
             async with self._http.stream("POST", url, json=body, headers=headers) as answer:
                 if answer.status_code != httpx.codes.OK:
@@ -125,7 +125,7 @@ class RemoteEngine:
         await self._channel.close()
 
 
-class _Reading:
+class Reading:
     """Reads an answer's events, line by line. Raises DwarfStarError with the server's own sentence."""
 
     def __init__(self) -> None:

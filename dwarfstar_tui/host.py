@@ -10,7 +10,8 @@ from dwarfstar_tui.updates import Command
 
 
 class Host(Protocol):
-    """state: as it is shown, frozen when the person wishes so. readonly: nothing may be changed."""
+    """state: as it is shown, frozen when the person wishes so. readonly: nothing may be changed.
+    slow: over a thin line, at 1 Hz."""
 
     @property
     def state(self) -> State: ...
@@ -20,6 +21,8 @@ class Host(Protocol):
     def readonly(self) -> bool: ...
     @property
     def frozen(self) -> bool: ...
+    @property
+    def slow(self) -> bool: ...
     @property
     def home_label(self) -> str: ...
 

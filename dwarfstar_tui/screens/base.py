@@ -30,8 +30,6 @@ class AppScreen(Screen[None]):
     VERTICAL_BREAKPOINTS = [(0, "-short"), (24, "-tall")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [Binding("slash", "filter", "filter", id="screen.filter", show=False)]
 
-    slow = False
-
     def compose(self) -> ComposeResult:
         yield HeaderBar(self.NAME)
         yield from self.body()
@@ -52,7 +50,7 @@ class AppScreen(Screen[None]):
             return
         host = self.host
         now = host.moment()
-        badges = Badges(host.frozen, host.readonly, self.slow)
+        badges = Badges(host.frozen, host.readonly, host.slow)
         self.query_one(HeaderBar).show(state, badges, now, host.glyphs)
         self.present(state, now)
 

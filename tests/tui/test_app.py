@@ -213,6 +213,13 @@ async def test_readonly_changes_nothing() -> None:
         assert "READ-ONLY" in header(app)
 
 
+async def test_a_thin_line_is_said() -> None:
+    stage = Stage(history(home_lab()), slow=True)
+    async with stage.app().run_test(size=SIZE) as pilot:
+        app = await begin(stage, pilot)
+        assert "1 Hz" in header(app)
+
+
 async def test_the_filter_narrows_the_table_and_esc_drops_it() -> None:
     stage = Stage(history(home_lab()))
     async with stage.app().run_test(size=SIZE) as pilot:
