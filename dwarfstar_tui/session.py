@@ -231,10 +231,15 @@ class Session:
             return
         task = asyncio.create_task(self._obey(command))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         if isinstance(command, updates.Ask):
             self._answers[command.answer] = task
             task.add_done_callback(lambda _: self._answers.pop(command.answer, None))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            self._say(f"a fault of this program: {fault!r}", "error")
 
     async def _obey(self, command: Command) -> None:
         try:

@@ -146,6 +146,9 @@ def _with_status(state: State, seen: StatusSeen) -> State:
     gone = [_gone(row) for row in before.values() if row.id not in here]
     sample = at - state.sampled_at >= SAMPLE_S
     rates = state.rates if not other else ()
+    link = replace(state.link, round_trip_ms=seen.round_trip_ms)
+    if at >= state.link.at:  # else it was seen before the link was lost, and has waited
+        link = replace(link, state=LinkState.UP)
     return replace(
         state,
         status=view,
@@ -155,7 +158,7 @@ def _with_status(state: State, seen: StatusSeen) -> State:
         sampled_at=at if sample else state.sampled_at,
         events=() if other else state.events,
         missed=0 if other else state.missed,
-        link=replace(state.link, state=LinkState.UP, round_trip_ms=seen.round_trip_ms),
+        link=link,
     )
 
 

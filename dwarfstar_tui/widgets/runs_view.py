@@ -143,10 +143,12 @@ class RunsView(ScrollView, can_focus=False):
             return
         if self.virtual_size.width != self._width():
             self.virtual_size = Size(self._width(), len(lines))
+        top = self.scroll_offset.y
+        seen = range(top, min(len(lines), top + self.size.height))  # a long list may move as a whole
         changed = [
-            Region(0, index - self.scroll_offset.y, differ_until(before, now), 1)
-            for index, (before, now) in enumerate(zip(old, lines, strict=True))
-            if before != now
+            Region(0, index - top, differ_until(old[index], lines[index]), 1)
+            for index in seen
+            if old[index] != lines[index]
         ]
         if changed:
             self.refresh(*changed)

@@ -553,7 +553,7 @@ async def test_names_with_markup_and_wide_characters_are_shown_as_they_are() -> 
 
 
 async def test_a_storm_of_sizes_breaks_nothing() -> None:
-    stage = Stage(history(large(64)))
+    stage = Stage(history(large(24), 3))
     async with stage.app().run_test(size=SIZE) as pilot:
         app = await begin(stage, pilot)
         for key in "12345":

@@ -233,6 +233,19 @@ def test_commands_are_carried_out_and_refusals_told() -> None:
     assert told == {"n-1 is drained", "there is no n-2"}
 
 
+def test_a_fault_of_ours_is_told_and_ends_nothing_else() -> None:
+    place = FakePlace()
+    with running(place) as (session, listener):
+        listener.until(linked(LinkState.UP))
+        place.engines[-1].reply = [ValueError("oops")]
+        session.submit(updates.Ask(1, (("user", "hi"),)))
+        fault = listener.until(lambda update: isinstance(update, Notice))
+        session.submit(updates.FindModels())
+        listener.until(lambda update: isinstance(update, updates.ModelsFound))
+    assert isinstance(fault, Notice)
+    assert "oops" in fault.text
+
+
 def test_a_start_is_followed_until_it_serves() -> None:
     place = FakePlace()
     place.there = False

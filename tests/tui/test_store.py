@@ -98,6 +98,13 @@ def test_another_engine_begins_anew() -> None:
     assert ([row.view.name for row in state.rows], state.events) == (["b"], ())
 
 
+def test_a_status_that_has_waited_does_not_hide_that_the_link_is_lost() -> None:
+    down = after(one(), Linked(LinkState.DOWN, NOW + 5, "no answer"), one())
+    assert down.link.state is LinkState.DOWN
+    up = reduce(down, StatusSeen(home_lab(), NOW + 6, 1.0))
+    assert up.link.state is LinkState.UP
+
+
 def test_the_gone_are_bounded() -> None:
     crowd = [node(f"n{index}", "cpu", 8, 2, 6) for index in range(GONE_MAX + 20)]
     state = after(StatusSeen(status(crowd, []), NOW, 1.0), StatusSeen(status([], []), NOW + 1, 1.0))
