@@ -83,9 +83,8 @@ def until(condition: Callable[[], bool]) -> None:
 def test_an_engine_in_the_background_has_a_session_and_a_log_of_its_own(tmp_path: Path) -> None:
     engine = Background(tmp_path, ["no-such-model"])
     assert os.getsid(engine.pid) == engine.pid
-    said: list[str] = []
-    until(lambda: bool(said.extend(engine.lines()) or engine.ended()))
-    said += engine.lines()
+    until(engine.ended)
+    said = engine.lines()
     assert any("no model 'no-such-model'" in line for line in said), said
     assert not any(line.startswith("dwarfstar:") for line in said)
     first = log_file(tmp_path).read_text("utf-8")

@@ -69,7 +69,7 @@ async def test_only_lines_that_differ_and_are_seen_are_drawn() -> None:
             drawn.extend(regions)
             return refresh(*regions)
 
-        app.view.refresh = note  # type: ignore[method-assign, assignment]
+        app.view.refresh = note  # type: ignore[method-assign]
         app.view.set_lines(lines)
         assert drawn == []
         lines[3] = (("line  x3", "plain"), ("!", "ok"))

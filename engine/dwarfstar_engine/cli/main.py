@@ -26,6 +26,7 @@ from dwarfstar_engine.cli.keys import keys_app
 from dwarfstar_engine.cli.status_text import status_text
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.source import find_model
+from dwarfstar_engine.plan.forecast import Objective, Strategy
 from dwarfstar_engine.settings import Settings, load_settings
 from dwarfstar_engine.wire import loop
 
@@ -405,6 +406,54 @@ def bench(
         link=None if link_delay is None else Link(link_delay, link_mbit),
     )
     bench_module.measure(plan, output)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A GGUF file, a name in the models folder, or 'demo'.")
+    ] = None,
+    topology: Annotated[
+        Path | None, typer.Option(help="A described cluster, TOML; default: the nodes of the running engine.")
+    ] = None,
+    strategy: Annotated[Strategy, typer.Option(help="Layers by effective VRAM, or least time.")] = Strategy.FASTEST,
+    objective: Annotated[Objective, typer.Option(help="With fastest: for one stream, or for many.")] = Objective.SINGLE,
+    context: Annotated[int | None, typer.Option(min=16, max=1 << 20, help="Tokens of one request.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Requests generated at the same time.")] = None,
+    kv: Annotated[str | None, typer.Option(help="KV cache: f16, q8_0 or q4_0.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Of a model without a file: its layers,")] = None,
+    weights_gib: Annotated[float | None, typer.Option(help="its weights,")] = None,
+    kv_gib: Annotated[float | None, typer.Option(help="its KV cache at the context,")] = None,
+    head_gib: Annotated[float | None, typer.Option(help="its output head, a part of the weights,")] = None,
+    active_gib: Annotated[float | None, typer.Option(help="of experts, what one token reads.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes to leave out, as in a,b.")] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="Layers a node must have, as in tower=0:12; repeat it.")] = None,
+    effective_vram: Annotated[
+        list[str] | None, typer.Option(help="What a node lends, as in tower=18, =50% or =-2; repeat it.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the plan, TOML.")] = None,
+    home: Home = None,
+    models: Models = None,
+    as_json: AsJson = False,
+) -> None:
+    """What if: who would get which layers, how fast that would be, and whether to split at all."""
+    from dwarfstar_engine.cli import plan as plan_module
+
+    sizes = {"layers": layers, "weights_gib": weights_gib, "kv_gib": kv_gib, "head_gib": head_gib}
+    shape = {key: size for key, size in {**sizes, "active_gib": active_gib, "context": context}.items() if size}
+    asked = plan_module.Asked(
+        model=model,
+        shape=shape if layers or weights_gib else {},
+        topology=topology,
+        strategy=strategy,
+        objective=objective,
+        context=context,
+        exclude=_names(exclude),
+        pin=pin or (),
+        lend=effective_vram or (),
+    )
+    settings = _settings(home=home, models=models, context=context, slots=slots, kv=kv)
+    plan_module.show(asked, settings, json_wanted=as_json, save_to=save)
 
 
 @app.command()

@@ -3,6 +3,8 @@
 Weights are counted as a stage process holds them (:mod:`dwarfstar_engine.model.slice`): ``stage_bytes`` of a slice
 equals its ``weights_bytes``. KV bytes are those llama.cpp allocates for one cell of the cache in each layer.
 Sliding-window layers get fewer cells than the context has tokens, so for them the figure is an upper bound.
+
+Of a mixture of experts all weights are resident, and a token reads those of the experts it is routed to: *active*.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dwarfstar_engine.model.slice import OUTPUT, TOKEN_EMBD, shared_parts
 
 KV_BLOCK = 32  # elements that quantised types pack together
 KV_BLOCK_BYTES = {"f16": 64, "q8_0": 34, "q4_0": 18}  # of K and of V; f16 is llama.cpp's default
+EXPERTS = "exps"  # how names of tensors end that hold all routed experts (ffn_up_exps); shared ones end in "shexp"
 MAX_HEAD_WIDTH = 1 << 20  # elements of K or V in one layer and token; real models stay below 2^16
 
 
@@ -27,6 +30,7 @@ class ModelCosts:
     embedding_bytes: rows the first stage maps; only those used become resident, and they are no part of the stages.
     kv_bytes_per_token: of each layer, for one cell of the cache.
     shared_bytes: what every stage holds besides its layers: final norm, RoPE factors, placeholders.
+    active_bytes: of each layer, what one token reads; empty where that is all of it.
     """
 
     layer_bytes: tuple[int, ...]
@@ -35,6 +39,12 @@ class ModelCosts:
     kv_bytes_per_token: tuple[int, ...]
     n_embd: int
     shared_bytes: int = 0
+    active_bytes: tuple[int, ...] = ()
+
+    @property
+    def read_bytes(self) -> tuple[int, ...]:
+        """Of each layer, the weights that one token reads."""
+        return self.active_bytes or self.layer_bytes
 
     @property
     def total(self) -> int:
@@ -61,6 +71,18 @@ def model_costs(model: GgufModel, kv_type: str = "f16") -> ModelCosts:
         kv_bytes_per_token=_kv_bytes(model, kv_type),
         n_embd=model.n_embd,
         shared_bytes=shared,
+        active_bytes=_active_bytes(model),
+    )
+
+
+def _active_bytes(model: GgufModel) -> tuple[int, ...]:
+    """Weights of each layer that a token reads; empty for a model without experts. Shared experts are always read."""
+    count, used = (model.metadata.get(model.key(name)) for name in ("expert_count", "expert_used_count"))
+    if not (isinstance(count, int) and isinstance(used, int) and 0 < used < count):
+        return ()
+    return tuple(
+        sum(t.nbytes * used // count if rest.split(".", 1)[0].endswith(EXPERTS) else t.nbytes for rest, t in tensors)
+        for tensors in model.layers
     )
 
 

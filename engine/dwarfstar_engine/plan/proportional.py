@@ -1,14 +1,17 @@
 """The proportional strategy: layers in proportion to effective VRAM, at legal cuts, never past what fits.
 
-Pure and deterministic. Shares are rounded by largest remainder, then layers move from a stage that does not fit to
-its neighbours until all fit; nodes that would get no layer are left out with the reason. The last stage also holds
-the output head, which counts as memory.
+Pure and deterministic. Shares are rounded by largest remainder; of the cuts at which every stage fits, those nearest
+to these shares are taken, and nodes that would get no layer are left out with the reason. The last stage also holds the
+output head, which counts as memory. Weight and room are two figures: a share never makes a stage fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from dwarfstar_engine.errors import PlanError
 from dwarfstar_engine.model.costs import ModelCosts, stage_bytes
@@ -16,14 +19,24 @@ from dwarfstar_engine.model.slice import check_cut
 
 TOO_LARGE = "model_too_large_for_remaining_capacity"
 GIB = 1 << 30
+_FAR = np.iinfo(np.int64).max // 4  # a distance that stands for "does not fit"; two of them can still be added
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+Slices = Sequence[tuple[str, int, int]]  # (node, first layer, end)
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """A node as the planner sees it. ``usable_bytes`` is its effective VRAM, override applied."""
+    """A node as the planner sees it. usable_bytes: what its stage may take. share_bytes: its weight when layers are
+    shared out, its effective VRAM; 0: what it may take."""
 
     node: str
     usable_bytes: int
+    share_bytes: int = 0
+
+    @property
+    def weight(self) -> int:
+        return self.share_bytes or self.usable_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +110,68 @@ def _check_fits(stage: StagePlan, node: Capacity, need: Need) -> None:
         )
 
 
-def proportional(costs: ModelCosts, legal: Sequence[int], need: Need, nodes: Sequence[Capacity]) -> Plan:
-    """Split over all ``nodes``, in their order. Raises PlanError if nothing fits."""
+def proportional(
+    costs: ModelCosts,
+    legal: Sequence[int],
+    need: Need,
+    nodes: Sequence[Capacity],
+    *,
+    by_node: Mapping[str, ModelCosts] | None = None,
+    pins: Mapping[str, tuple[int, int]] | None = None,
+) -> Plan:
+    """Split over all ``nodes``, in their order.
+
+    by_node: costs on nodes that hold another file of the model. pins: nodes with exactly these layers, wherever they
+    stand in the order. Raises PlanError if nothing fits.
+    """
     if not nodes:
         raise PlanError("no node has joined yet: start one with `dwarfstar node`", code="no_nodes", retry_after_s=2.0)
-    layers = len(costs.layer_bytes)
-    bounds = [0, *legal, layers]
-    blocks = len(bounds) - 1  # a block is what lies between neighbouring legal cuts
-    used = list(nodes)
+    here = {node.node: node for node in nodes}
+    check_pins(costs, legal, need, here, pins or {}, by_node or {})
+    split = _Split(costs, legal, need, by_node or {}, {n: p for n, p in (pins or {}).items() if n in here})
+    used = [node for node in nodes if node.node not in split.pins]
     excluded: list[tuple[str, str]] = []
-    while used:
-        counts = _fit(costs, need, used, bounds, _largest_remainder([n.usable_bytes for n in used], blocks))
+    while True:
+        counts = split.fit(used, _largest_remainder([n.weight for n in used], split.free))
         if counts is None:
-            break
-        empty = [n for n, count in zip(used, counts, strict=True) if count == 0]
+            raise too_large(costs, need, nodes)
+        taken = {node for node, _, _ in counts}
+        empty = [n for n in used if n.node not in taken]
         if not empty:
-            return Plan(_stages(costs, need, used, bounds, counts), tuple(excluded))
+            stages = tuple(stage_plan(split.costs_on(node), need, node, a, b) for node, a, b in counts)
+            return Plan(stages, tuple(excluded))
         excluded += [(n.node, "its share is less than one layer") for n in empty]
         used = [n for n in used if n not in empty]
+
+
+def check_pins(
+    costs: ModelCosts,
+    legal: Sequence[int],
+    need: Need,
+    here: Mapping[str, Capacity],
+    pins: Mapping[str, tuple[int, int]],
+    by_node: Mapping[str, ModelCosts],
+) -> None:
+    """Raises IllegalCutError or PlanError for pins that no plan can honour."""
+    layers, end, last = len(costs.layer_bytes), 0, ""
+    for node, (a, b) in sorted(pins.items(), key=lambda pin: pin[1]):
+        if node not in here:
+            continue
+        if not 0 <= a < b <= layers:
+            raise PlanError(f"{node} is pinned to layers {a}–{b}, and the model has layers 0–{layers}", code="bad_pin")
+        if a < end:
+            raise PlanError(f"{last} and {node} are both pinned to layer {a}: pin them apart", code="bad_pin")
+        check_cut(layers, legal, [cut for cut in (a, b) if 0 < cut < layers])
+        _check_fits(stage_plan(by_node.get(node, costs), need, node, a, b), here[node], need)
+        end, last = b, node
+
+
+def too_large(costs: ModelCosts, need: Need, nodes: Sequence[Capacity]) -> PlanError:
+    """The error of a model that does not fit ``nodes``."""
     have = sum(n.usable_bytes for n in nodes)
-    whole = stage_plan(costs, need, "", 0, layers)
+    whole = stage_plan(costs, need, "", 0, len(costs.layer_bytes))
     several = f"the {len(nodes)} nodes have" if len(nodes) > 1 else "the only node has"
-    raise PlanError(
+    return PlanError(
         f"the model needs {(whole.weights_bytes + whole.kv_bytes) / GIB:.2f} GiB with its KV cache, and "
         f"{need.reserve_bytes / GIB:.2f} GiB on each node for buffers; {several} {have / GIB:.2f} GiB, into which "
         "its layers do not fit: add a node or choose a smaller model or context",
@@ -137,39 +190,102 @@ def _largest_remainder(weights: Sequence[int], total: int) -> list[int]:
     return shares
 
 
-def _stages(
-    costs: ModelCosts, need: Need, nodes: Sequence[Capacity], bounds: Sequence[int], counts: Sequence[int]
-) -> tuple[StagePlan, ...]:
-    stages, start = [], 0
-    for node, count in zip(nodes, counts, strict=True):
-        if count:
-            stages.append(stage_plan(costs, need, node.node, bounds[start], bounds[start + count]))
-        start += count
-    return tuple(stages)
+def slice_bytes(costs: ModelCosts, need: Need, bounds: Sequence[int]) -> Ints:
+    """Bytes of a stage from bounds[i] to bounds[j], buffers included, as a matrix; where j > i only it means that."""
+    cells = [need.cells * kv for kv in costs.kv_bytes_per_token]
+    upto = np.concatenate(([0], np.cumsum(np.add(costs.layer_bytes, cells, dtype=np.int64))))[list(bounds)]
+    found: Ints = upto[None, :] - upto[:, None] + costs.shared_bytes + need.reserve_bytes
+    found[:, -1] += costs.head_bytes
+    return found
 
 
-def _fit(
-    costs: ModelCosts, need: Need, nodes: Sequence[Capacity], bounds: Sequence[int], wish: Sequence[int]
-) -> list[int] | None:
-    """The counts of blocks nearest to ``wish`` that fit, or None.
+def loadable(need: Need, bounds: Sequence[int], pins: Mapping[str, tuple[int, int]], node: str) -> Flags:
+    """Whether a node may have bounds[i] to bounds[j], memory aside, as a matrix: order, lengths, pins."""
+    at = np.array(bounds)
+    length = at[None, :] - at[:, None]
+    found: Flags = length > 0
+    if need.forbidden_lengths:
+        found &= ~np.isin(length, need.forbidden_lengths) | (length == bounds[-1])
+    for name, (a, b) in pins.items():
+        if name == node:
+            found &= (at[:, None] == a) & (at[None, :] == b)
+        else:
+            found &= (at[None, :] <= a) | (at[:, None] >= b)
+    return found
 
-    best[j] holds, for the nodes so far covering the first j blocks, the least sum of squared distances from the wish.
-    """
-    blocks = len(bounds) - 1
-    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
-    for node, wanted in zip(nodes, wish, strict=True):
-        following: dict[int, tuple[int, list[int]]] = {}
-        for start, (distance, counts) in best.items():
-            for end in range(start, blocks + 1):
-                if end > start:
-                    length = bounds[end] - bounds[start]
-                    if length in need.forbidden_lengths and length < bounds[-1]:
-                        continue
-                    stage = stage_plan(costs, need, node.node, bounds[start], bounds[end])
-                    if _bytes(stage, need) > node.usable_bytes:
-                        break
-                candidate = (distance + (end - start - wanted) ** 2, [*counts, end - start])
-                if end not in following or candidate < following[end]:
-                    following[end] = candidate
-        best = following
-    return best[blocks][1] if blocks in best else None
+
+class _Split:
+    """One model's blocks, which lie between neighbouring legal cuts, shared out in an order of nodes."""
+
+    def __init__(
+        self,
+        costs: ModelCosts,
+        legal: Sequence[int],
+        need: Need,
+        by_node: Mapping[str, ModelCosts],
+        pins: Mapping[str, tuple[int, int]],
+    ) -> None:
+        self.bounds = [0, *legal, len(costs.layer_bytes)]
+        self.pins = pins
+        self._need, self._costs, self._by_node = need, costs, by_node
+        index = {bound: i for i, bound in enumerate(self.bounds)}
+        self._jumps = sorted((index[a], index[b], node) for node, (a, b) in pins.items())
+        self.free = len(self.bounds) - 1 - sum(end - start for start, end, _ in self._jumps)
+        self._bytes: dict[int, Ints] = {}
+
+    def costs_on(self, node: str) -> ModelCosts:
+        return self._by_node.get(node, self._costs)
+
+    def _takes(self, node: str) -> Ints:
+        costs = self.costs_on(node)
+        if id(costs) not in self._bytes:
+            self._bytes[id(costs)] = slice_bytes(costs, self._need, self.bounds)
+        return self._bytes[id(costs)]
+
+    def _jump(self, distance: Ints) -> Ints:
+        """Past the layers that are pinned: nobody else leads there."""
+        for start, end, _ in self._jumps:
+            distance[end] = distance[start]
+        return distance
+
+    def fit(self, nodes: Sequence[Capacity], wish: Sequence[int]) -> Slices | None:
+        """The slices whose counts of blocks are nearest to ``wish`` and which fit, or None.
+
+        distance[j] holds, for the nodes so far covering the first j blocks, the least sum of squared distances.
+        """
+        size = len(self.bounds)
+        distance = np.full(size, _FAR, np.int64)
+        distance[0] = 0
+        self._jump(distance)
+        count = np.arange(size)[None, :] - np.arange(size)[:, None]
+        ordered = loadable(self._need, self.bounds, self.pins, "")
+        backs: list[Ints] = []
+        for node, wanted in zip(nodes, wish, strict=True):
+            allowed = (ordered & (self._takes(node.node) <= node.usable_bytes)) | (count == 0)
+            through = np.where(allowed, distance[:, None] + (count - wanted) ** 2, _FAR)
+            back = through.argmin(axis=0)
+            distance = self._jump(np.minimum(through[back, np.arange(size)], _FAR))
+            backs.append(back)
+        return self._slices(nodes, backs) if distance[-1] < _FAR else None
+
+    def _slices(self, nodes: Sequence[Capacity], backs: Sequence[Ints]) -> Slices:
+        """Read back from the end."""
+        starts = {end: (start, node) for start, end, node in self._jumps}
+        found: list[tuple[str, int, int]] = []
+
+        def past_pins(end: int) -> int:
+            while end in starts:
+                start, name = starts[end]
+                found.append((name, self.bounds[start], self.bounds[end]))
+                end = start
+            return end
+
+        end = len(self.bounds) - 1
+        for node, back in zip(reversed(nodes), reversed(backs), strict=True):
+            end = past_pins(end)
+            start = int(back[end])
+            if start < end:
+                found.append((node.node, self.bounds[start], self.bounds[end]))
+            end = start
+        past_pins(end)
+        return found[::-1]

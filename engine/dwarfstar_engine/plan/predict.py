@@ -1,0 +1,105 @@
+"""How fast a plan would be, and what bounds it. Pure, and quick enough to follow a boundary that is dragged.
+
+A stream's token goes once round the ring: Σ stages + Σ hops + the coordinator's share. With several streams the ring
+is a pipeline: it gives a token as often as its slowest part, a stage or a link, is done with one, as soon as there are
+lanes enough to keep that busy. Streams that run together in a lane cost less than apart where that was measured; the
+number of them is the one that gives most.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dwarfstar_engine.plan.cost import BATCHES, COORDINATOR_MS, Costs, busy_ms, row_bytes
+from dwarfstar_engine.plan.forecast import Forecast, StageForecast
+from dwarfstar_engine.plan.proportional import Plan, StagePlan, stage_plan
+
+CHUNK_ROWS = 256  # of a prompt, in a frame
+PROMPT_TOKENS = 700
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """At what pace a ring goes with ``batch`` streams a lane: slowest: its slowest part, ms; where: that part."""
+
+    batch: int
+    slowest_ms: float
+    round_ms: float
+    where: str
+
+    @property
+    def tok_s(self) -> float:
+        return 1000 * self.batch / self.slowest_ms
+
+    @property
+    def lanes(self) -> int:
+        return max(1, math.ceil(self.round_ms / self.slowest_ms - 1e-9))
+
+
+def predict(costs: Costs, stages: Sequence[StagePlan], prompt_tokens: int = PROMPT_TOKENS) -> Forecast:
+    """The forecast of stages in order; also of such as do not fit (``Forecast.fits``)."""
+    hops = _hops(costs, stages, 1)
+    paces = [_pace(costs, stages, batch) for batch in BATCHES]
+    alone, best = paces[0], max(paces, key=lambda pace: (pace.tok_s, -pace.batch))
+    return Forecast(
+        stages=tuple(_stage(costs, stage) for stage in stages),
+        hop_ms=tuple(hops),
+        single_tok_s=1000 / (alone.round_ms + COORDINATOR_MS),
+        aggregate_tok_s=best.tok_s,
+        lanes=best.lanes,
+        batch=best.batch,
+        prompt_tokens=prompt_tokens,
+        ttft_ms=_ttft_ms(costs, stages, prompt_tokens),
+        bottleneck=best.where,
+    )
+
+
+def plan_of(costs: Costs, slices: Sequence[tuple[str, int, int]], excluded: Sequence[tuple[str, str]] = ()) -> Plan:
+    """The plan of (node, first layer, end) in order."""
+    need = costs.job.need
+    stages = tuple(stage_plan(costs.nodes[node].costs, need, node, a, b) for node, a, b in slices)
+    return Plan(stages, tuple(excluded))
+
+
+def _stage(costs: Costs, stage: StagePlan) -> StageForecast:
+    there = costs.nodes[stage.node]
+    compute = costs.job.need.reserve_bytes
+    return StageForecast(
+        node=stage.node,
+        layers=stage.layers,
+        weights_bytes=stage.weights_bytes,
+        kv_bytes=stage.kv_bytes,
+        compute_bytes=compute,
+        headroom_bytes=there.usable_bytes - stage.weights_bytes - stage.kv_bytes - compute,
+        ms=there.step_ms(*stage.layers),
+    )
+
+
+def _hops(costs: Costs, stages: Sequence[StagePlan], rows: int) -> list[float]:
+    names = [stage.node for stage in stages]
+    between = [costs.hop_ms(a, b, rows) for a, b in itertools.pairwise(names)]
+    return [*between, costs.closing_ms(names[-1], names[0])]
+
+
+def _pace(costs: Costs, stages: Sequence[StagePlan], batch: int) -> _Pace:
+    parts = [(costs.nodes[stage.node].step_ms(*stage.layers, batch), stage.node) for stage in stages]
+    round_ms = sum(ms for ms, _ in parts) + sum(_hops(costs, stages, batch))
+    for a, b in itertools.pairwise(stages):
+        taken = busy_ms(costs.link(a.node, b.node), batch * row_bytes(costs.job))
+        parts.append((taken, f"{a.node} → {b.node}"))
+    slowest, where = max(parts, key=lambda part: part[0])
+    return _Pace(batch, slowest, round_ms, where)
+
+
+def _ttft_ms(costs: Costs, stages: Sequence[StagePlan], tokens: int) -> float:
+    """Chunks follow each other through the stages: the first takes its way, each other one the slowest part's time."""
+    rows = min(CHUNK_ROWS, max(1, tokens))
+    chunks = math.ceil(tokens / rows)
+    parts = [costs.nodes[stage.node].prompt_ms(*stage.layers, rows) for stage in stages]
+    size = rows * row_bytes(costs.job)
+    wires = [busy_ms(costs.link(a.node, b.node), size) for a, b in itertools.pairwise(stages)]
+    through = sum(parts) + sum(_hops(costs, stages, rows)) + costs.nodes[stages[-1].node].head_ms + COORDINATOR_MS
+    return through + (tokens / rows - 1) * max(parts + wires) if chunks > 1 else through
