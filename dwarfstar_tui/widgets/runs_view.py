@@ -118,7 +118,8 @@ class RunsView(ScrollView, can_focus=False):
         self._lines: list[Runs] = []
         self._cursor: int | None = None
         self._styles: dict[str, Style] = {}
-        self._styled_for: tuple[int, Style | None] = (0, None)
+        self._base: Style | None = None
+        self._variables: dict[str, str] = {}
 
     @property
     def lines(self) -> Sequence[Runs]:
@@ -170,14 +171,21 @@ class RunsView(ScrollView, can_focus=False):
         elif self._cursor >= top + height > 0:
             self.scroll_to(y=self._cursor - height + 1, animate=False)
 
+    def notify_style_update(self) -> None:
+        self._base = None
+        super().notify_style_update()
+
+    def _background(self) -> Style:
+        """What lines are drawn on. Worked out once for each theme, as Textual asks all ancestors; styles go with it."""
+        variables = self.app.theme_variables
+        if self._base is None or self._variables is not variables:
+            self._base, self._variables, self._styles = self.rich_style, variables, {}
+        return self._base
+
     def _style(self, role: str) -> Style:
-        """A role's style on this background, looked up once for each theme."""
-        variables, base = self.app.theme_variables, self.rich_style
-        if self._styled_for != (id(variables), base):
-            self._styles, self._styled_for = {}, (id(variables), base)
         style = self._styles.get(role)
         if style is None:
-            style = self._styles[role] = self._made(role, variables, base)
+            style = self._styles[role] = self._made(role, self._variables, self._background())
         return style
 
     def _made(self, role: str, variables: dict[str, str], base: Style) -> Style:
@@ -188,7 +196,7 @@ class RunsView(ScrollView, can_focus=False):
 
     def render_line(self, y: int) -> Strip:
         index = y + self.scroll_offset.y
-        width, base = self.size.width, self.rich_style
+        width, base = self.size.width, self._background()
         if not 0 <= index < len(self._lines):
             return Strip.blank(width, base)
         if index == self._cursor:
