@@ -40,7 +40,7 @@ class Hop:
     made: list[Hop]
     stuck: bool
 
-    def __init__(self, _: object) -> None:
+    def __init__(self, *_: object) -> None:
         self.open_ = self.waits = False
         Hop.made.append(self)
 
@@ -50,6 +50,8 @@ class Hop:
             await asyncio.Event().wait()
         self.open_ = True
         return LINK
+
+    def release(self) -> None: ...
 
     async def close(self) -> None:
         self.open_ = False
