@@ -37,7 +37,7 @@ from dwarfstar_engine.wire.trust import NodeFiles
 
 DEADLINE_S = 20.0
 NOW = trust.utc_now()
-QUICK = Timings(lease_s=0.8, renew_s=0.1, step_s=0.05, campaign_s=0.3, grace_s=0.1)
+QUICK = Timings(lease_s=0.8, renew_s=0.1, step_s=0.05, campaign_s=0.3, grace_s=0.2)
 
 
 async def until(look: Callable[[], Any]) -> Any:

@@ -222,11 +222,21 @@ def test_a_broken_stream_to_the_leader_shortens_the_wait() -> None:
     machine = Leadership(C, Timings(), 0.0, peers={A: True, B: False})
     machine.handle(ask(A, 1), 0.0)
     machine.handle(PeerCut(A), 0.5)
-    assert machine.handle(TICK, 1.4) == []
-    effects = machine.handle(TICK, 1.5)
+    assert machine.handle(TICK, 1.9) == []
+    effects = machine.handle(TICK, 2.0)
     assert isinstance(effects[0], Unserve) and requests(effects)[B].term == 2
-    granted = machine.handle(LeaseReply(B, 2, requests(effects)[B].number, Reason.NONE, 2, C), 1.6)
+    granted = machine.handle(LeaseReply(B, 2, requests(effects)[B].number, Reason.NONE, 2, C), 2.1)
     assert granted == [Serve(2, C), Lead(2, (C, B))]  # the dead one is not waited for
+
+
+def test_a_leader_asks_at_once_when_a_stream_that_broke_is_back() -> None:
+    machine = leader(A, B)  # it has asked at 1.0 s
+    machine.handle(PeerCut(A), 1.1)
+    assert requests(machine.handle(TICK, 1.2)) == {}
+    machine.handle(PeerKnown(B, True), 1.3)  # its stream did not break: it is only told again
+    assert requests(machine.handle(TICK, 1.3)) == {}
+    machine.handle(PeerKnown(A, True), 1.4)
+    assert A in requests(machine.handle(TICK, 1.5))
 
 
 def test_a_removed_node_is_not_asked_not_obeyed_and_takes_no_part() -> None:

@@ -164,8 +164,9 @@ class Leadership:
     def _know(self, event: PeerKnown, t: float) -> None:
         room = event.node in self._peers or len(self._peers) < MAX_PEERS
         if room and event.node != self.me and event.node not in self._fenced:
-            if event.node not in self._peers and self.role is Role.LEADER:
-                self._next_round = min(self._next_round, t)  # it is asked with the next tick: nobody likes to wait
+            if self.role is Role.LEADER and (event.node not in self._peers or event.node in self._cut):
+                # It is asked with the next tick: nobody likes to wait, and if its stream broke its lease is short.
+                self._next_round = min(self._next_round, t)
             self._peers[event.node] = event.capable
 
     # --- the node's side ---

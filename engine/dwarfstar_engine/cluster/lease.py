@@ -16,7 +16,8 @@ class Timings:
     """All in seconds; the same on every node of a cluster.
 
     lease: how long a grant holds. renew: between rounds of requests. step: a candidate waits its rank times that.
-    campaign: a candidate waits so long for answers. grace: what is left of a lease when the stream to its leader broke.
+    campaign: a candidate waits so long for answers. grace: what is left of a lease when the stream to its leader broke;
+    more than renew, or a connection that only blinked would cost its leader the cluster.
 
     A leader that dies silently is replaced lease + rank × step + jitter × step + campaign later: 7 to 8 s with two
     candidates; where its streams break, grace + rank × step + jitter × step, and an answer's time.
@@ -26,11 +27,11 @@ class Timings:
     renew_s: float = 1.0
     step_s: float = 0.5
     campaign_s: float = 1.5
-    grace_s: float = 1.0
+    grace_s: float = 1.5
 
     def __post_init__(self) -> None:
         assert 0 < self.renew_s <= self.campaign_s < self.lease_s <= MAX_LEASE_S
-        assert self.step_s > 0 and 0 <= self.grace_s <= self.lease_s
+        assert self.step_s > 0 and self.renew_s < self.grace_s <= self.lease_s
 
 
 MAX_TERM = 1 << 62  # terms count elections: a higher one is damage, and must not be kept for ever
