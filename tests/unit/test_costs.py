@@ -75,6 +75,30 @@ def test_kv_of_latent_attention_has_no_values(tmp_path: Path) -> None:
     assert kv(tmp_path, *pairs) == (576 * 2,) * 4
 
 
+def test_of_routed_experts_a_token_reads_those_it_is_sent_to(tmp_path: Path) -> None:
+    """All are resident. Shared experts, and the router, are read always."""
+    experts = [
+        tensor
+        for i in range(4)
+        for tensor in (
+            g.Tensor(f"blk.{i}.ffn_up_exps.weight", (32, 4, 8), g.TENSOR_Q8_0),
+            g.Tensor(f"blk.{i}.ffn_up_shexp.weight", (32, 4), g.TENSOR_Q8_0),
+            g.Tensor(f"blk.{i}.ffn_gate_inp.weight", (32, 8)),
+        )
+    ]
+
+    def costs(*more: g.Pair) -> ModelCosts:
+        pairs, tensors = [*g.llama_pairs(4), *more], [*g.llama_tensors(4), *experts]
+        return model_costs(read_model(g.write(tmp_path / "m.gguf", pairs, tensors)))
+
+    dense = costs()
+    assert dense.active_bytes == () and dense.read_bytes == dense.layer_bytes
+    mixture = costs(g.Pair("llama.expert_count", g.U32, 8), g.Pair("llama.expert_used_count", g.U32, 2))
+    assert mixture.layer_bytes == dense.layer_bytes
+    routed = 4 * 8 * 34
+    assert mixture.read_bytes == tuple(size - routed * 6 // 8 for size in mixture.layer_bytes)
+
+
 def test_no_attention_no_kv(tmp_path: Path) -> None:
     assert kv(tmp_path, g.Pair("llama.attention.head_count", g.U32, 0)) == (0,) * 4
 

@@ -1,4 +1,4 @@
-"""Effective VRAM rises with memory and bandwidth and is never more than what is usable; an owner's word replaces both."""
+"""Effective VRAM rises with bandwidth and is never more than what is usable; an owner's word replaces both."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_override_lends_no_memory_that_is_not_there() -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "18 GiB", "0", "0%", "101%", "-5%", "--2", "1e9", "nan", "٣"])
 def test_an_override_that_means_nothing(text: str) -> None:
-    with pytest.raises(SettingsError, match="as in 18.*as in 50%.*as in -2"):
+    with pytest.raises(SettingsError, match=r"as in 18.*as in 50%.*as in -2"):
         parse_override(text)
 
 

@@ -111,8 +111,8 @@ def test_prompts_cost_what_was_measured() -> None:
 # --- links and the ring ---
 
 
-def two(link: Link, **pairs: Link) -> Cluster:
-    return Cluster((gpu("a", 24, 100), gpu("b", 24, 100)), link, {("b", "a"): pair for pair in pairs.values()})
+def two(link: Link, pair: Link | None = None) -> Cluster:
+    return Cluster((gpu("a", 24, 100), gpu("b", 24, 100)), link, {("b", "a"): pair} if pair else {})
 
 
 def test_a_hop_is_latency_and_bytes() -> None:

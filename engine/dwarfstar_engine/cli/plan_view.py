@@ -24,7 +24,7 @@ LEAST_BAR, MOST_BAR = 10, 60
 NAME = 16  # columns of a node's name, at most
 MAX_ROWS = 64  # stages, and nodes left out, that are listed
 PARTS = (("█", "cyan", "weights"), ("▓", "magenta", "KV cache"), ("▒", "yellow", "compute"), ("░", "dim", "free"))
-MARK = " ◀ bottleneck"
+MARK, SIZE = " ◀ bottleneck", "GiB of"
 KINDS = {
     Kind.SINGLE: "one machine",
     Kind.REPLICAS: "replicas",
@@ -67,18 +67,19 @@ def _bars(told: Answer, width: int) -> Iterator[Text]:
     forecast = told.planned.forecast
     stages = forecast.stages[:MAX_ROWS]
     name = max(len("node"), *(min(NAME, cell_len(stage.node)) for stage in stages))
-    figures = 9 + 8 + 11 + len(MARK)  # layers, ms, GiB, mark
-    bar = max(LEAST_BAR, min(MOST_BAR, width - name - figures))
-    mark = MARK if width >= name + figures + LEAST_BAR else ""
-    yield Text(f"{'node':{name}}{'layers':>8} {'':{bar}} {'GiB of':>10}{'ms':>8}", "dim")
-    for stage in stages:
+    sizes = [_sizes(stage) for stage in stages]
+    size = max(len(SIZE), *(len(one) for one in sizes))
+    figures = 9 + 1 + size + 8  # layers, GiB, ms
+    mark = MARK if width >= name + figures + LEAST_BAR + len(MARK) else ""
+    bar = max(LEAST_BAR, min(MOST_BAR, width - name - figures - len(mark)))
+    yield Text(f"{'node':{name}}{'layers':>8} {'':{bar}} {SIZE:>{size}}{'ms':>8}", "dim")
+    for stage, used in zip(stages, sizes, strict=True):
         a, b = stage.layers
-        used, room = _sizes(stage)
         slow = stage.node == forecast.bottleneck
-        row = Text(set_cell_size(stage.node, name) if cell_len(stage.node) > name else f"{stage.node:{name}}")
+        row = Text(set_cell_size(stage.node, name))
         row.append(f"{f'{a}–{b - 1}':>8} ")
         row.append_text(_bar(stage, bar))
-        row.append(f" {f'{used:.1f}/{room:.1f}':>10}")
+        row.append(f" {used:>{size}}")
         row.append(f"{stage.ms:8.2f}", "bold red" if slow else "")
         if slow:
             row.append(mark, "red")
@@ -91,9 +92,9 @@ def _bars(told: Answer, width: int) -> Iterator[Text]:
         yield Text(f"bottleneck: the link {forecast.bottleneck}", "red")
 
 
-def _sizes(stage: StageForecast) -> tuple[float, float]:
+def _sizes(stage: StageForecast) -> str:
     used = stage.weights_bytes + stage.kv_bytes + stage.compute_bytes
-    return used / GIB, (used + stage.headroom_bytes) / GIB
+    return f"{used / GIB:.1f}/{(used + stage.headroom_bytes) / GIB:.1f}"
 
 
 def _bar(stage: StageForecast, width: int) -> Text:

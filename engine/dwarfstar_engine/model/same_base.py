@@ -52,8 +52,11 @@ def same_base(a: Directory, b: Directory) -> str | None:
 
 
 def _plain(value: object) -> object:
-    """Arrays by their elements."""
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
+    """Arrays by their elements; one of equal elements as the number that may stand for it."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        return value
+    elements = tuple(value)
+    return elements[0] if elements and all(one == elements[0] for one in elements) else elements
 
 
 def _said(value: object) -> str:

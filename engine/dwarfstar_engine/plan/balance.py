@@ -25,6 +25,7 @@ from dwarfstar_engine.plan.proportional import StagePlan
 GAP = 0.20  # of busy shares: less is noise
 GAP_S = 180.0
 JUDGE_S = 60.0
+SETTLE_S = 10.0  # after a move streams are replayed: not counted
 DROP = 0.10
 COOL_S = 300.0  # after each move, kept or taken back
 LEAST_GAIN = 0.03
@@ -159,7 +160,8 @@ def _followed(state: Balance, seen: Observation, now_s: float) -> Balance:
 def _judge(state: Balance, seen: Observation, now_s: float) -> tuple[Balance, RollBack | None]:
     trial = state.trial
     assert trial is not None
-    trial = replace(trial, seen=trial.seen.add(seen.tok_s))
+    if now_s - trial.since_s >= SETTLE_S:
+        trial = replace(trial, seen=trial.seen.add(seen.tok_s))
     if now_s - trial.since_s < JUDGE_S:
         return replace(state, trial=trial), None
     state = replace(state, trial=None, advised=None)

@@ -1,0 +1,68 @@
+"""Files of one model in different quantisations are told from files of different models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dwarfstar_engine.model.gguf import GgufModel, read_model
+from dwarfstar_engine.model.same_base import same_base
+from support import gguf_bytes as g
+
+
+def make(path: Path, *more: g.Pair, tied: bool = True) -> GgufModel:
+    drop = {pair.key for pair in more}
+    pairs = [*(pair for pair in g.llama_pairs(4) if pair.key not in drop), *more]
+    return read_model(g.write(path, pairs, g.llama_tensors(4, tied=tied)))
+
+
+def test_another_quantisation_is_the_same_model(tmp_path: Path) -> None:
+    a = make(tmp_path / "a.gguf", g.Pair("general.file_type", g.U32, 2), g.Pair("general.basename", g.STR, "Llama"))
+    b = make(tmp_path / "b.gguf", g.Pair("general.file_type", g.U32, 18), tied=False)
+    assert same_base(a, a) is None
+    assert same_base(a, b) is None and same_base(b, a) is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        (g.Pair("llama.embedding_length", g.U32, 64), "llama.embedding_length is 32 in one and 64 in the other"),
+        (
+            g.Pair("llama.rope.freq_base", g.F32, 5e5),
+            "llama.rope.freq_base is missing in one and 500000.0 in the other",
+        ),
+        (
+            g.Pair("llama.attention.head_count_kv", g.ARR, [2, 2, 2, 1], g.U32),
+            "llama.attention.head_count_kv is 2 in one",
+        ),
+        (g.Pair("tokenizer.ggml.tokens", g.ARR, ["<unk>", "a"], g.STR), "tokens"),
+        (g.Pair("general.finetune", g.STR, "Chat"), "general.finetune is Base in one and Chat in the other"),
+    ],
+)
+def test_the_difference_is_told(tmp_path: Path, pair: g.Pair, words: str) -> None:
+    a = make(tmp_path / "a.gguf", *([g.Pair("general.finetune", g.STR, "Base")] if "finetune" in pair.key else []))
+    b = make(tmp_path / "b.gguf", pair)
+    told = same_base(a, b)
+    assert told is not None and words in told
+
+
+def test_tokens_are_compared_one_by_one(tmp_path: Path) -> None:
+    words = {name: [f"t{i}" for i in range(6)] for name in "ab"}
+    words["b"][4] = "other"
+    a, b = (
+        make(tmp_path / f"{name}.gguf", g.Pair("tokenizer.ggml.tokens", g.ARR, tokens, g.STR))
+        for name, tokens in words.items()
+    )
+    assert same_base(a, b) == "token 4 of their vocabularies differs"
+
+
+def test_architectures_first(tmp_path: Path) -> None:
+    pairs = g.llama_pairs(4, n_embd=64, architecture="qwen2")
+    other = read_model(g.write(tmp_path / "b.gguf", pairs, g.llama_tensors(4, n_embd=64)))
+    assert same_base(make(tmp_path / "a.gguf"), other) == "one is of architecture llama, the other of qwen2"
+
+
+def test_a_number_stands_for_one_in_each_layer(tmp_path: Path) -> None:
+    once = make(tmp_path / "a.gguf", g.Pair("llama.attention.head_count_kv", g.U32, 2))
+    assert same_base(once, make(tmp_path / "b.gguf")) is None
