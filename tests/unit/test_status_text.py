@@ -76,3 +76,10 @@ def test_events_are_lines() -> None:
     assert line.split()[0] == "7" and ".500  node_lost" in line and line.endswith("  node a is lost: x")
     missed, line = lines(EventsView(events=(event,), missed=3), as_json=True)
     assert json.loads(missed) == {"missed": 3} and json.loads(line)["details"] == {"k": 1}
+
+
+def test_what_was_set_is_marked() -> None:
+    shown = status_text(view(node("a").model_copy(update={"override": "50%"}), node("b")), 80)
+    marked, bare = (next(line for line in shown.splitlines() if line.startswith(name)) for name in ("a ", "b "))
+    assert "123.45*" in marked and "*" not in bare and "* as it was set" in shown
+    assert "*" not in status_text(view(node("b")), 80)

@@ -139,7 +139,18 @@ def start(
     replan: Annotated[
         str | None, typer.Option(help="Use nodes that come later: auto, idle (when nobody is served) or off.")
     ] = None,
-    effective_vram: Annotated[float | None, typer.Option(help="GiB each node lends.")] = None,
+    effective_vram: Annotated[
+        str | None, typer.Option(help="What each node lends: GiB, as in 18; 50%; or -2, GiB to keep back.")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Share layers out by effective VRAM (proportional), or for speed (fastest).")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="With fastest: for one stream (single), or for all (throughput).")
+    ] = None,
+    auto_balance: Annotated[
+        str | None, typer.Option(help="When stages are unequally busy: off, advise, or on (move layers).")
+    ] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a stage on the GPU; -1: all.")] = None,
     split_mode: Annotated[
         str | None, typer.Option(help="llama.cpp's use of several GPUs: none, layer, row, tensor.")
@@ -156,7 +167,7 @@ def start(
         draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, on_loss=on_loss,
         fallback=_names(fallback) or None,
         standby=standby, replan=replan,
-        effective_vram=effective_vram,
+        effective_vram=effective_vram, strategy=strategy, objective=objective, auto_balance=auto_balance,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, discovery=discovery, home=home, models=models,
     )  # fmt: skip
@@ -182,7 +193,9 @@ def node(
     ] = None,
     token: Annotated[str | None, typer.Option(help="Join token, from `dwarfstar token` there.")] = None,
     attach: Annotated[str | None, typer.Option(hidden=True)] = None,
-    effective_vram: Annotated[float | None, typer.Option(help="GiB to lend.")] = None,
+    effective_vram: Annotated[
+        str | None, typer.Option(help="What to lend: GiB, as in 18; a share, 50%; or GiB to keep back, -2.")
+    ] = None,
     can_lead: Annotated[
         bool | None, typer.Option("--can-lead", help="Take the coordinator's place when that is lost.")
     ] = None,
@@ -200,6 +213,7 @@ def node(
     ] = None,
     home: Home = None,
     models: Models = None,
+    ram_gb_s: Annotated[float, typer.Option("--ram-gb-s", min=0.0, hidden=True)] = 0.0,
     parent: Annotated[bool, typer.Option("--parent", hidden=True)] = False,
 ) -> None:
     """Lend this machine to a coordinator: the first time with the line that `dwarfstar token` prints there."""
@@ -215,7 +229,7 @@ def node(
     )  # fmt: skip
     _log_to_stderr(True)
     pinned = _numbers(cpus, "cpus") or ()
-    _run(lend(settings, join or (), token, attach, pinned, watch_parent=parent, timeout_s=timeout))
+    _run(lend(settings, join or (), token, attach, pinned, watch_parent=parent, timeout_s=timeout, ram_gb_s=ram_gb_s))
 
 
 @node_commands.command("remove")
@@ -228,6 +242,22 @@ def node_remove(
     from dwarfstar_engine.cli.lend import remove_node
 
     print(f"dwarfstar: {remove_node(_settings(home=home or context.obj), name)}")
+
+
+@node_commands.command("override", context_settings={"ignore_unknown_options": True})
+def node_override(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name or id, as `dwarfstar status` shows them.")],
+    value: Annotated[str, typer.Argument(metavar="VALUE|reset", help="GiB, as in 18; 50%; -2; or reset.")],
+    replan: Annotated[bool, typer.Option("--replan", help="Move layers if that is needed.")] = False,
+    home: Home = None,
+) -> None:
+    """Set what a node lends, from now on, while it runs."""
+    settings = _settings(home=home or context.obj)
+    text = "" if value == "reset" else value
+    told = remote.override(running.require(settings.home), settings.home, name, text, replan=replan)
+    lent = f"lends {told.effective_vram_gib:.2f} GiB" + (f" ({told.override})" if told.override else "")
+    print(f"dwarfstar: {told.node} {lent}" + ("; layers were moved" if told.replanned else ""))
 
 
 @app.command()

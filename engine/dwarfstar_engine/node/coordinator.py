@@ -25,6 +25,7 @@ from typing import Any
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, IllegalCutError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.node.balancer import Balancer
 from dwarfstar_engine.node.beside import loaded
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
@@ -39,6 +40,7 @@ from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.news import News
 from dwarfstar_engine.node.nodes import Nodes
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
+from dwarfstar_engine.node.steering import Steering
 from dwarfstar_engine.node.streams import MAX_RESCUES, Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
 from dwarfstar_engine.plan.proportional import (
@@ -46,7 +48,6 @@ from dwarfstar_engine.plan.proportional import (
     Need,
     Plan,
     StagePlan,
-    proportional,
     stage_plan,
     with_cuts,
 )
@@ -113,6 +114,8 @@ class Coordinator:
         self._idle_since = 0.0  # monotonic time of the last sign of a request
         self._waiting = WaitingRoom(settings.rescue_s)
         self.moves = Moves(self)
+        self.steering = Steering(self)
+        self._balancer = Balancer(self.steering, self.journal, self.warn)
         self._reviving = False  # a pipeline that served is being brought up again
         self._reason = "starting"
         self._code = "starting"
@@ -193,6 +196,7 @@ class Coordinator:
 
     def joined(self, member: Member) -> None:
         """See ``nodes.Host``."""
+        self.steering.joined(member)
         self.moves.came(member)
         self._floor = max(self._floor, min(member.epoch_seen, MAX_EPOCH_SEEN))
         self.gossip.changed()
@@ -245,10 +249,15 @@ class Coordinator:
     def _on_stage(self, member: Member, event: pb.StageEvent) -> None:
         self.moves.beside.heard(member, event)
         self._news.stage(member, event, self._ring)
-        stage = self._ring.stage(member, (event.layers.begin, event.layers.end))
+        layers = (event.layers.begin, event.layers.end)
+        stage = self._ring.stage(member, layers)
+        if event.HasField("profile") and (stage is None or event.profile != stage.expected_profile()):
+            self.steering.surveyor.heard(self.source, member.id, layers, event.profile)
         if event.epoch != self.epoch or event.standby or stage is None:
             return
         stage.heard(event)
+        if event.HasField("link") and (after := self._ring.after(stage)) is not None:
+            self.steering.surveyor.linked(member, after.member, event.link)
         if event.HasField("profile"):
             member.profile, member.profiled = event.profile, event.layers.end - event.layers.begin
         if event.state == pb.STAGE_STATE_BROKEN and event.code == HOP_FAILED:
@@ -350,6 +359,7 @@ class Coordinator:
                 try:
                     await self._use(source)
                     self.planned = plan
+                    self.steering.made(plan)
                     await self._bring_up(plan)
                     await self._broken.wait()
                     await self._settle()
@@ -413,6 +423,8 @@ class Coordinator:
         wanted = self.settings.wait_nodes
         if here < wanted and not self._served_at:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
+        if not self._served_at and (left := self.steering.awaited_s(time.monotonic())):
+            raise PlanError("nodes of the owner's plan have not joined yet", code=WAITING, retry_after_s=left)
         if self._kept is not None and not self._served_at and (plan := self._kept_plan(self._kept)) is not None:
             return self.source, plan
         try:
@@ -471,6 +483,10 @@ class Coordinator:
     def serving(self) -> bool:
         return self._dispatcher is not None
 
+    @property
+    def tok_s(self) -> float:
+        return self._dispatcher.tok_s(time.monotonic()) if self._dispatcher is not None else 0.0
+
     def idle_s(self, now: float) -> float:
         return now - self._idle_since
 
@@ -496,16 +512,18 @@ class Coordinator:
         return self._plan_of(self.source, without)
 
     def _plan_of(self, source: Source, without: Collection[str] = ()) -> Plan:
-        costs, room = source.costs, need(self.settings, source, _context(self.settings, source))
         nodes = sorted(self.members.values(), key=lambda m: (m.name, m.id))
-        capacities = [member.capacity for member in nodes if not member.drained and member.id not in without]
+        here = [member for member in nodes if not member.drained and member.id not in without]
+        if (own := self.steering.owned(source, here)) is not None:
+            return own
         if self.settings.cuts:
-            return with_cuts(costs, source.cuts, room, capacities, self.settings.cuts)
+            room = need(self.settings, source, _context(self.settings, source))
+            capacities = [member.capacity for member in here]
+            return with_cuts(source.costs, source.cuts, room, capacities, self.settings.cuts)
         if avoided := self._hops.avoided(time.monotonic()):
             with contextlib.suppress(PlanError):  # then those that were not reached are tried again
-                others = [capacity for capacity in capacities if capacity.node not in avoided]
-                return proportional(costs, source.cuts, room, others)
-        return proportional(costs, source.cuts, room, capacities)
+                return self.steering.find(source, [member for member in here if member.id not in avoided])
+        return self.steering.find(source, here)
 
     async def _bring_up(self, plan: Plan) -> None:
         """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
@@ -661,6 +679,7 @@ class Coordinator:
                 self._idle_since = now
             self._return_to_main(now)
             self.moves.tick(now)
+            self._balancer.tick(self, now)
             deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
                 self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")

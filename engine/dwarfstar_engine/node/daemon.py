@@ -44,7 +44,7 @@ from dwarfstar_engine.node.facts import Facts, interfaces, is_any, is_loopback, 
 from dwarfstar_engine.node.room import Held, given_up
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
-from dwarfstar_engine.node.vitals import Vitals, reported
+from dwarfstar_engine.node.vitals import Vitals, read_bytes, reported
 from dwarfstar_engine.stage.toy import PREFIX as TOY
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.enrol import split_address
@@ -138,6 +138,7 @@ class NodeDaemon:
         self._newest = 0  # epoch of the newest assignment of this connection
         self._assigning = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._lent_bytes = 0  # as the coordinator says; 0: as this node was started
         self._vitals = Vitals(options.facts.kind)
         self._beat_s = HEARTBEAT_S
         self._beats_changed = asyncio.Event()
@@ -202,7 +203,7 @@ class NodeDaemon:
     async def _attach(self, coordinator: str) -> None:
         """One life of the control stream. Raises PeerError: not reached, not answering, or it refuses us."""
         self._host = self._options.listen or await local_host(coordinator, ANSWER_S)
-        self._outbox, self._newest = asyncio.Queue(OUTBOX), 0
+        self._outbox, self._newest, self._lent_bytes = asyncio.Queue(OUTBOX), 0, 0
         self._beat_s = HEARTBEAT_S
         for stage in self._stages:
             stage.epoch = 0  # of this coordinator none has an assignment yet, and its numbers may begin anew
@@ -251,6 +252,8 @@ class NodeDaemon:
                 memory_total_bytes=facts.memory_bytes,
                 memory_usable_bytes=facts.usable_bytes,
                 effective_vram_bytes=facts.override_bytes,
+                override=facts.override,
+                bandwidth_gb_s=facts.bandwidth_gb_s,
                 threads=self._options.threads,
             ),
         )
@@ -341,6 +344,8 @@ class NodeDaemon:
                 self._spawn(self._release(message.release))
             case "drained":
                 self._drained(message.drained)
+            case "lend":
+                self._lent_bytes = message.lend.bytes
             case "refused":
                 if message.refused.code == VersionMismatch.code:
                     raise VersionMismatch(message.refused.message)
@@ -391,7 +396,8 @@ class NodeDaemon:
                 self._report(stage, stage.state)
                 return
             held = [Held(one.need_bytes, self._needed(one)) for one in self._stages]
-            lent = self._options.facts.override_bytes or self._options.facts.usable_bytes
+            facts = self._options.facts
+            lent = self._lent_bytes or facts.override_bytes or facts.usable_bytes
             victims = given_up(held, stage.need_bytes, lent, standby=stage.standby)
             if victims is None:
                 message = f"{self._options.name} has no room for layers {stage.layers[0]}–{stage.layers[1] - 1} as well"
@@ -602,6 +608,7 @@ class NodeDaemon:
                 link=stage.link if state == pb.STAGE_STATE_LINKED else None,
                 port=stage.port,
                 pid=stage.pid,
+                read_bytes=read_bytes(stage.pid) if state == pb.STAGE_STATE_READY else 0,
                 layers=stage.slice,
                 standby=stage.standby,
             )

@@ -32,9 +32,11 @@ class Stage:
     link: pb.LinkProfile = field(default_factory=pb.LinkProfile)  # to the next stage
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)
     report: pb.StageReport = field(default_factory=pb.StageReport)  # its live figures
+    read_bytes: int = 0  # from disks, when it was loaded
 
     def heard(self, event: pb.StageEvent) -> None:
         self.event = event
+        self.read_bytes = event.read_bytes or self.read_bytes
         if event.HasField("profile"):
             self.profile = event.profile
         if event.HasField("link"):
@@ -91,6 +93,11 @@ class Epoch:
 
     def stage(self, member: Member, layers: Layers) -> Stage | None:
         return next((one for one in self.stages if one.member is member and one.plan.layers == layers), None)
+
+    def after(self, stage: Stage) -> Stage | None:
+        """The next one; None behind the last."""
+        index = self.stages.index(stage)
+        return self.stages[index + 1] if index + 1 < len(self.stages) else None
 
     # --- what stages are told ---
 
