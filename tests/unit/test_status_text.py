@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from dwarfstar_engine.views import (
 )
 
 
-def node(name: str, **live: float) -> NodeView:
+def node(name: str, **live: Any) -> NodeView:
     return NodeView(
         id=name, name=name, address="10.0.0.1", state="joined", device="x", memory_gib=128.0, used_gib=5.0,
         effective_vram_gib=123.45, heartbeat_age_s=12.3, **live,

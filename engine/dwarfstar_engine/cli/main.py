@@ -27,6 +27,7 @@ from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.source import find_model
 from dwarfstar_engine.plan.forecast import Objective, Strategy
 from dwarfstar_engine.settings import Settings, load_settings
+from dwarfstar_engine.views import PlanRequest
 from dwarfstar_engine.wire import loop
 
 app = typer.Typer(
@@ -427,8 +428,8 @@ def plan(
     topology: Annotated[
         Path | None, typer.Option(help="A described cluster, TOML; default: the nodes of the running engine.")
     ] = None,
-    strategy: Annotated[Strategy, typer.Option(help="Layers by effective VRAM, or least time.")] = Strategy.FASTEST,
-    objective: Annotated[Objective, typer.Option(help="With fastest: for one stream, or for many.")] = Objective.SINGLE,
+    strategy: Annotated[Strategy | None, typer.Option(help="Layers by effective VRAM, or least time.")] = None,
+    objective: Annotated[Objective | None, typer.Option(help="With fastest: for one stream, or for many.")] = None,
     context: Annotated[int | None, typer.Option(min=16, max=1 << 20, help="Tokens of one request.")] = None,
     slots: Annotated[int | None, typer.Option(help="Requests generated at the same time.")] = None,
     kv: Annotated[str | None, typer.Option(help="KV cache: f16, q8_0 or q4_0.")] = None,
@@ -443,11 +444,20 @@ def plan(
         list[str] | None, typer.Option(help="What a node lends, as in tower=18, =50% or =-2; repeat it.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan, TOML.")] = None,
+    cuts: Annotated[str | None, typer.Option(help="Of the running engine: boundaries by hand, as in 12,20.")] = None,
+    commit: Annotated[bool, typer.Option("--commit", help="Carry the proposal out, while streams go on.")] = False,
+    apply: Annotated[Path | None, typer.Option(help="Carry out a plan that --save wrote.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Back to the plan before.")] = False,
+    auto: Annotated[bool, typer.Option("--auto", help="Let the planner decide again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: Home = None,
     models: Models = None,
     as_json: AsJson = False,
 ) -> None:
-    """What if: who would get which layers, how fast that would be, and whether to split at all."""
+    """The plan that runs, or what if: who would get which layers, how fast that would be, and whether to split at all.
+
+    Without --topology, a model or figures it is about the engine that runs from this home.
+    """
     from dwarfstar_engine.cli import plan as plan_module
 
     sizes = {"layers": layers, "weights_gib": weights_gib, "kv_gib": kv_gib, "head_gib": head_gib}
@@ -456,14 +466,34 @@ def plan(
         model=model,
         shape=shape if layers or weights_gib else {},
         topology=topology,
-        strategy=strategy,
-        objective=objective,
+        strategy=strategy or Strategy.FASTEST,
+        objective=objective or Objective.SINGLE,
         context=context,
         exclude=_names(exclude),
         pin=pin or (),
         lend=effective_vram or (),
     )
     settings = _settings(home=home, models=models, context=context, slots=slots, kv=kv)
+    described = topology or model or asked.shape or effective_vram or slots or kv
+    orders = commit or apply or undo or auto or cuts
+    if described and orders:
+        raise SettingsError("a plan of the running engine takes no --topology, model, figures or --effective-vram")
+    if not described and (orders or running.find(settings.home) is not None):
+        from dwarfstar_engine.cli.plan_running import Wish
+        from dwarfstar_engine.cli.plan_running import show as show_running
+
+        request = PlanRequest(
+            strategy=None if strategy is None else strategy.value,
+            objective=None if objective is None else objective.value,
+            cuts=_numbers(cuts, "cuts"),
+            pins=plan_module.pins_of(pin or ()),
+            excluded=_names(exclude),
+            context=context,
+            auto=auto,
+        )
+        wish = Wish(request, commit, undo, apply, yes, save)
+        show_running(wish, settings, json_wanted=as_json)
+        return
     plan_module.show(asked, settings, json_wanted=as_json, save_to=save)
 
 
