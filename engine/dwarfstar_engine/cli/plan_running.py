@@ -156,7 +156,9 @@ def _done(told: CommitView, console: Console, *, json_wanted: bool) -> None:
         return
     where = ", ".join(f"{s.node} {s.layers[0]}–{s.layers[1] - 1}" for s in told.after.stages)
     first = "" if told.loaded_first else "; streams waited while layers were loaded"
-    read = "".join(f"; {one.node} read {one.read_gib:.2f} GiB from its disk" for one in told.reads if one.read_gib)
+    read = "".join(
+        f"; {one.node} read {one.read_gib:.2f} GiB from its disk" for one in told.reads if one.read_gib >= 0.01
+    )
     console.print(f"dwarfstar: epoch {told.epoch} serves: {where}{first}{read}", soft_wrap=True, markup=False)
 
 

@@ -487,6 +487,11 @@ class Coordinator:
     def tok_s(self) -> float:
         return self._dispatcher.tok_s(time.monotonic()) if self._dispatcher is not None else 0.0
 
+    @property
+    def measured_ms(self) -> tuple[float, ...]:
+        dispatcher = self._dispatcher
+        return tuple(one.ms_per_token for one in self._ring.views(dispatcher.stages if dispatcher else None, 0.0))
+
     def idle_s(self, now: float) -> float:
         return now - self._idle_since
 

@@ -69,6 +69,10 @@ class Host(Protocol):
     def tok_s(self) -> float:
         """Of all streams, now."""
 
+    @property
+    def measured_ms(self) -> tuple[float, ...]:
+        """Of each stage that runs, for a token; 0.0: none went through it yet."""
+
     def need(self) -> Need: ...
 
 
@@ -254,7 +258,7 @@ class Steering:
         host = self._host
         survey = self._survey()
         present, wanted = self._present(survey), self._wanted(request, survey)
-        measured = [stage.report.compute_ms for stage in host.ring.stages]
+        measured = host.measured_ms
         said = "given" if self._owned is not None and not self._aside else ""
         asked = survey
         if request.context is not None:
@@ -403,7 +407,7 @@ class Steering:
         if present is None:
             raise PlanError("nothing is served now: wait until it is", code="not_serving")
         said = "given" if self._owned is not None and not self._aside else ""
-        measured = [stage.report.compute_ms for stage in self._host.ring.stages]
+        measured = self._host.measured_ms
         return plan_view(self._host.source.name, survey.job, present, None, strategy=said, measured_ms=measured)
 
     def _reads(self, before: Collection[int]) -> tuple[ReadView, ...]:
