@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,11 +104,15 @@ def test_long_prompts_are_left_out_where_the_context_is_short() -> None:
     assert "ttft.700" in keys and "ttft.2000" not in keys and "itl.busy" not in keys
 
 
-def test_a_second_turn_is_compared_with_the_same_messages_never_seen() -> None:
+def test_a_second_turn_is_compared_with_the_same_messages_never_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     (turn,) = scenarios.scenarios(("turn",), CONTEXT, False)
     peer = Fake(SPLIT)
     values = scenarios.measure(turn, [peer], 1, _lab(), lambda text: None)
-    first, warm, cold = (ask.body for ask in peer.asked)
+    first, warm, other, later, cold = (ask.body for ask in peer.asked)
+    assert pauses == [0.0, scenarios.READING_S]
+    assert later["messages"][:2] == other["messages"] and later["messages"][0] != warm["messages"][0]
     assert warm["messages"][:2] == first["messages"] and warm["cache_prompt"] is True
     assert cold["messages"][1:] == warm["messages"][1:] and cold["messages"][0] != warm["messages"][0]
     assert cold["cache_prompt"] is False and values["turn.ratio"][SPLIT][0] < 1

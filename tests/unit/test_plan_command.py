@@ -227,3 +227,21 @@ def test_the_running_cluster_is_planned_with_what_was_measured() -> None:
     assert cluster.link == Link(1.0, 0.2)
     with pytest.raises(PlanError, match="no node has joined"):
         running_cluster(status(node("gone", state="lost")))
+
+
+def test_what_was_measured_counts_for_the_served_model_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = StageView(
+        node="a", layers=(0, 6), weights_gib=1, kv_gib=1, ms_per_token=250.0, tok_s=0, busy=0, wait=0, wire="ids",
+        link_ms=0, link_mb_s=0, pid=1, state="ready",
+    )  # fmt: skip
+    model = ModelView(name="tiny", architecture="llama", layers=6, legal_cuts=(), weights_gib=1, context=64)
+    served = status(node("a"), stages=(stage,)).model_copy(update={"model": model})
+    monkeypatch.setattr("dwarfstar_engine.cli.plan._status", lambda settings: served)
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("tiny", "other"):
+        g.write(models / f"{name}.gguf", g.llama_pairs(6), g.llama_tensors(6))
+    told = as_json(tmp_path)
+    assert told["model"] == "tiny" and told["context"] == 64 and told["stages"][0]["ms"] == pytest.approx(250)
+    assert as_json(tmp_path, "other")["stages"][0]["ms"] < 1
+    assert as_json(tmp_path, "--layers", "6", "--weights-gib", "0.001")["stages"][0]["ms"] < 1

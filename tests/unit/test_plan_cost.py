@@ -70,6 +70,15 @@ def test_head_and_layers_are_told_apart_from_one_slice_with_the_head() -> None:
     assert one.head_ms == pytest.approx(6 * layer, rel=0.2)  # the cache counts for layers only
 
 
+def test_what_was_measured_of_a_model_with_more_layers_says_nothing() -> None:
+    other = Measured((20, 36), 900.0, batches=((4, 901.0),), prompt=((64, 9000.0),))
+    assert node_costs(gpu("a", 24, 100, other), SMOL).step_ms(0, 30) == node_costs(gpu("a", 24, 100), SMOL).step_ms(
+        0, 30
+    )
+    both = node_costs(gpu("a", 24, 100, other, ran(0, 15, 3.0)), SMOL)
+    assert both.step_ms(0, 15) == pytest.approx(3.0) and both.batch_factor(4) == 4
+
+
 def test_a_head_measured_by_difference() -> None:
     one = node_costs(gpu("a", 24, 9999, ran(0, 15, 1.5), ran(15, 30, 2.5)), SMOL)
     assert one.step_ms(15, 30) == pytest.approx(2.5)

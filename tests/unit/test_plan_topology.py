@@ -101,6 +101,7 @@ def test_capacities_in_layers_hold_so_many() -> None:
         (NODE + "effective_vram = 'lots'", "as in 18"),
         (NODE + "[[node.devices]]\ndevice='gpu'\nmemory_gib=1", "both devices and a device of its own"),
         (NODE + "[[node.measured]]\nlayers=[5, 5]\nstep_ms=1", "layers must be [first, end)"),
+        (NODE.replace('"a"', '"\\u001b[31m"'), "node.name of '\\x1b[31m' must be printable"),
         (NODE + NODE, "two nodes are called 'a'"),
         (NODE + "[capacity_layers]\na = 3", "two nodes are called 'a'"),
         (NODE + "[link]\ngbit_s = 0", "link.gbit_s must be greater than 0"),

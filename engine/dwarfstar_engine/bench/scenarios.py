@@ -7,6 +7,7 @@ prompts within a run. Run 0 warms caches and is not counted; scenarios that take
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ LONG_PROMPT = 2000
 LONG_AFTER = 16  # blocks of each running stream before the long prompt comes
 TURN_WORDS = 480  # about 600 tokens of the demo model
 TURN_ANSWER = 64
+READING_S = 2.0  # of somebody who reads that answer before the next question
 SPECULATION_TOKENS = 192
 
 
@@ -241,23 +243,32 @@ def second_turn() -> Scenario:
                 body = {"messages": messages, "max_tokens": count, "temperature": 0, "cache_prompt": cached}
                 return lab.load(peer, [Ask(CHAT, {**body, "ignore_eos": True, **_STREAM})]).answers[0]
 
-            first = text.chat(f"{run} warm", TURN_WORDS, run)
-            answer = turn(first, TURN_ANSWER, True)
-            follow = [{"role": "assistant", "content": answer.text}, {"role": "user", "content": text.QUESTION}]
-            warm = turn([*first, *follow], 2, True)
-            cold = turn([*text.chat(f"{run} cold", TURN_WORDS, run), *follow], 2, False)
+            def second(name: str, pause_s: float) -> tuple[float, list[dict[str, Any]]]:
+                first = text.chat(f"{run} {name}", TURN_WORDS, run)
+                answer = turn(first, TURN_ANSWER, True)
+                follow = [{"role": "assistant", "content": answer.text}, {"role": "user", "content": text.QUESTION}]
+                time.sleep(pause_s)
+                return turn([*first, *follow], 2, True).ttft_s, follow
+
+            at_once_s, follow = second("warm", 0.0)
+            later_s, _ = second("later", READING_S)
+            cold_s = turn([*text.chat(f"{run} cold", TURN_WORDS, run), *follow], 2, False).ttft_s
             return {
-                "turn.warm": 1000 * warm.ttft_s,
-                "turn.cold": 1000 * cold.ttft_s,
-                "turn.ratio": warm.ttft_s / cold.ttft_s,
+                "turn.cold": 1000 * cold_s,
+                "turn.warm": 1000 * at_once_s,
+                "turn.ratio": at_once_s / cold_s,
+                "turn.later": 1000 * later_s,
+                "turn.later.ratio": later_s / cold_s,
             }
 
         return shot
 
     measures = (
         Measure("turn.cold", "TTFT of a second turn, cold", "ms", -1),
-        Measure("turn.warm", "TTFT of a second turn", "ms", -1),
-        Measure("turn.ratio", "second turn ÷ cold", "", -1),
+        Measure("turn.warm", "TTFT of a second turn, at once", "ms", -1),
+        Measure("turn.ratio", "second turn, at once ÷ cold", "", -1),
+        Measure("turn.later", f"TTFT of it, asked {READING_S:.0f} s later", "ms", -1),
+        Measure("turn.later.ratio", f"second turn, {READING_S:.0f} s later ÷ cold", "", -1),
     )
     return Scenario("turn", "second turn of a chat", measures, _SERVERS, prepare, False)
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.errors import DwarfStarError, PlanError, SettingsError
 from dwarfstar_engine.node.needs import need
-from dwarfstar_engine.node.source import open_source
+from dwarfstar_engine.node.source import DEFAULT_CONTEXT, DEMO, DEMO_FILE, open_source
 from dwarfstar_engine.plan.advisor import Advice, advise
 from dwarfstar_engine.plan.capacity import parse_override
 from dwarfstar_engine.plan.cluster import Cluster, Device, Kind, Link, Measured, Node
@@ -33,7 +33,6 @@ from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import PlanView, StatusView
 
 GIB = 1 << 30
-DEFAULT_CONTEXT = 4096
 GPU_WORDS = ("nvidia", "geforce", "radeon", "cuda", "rocm", "metal", "vulkan", "gpu", "rtx", "apple")
 
 
@@ -73,6 +72,9 @@ def answer(asked: Asked, settings: Settings) -> Answer:
         status = _status(settings)
         cluster = running_cluster(status)
     name, job = _job(asked, settings, shape, status)
+    served = status.model.name if status is not None and status.model else ""
+    if status is not None and name != served:  # what was measured was of another model
+        cluster = replace(cluster, nodes=tuple(replace(node, measured=()) for node in cluster.nodes))
     cluster = replace(cluster, nodes=_lent(cluster.nodes, asked.lend))
     wishes = Wishes(pins=pins_of(asked.pin), excluded=frozenset(asked.exclude))
     try:
@@ -136,10 +138,13 @@ def _job(asked: Asked, settings: Settings, shape: ModelShape | None, status: Sta
             raise SettingsError("give a model or --layers and --weights-gib, not both")
         shape = _shape(asked.shape)
     elif asked.model is not None or shape is None:
-        name = asked.model or (status.model.name if status is not None and status.model else None)
-        if name is None:
+        served = status.model if status is not None else None
+        if asked.model is None and served is None:
             raise SettingsError("no model is named: give a GGUF file, 'demo', or --layers and --weights-gib")
-        return _file_job(name, settings)
+        if asked.model is None and served is not None:
+            name = DEMO if served.name == Path(DEMO_FILE).stem else served.name
+            return _file_job(name, settings, served.context)
+        return _file_job(asked.model or "", settings, None)
     job = shape.job(asked.context)
     weights = job.costs.total / GIB
     return f"{shape.layers} layers, {weights:.1f} GiB", job
@@ -157,9 +162,10 @@ def _shape(given: dict[str, Any]) -> ModelShape:
         raise SettingsError(f"{option}{said}") from None
 
 
-def _file_job(name: str, settings: Settings) -> tuple[str, Job]:
+def _file_job(name: str, settings: Settings, served: int | None) -> tuple[str, Job]:
+    """served: the context it is served with now, if it is."""
     source = open_source(name, settings.models_dir, settings.kv)
-    context = settings.context or min(source.train_context, DEFAULT_CONTEXT)
+    context = settings.context or served or min(source.train_context, DEFAULT_CONTEXT)
     job = Job(source.costs, source.cuts, need(settings, source, context), context, kv_type=settings.kv)
     return source.name, replace(job, depth=min(job.depth, context))
 

@@ -15,7 +15,7 @@ from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.planner import rate
 from dwarfstar_engine.views import MemoryView, PlannedStageView, PlanView, ProposalView
 
-MIB_PER_GIB = 1024
+BAR_UNITS = 10_000  # of a GiB, as finely as views tell
 LEAST_BAR, MOST_BAR = 10, 60
 NAME = 16  # columns of a node's name, at most
 MAX_ROWS = 64  # stages, and nodes left out, that are listed
@@ -94,13 +94,15 @@ def _bars(told: PlanView, width: int) -> Iterator[Text]:
 def _sizes(stage: PlannedStageView) -> str:
     memory = stage.memory_gib
     used = memory.weights + memory.kv + memory.compute
-    return f"{used:.1f}/{used + memory.headroom:.1f}"
+    room = used + memory.headroom
+    digits = 1 if room >= 10 else 2
+    return f"{used:.{digits}f}/{room:.{digits}f}"
 
 
 def _bar(memory: MemoryView, width: int) -> Text:
     """Its node's memory: each part in proportion, none that is there is invisible."""
     parts = (memory.weights, memory.kv, memory.compute, max(0.0, memory.headroom))
-    sizes = [round(part * MIB_PER_GIB) for part in parts]
+    sizes = [round(part * BAR_UNITS) for part in parts]
     cells = shares(sizes, width)
     found = Text()
     for (glyph, style, _), count in zip(PARTS, cells, strict=True):

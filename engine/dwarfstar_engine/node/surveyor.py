@@ -29,7 +29,11 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 MAX_SLICES = 8  # a few cuts that were tried; older ones say nothing about the machine as it is now
 MAX_LINKS = 1024
 TOGETHER = 4  # rows that a stage's profile has run as one
-ELEMENT_BYTES = {WireType.F32.name: 4.0, WireType.F16.name: 2.0, WireType.Q8.name: 1.125}  # with scales and the largest values
+ELEMENT_BYTES = {
+    WireType.F32.name: 4.0,
+    WireType.F16.name: 2.0,
+    WireType.Q8.name: 1.125,
+}  # with scales and the largest values
 
 
 @dataclass(frozen=True, slots=True)

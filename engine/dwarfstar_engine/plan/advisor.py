@@ -21,6 +21,7 @@ from dwarfstar_engine.plan.search import Measure, Problem, in_order
 
 MAX_PIPELINES = 8
 SEARCHED_NODES = 8  # of a pipeline's nodes, at most, all orders are tried; with more, one
+MAX_NAMED = 10  # nodes in a sentence
 NEAR = 0.03  # for many streams, so far below the best is as good: models are no finer
 WORTH = 0.01  # of one stream: less is no reason to leave the plan
 
@@ -172,7 +173,7 @@ def _ring(costs: Costs, names: Sequence[str]) -> Ring | None:
 def _sentence(own: Alternative, best: Alternative, found: Sequence[Alternative], objective: Objective) -> str:
     here, there = (f"{rate(one.value(objective))} tok/s" for one in (own, best))
     if best is not own:
-        nodes = ", ".join(best.nodes)
+        nodes = _named(best.nodes)
         match best.kind:
             case Kind.SINGLE:
                 return f"one machine would be faster: {nodes} alone gives {there}, this split {here}"
@@ -180,7 +181,8 @@ def _sentence(own: Alternative, best: Alternative, found: Sequence[Alternative],
                 return f"the whole model on each of {nodes} would give {there} together, this plan {here}"
             case Kind.PIPELINES:
                 each = " and ".join("(" + ", ".join(stage.node for stage in ring) + ")" for ring in best.rings)
-                return f"{len(best.rings)} pipelines, {each}, would give {there} together, this plan {here}"
+                which = f", {each}," if len(best.nodes) <= MAX_NAMED else ""
+                return f"{len(best.rings)} pipelines{which} would give {there} together, this plan {here}"
             case Kind.SPLIT:
                 return f"a split over {nodes} would be faster: {there}, this plan {here}"
     if own.kind is Kind.SINGLE:
@@ -191,3 +193,9 @@ def _sentence(own: Alternative, best: Alternative, found: Sequence[Alternative],
     if alone is None:
         return f"split it: no machine holds the model alone, {len(own.nodes)} together give {here}"
     return f"split it: {here}, {alone.nodes[0]} alone gives {rate(alone.value(objective))}"
+
+
+def _named(nodes: Sequence[str]) -> str:
+    if len(nodes) <= MAX_NAMED:
+        return ", ".join(nodes)
+    return f"{', '.join(nodes[:MAX_NAMED])} and {len(nodes) - MAX_NAMED} more"

@@ -42,7 +42,8 @@ class Override:
 class Measured:
     """What a slice took on a node, in ms. It needs not be a slice of the plan: rates are derived from it.
 
-    step_ms: one generated token. batches: (sequences, ms) of steps run together. prompt: (rows, ms) of prompt chunks.
+    step_ms: one generated token. prompt: (rows, ms) of prompt chunks. batches: (sequences, ms) of steps run together;
+    of a stage's profile its rows together, where it runs them so.
     last: the slice had the head.
     """
 

@@ -88,13 +88,14 @@ def kind_of(node: Node) -> Kind:
 def node_costs(node: Node, job: Job) -> NodeCosts:
     costs, kind = job.costs_on(node.machine), kind_of(node)
     read = [w + kv * job.depth for w, kv in zip(costs.read_bytes, costs.kv_bytes_per_token, strict=True)]
-    if node.measured:
-        per_byte, head_ms, fixed = _measured_rates(node.measured, read, costs.head_bytes, STAGE_MS[kind])
+    measured = [one for one in node.measured if one.layers[1] <= job.layers]  # else it was of another model
+    if measured:
+        per_byte, head_ms, fixed = _measured_rates(measured, read, costs.head_bytes, STAGE_MS[kind])
     else:
         per_byte = 1 / (stage_gb_s(node) * 1e6 * EFFICIENCY[kind])
         head_ms, fixed = costs.head_bytes * per_byte, STAGE_MS[kind]
     upto_ms = (0.0, *(per_byte * total for total in accumulate(read)))
-    prompt = _measured_prompt(node.measured, read, per_byte, fixed) or ((FREE_ROWS[kind], 1.0),)
+    prompt = _measured_prompt(measured, read, per_byte, fixed) or ((FREE_ROWS[kind], 1.0),)
     return NodeCosts(
         node=node,
         costs=costs,
@@ -102,7 +103,7 @@ def node_costs(node: Node, job: Job) -> NodeCosts:
         upto_ms=upto_ms,
         head_ms=head_ms,
         fixed_ms=fixed,
-        batches=_measured_batches(node.measured),
+        batches=_measured_batches(measured),
         prompt=prompt,
     )
 

@@ -21,9 +21,10 @@ from dwarfstar_engine.plan.cost import BATCHES, Costs, cluster_costs
 from dwarfstar_engine.plan.forecast import Forecast, Job, Objective, Planned, Strategy, Wishes
 from dwarfstar_engine.plan.predict import plan_of, predict
 from dwarfstar_engine.plan.proportional import GIB, Plan, check_pins, proportional, too_large
-from dwarfstar_engine.plan.search import Found, Measure, Problem, best
+from dwarfstar_engine.plan.search import Found, Measure, Problem, best, is_exact
 
 SLACK = 0.005  # of the best throughput, given away for a quicker single stream
+ROUGHLY = 1.05  # times the best: batch sizes that a first look finds farther off are given up
 MAX_TOLD = 16  # nodes left out for which the effect of using them is worked out; the others get the reason alone
 NO_WISHES = Wishes()
 
@@ -152,10 +153,18 @@ def _as_listed(costs: Costs, slices: list[tuple[str, int, int]], objective: Obje
 def _most(costs: Costs, names: list[str], wishes: Wishes) -> tuple[Found | None, Problem]:
     """The plan of most tokens a second with as many streams a lane as are best, then quick for one stream."""
     measured = any(one.batches for one in costs.nodes.values())
-    problem, least, batch = Problem(costs, names, wishes, Measure.MAX), None, 1
+    looked: dict[int, Found] = {}
     for streams in BATCHES if measured else BATCHES[:1]:
+        problem = Problem(costs, names, wishes, Measure.MAX, streams)
+        if (found := best(problem, polish=False)) is not None:
+            looked[streams] = found
+    near = min((one.value / streams for streams, one in looked.items()), default=0.0) * ROUGHLY
+    problem, least, batch = Problem(costs, names, wishes, Measure.MAX), None, 1
+    for streams, first in looked.items():
+        if first.value / streams > near:
+            continue
         tried = Problem(costs, names, wishes, Measure.MAX, streams)
-        found = best(tried)
+        found = first if is_exact(tried) else best(tried)
         if found is not None and (least is None or found.value / streams < least.value / batch):
             problem, least, batch = tried, found, streams
     if least is None:

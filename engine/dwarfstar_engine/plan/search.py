@@ -4,7 +4,7 @@ Theory. Fix an order of nodes, any of which may be skipped: then the best cuts f
 (last node used, layers covered), exactly, with a matrix minimum for each node. The order matters through links, the
 head, unequal layers and room only. So:
 
-- *Few nodes* (``EXACT_STEPS``): dynamic programming over (set of nodes used, last of them, layers covered) visits all
+- *Few nodes* (``EXACT_WORK``): dynamic programming over (set of nodes used, last of them, layers covered) visits all
   orders at once. Nodes that are alike are used in one order only. The hop that closes the ring depends on the first
   node, which is carried along where links differ.
 - *Many nodes*: several natural orders, then moves of single nodes in the best one, as long as ``MOVE_STEPS`` last.
@@ -16,6 +16,7 @@ All is deterministic; work is bounded by counts, not by a clock.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -29,9 +30,11 @@ from dwarfstar_engine.plan.cost import Costs, busy_ms, link_hop_ms, row_bytes
 from dwarfstar_engine.plan.forecast import Wishes
 from dwarfstar_engine.plan.proportional import Flags, Ints, loadable, slice_bytes
 
-EXACT_STEPS = 1200  # (set, node) pairs of the exact search: eight different nodes make 1024
+EXACT_WORK = 100_000_000  # elements of matrices passed by the exact search, a fifth of a second: eight nodes with links
+# of their own and 100 layers, or nine different ones with 128
+STEP_WORK = 10_000  # of each (set, node) pair, beside its elements
 MOVE_STEPS = 6000  # nodes passed by the ordered search while moves are tried
-ORDER_WORK = 500_000_000  # elements of matrices passed for the orders tried first, about a second
+ORDER_WORK = 100_000_000  # elements of matrices passed for the orders tried first, some tenths of a second
 LEAST_ORDERS = 2
 MAX_LAST = 8  # kinds of node tried as the last stage, behind all others
 STARTS = 4  # of the orders' plans, the best are moved on from
@@ -85,6 +88,11 @@ class Problem:
         for i, j in () if self.uniform else self._unusual():
             link = self.costs.link(self.names[i], self.names[j])
             self.hop[i, j], self.closing[i, j] = self._hop(link), self._closing(link)
+
+    @property
+    def firsts(self) -> int:
+        """First nodes to tell apart: where links differ the hop that closes the ring depends on it, if hops add up."""
+        return 1 if self.uniform or self.measure is Measure.MAX else len(self.names)
 
     def _class(self, name: str) -> int:
         """Nodes of one class cost and hold the same."""
@@ -145,22 +153,25 @@ class Problem:
         """The stages as (node, first layer, end)."""
         return [(self.names[i], self.bounds[a], self.bounds[b]) for i, a, b in found.picks]
 
-    def join(self, before: Floats, more: Floats | float) -> Floats:
+    def join(self, before: Floats, more: Floats | float, into: Floats | None = None) -> Floats:
         """What parts make together."""
-        found: Floats = before + more if self.measure is Measure.SUM else np.maximum(before, more)
+        found: Floats = (np.add if self.measure is Measure.SUM else np.maximum)(before, more, out=into)
         return found
 
 
-def best(problem: Problem) -> Found | None:
-    """The best plan found; None if none was, and for few nodes then there is none."""
+def best(problem: Problem, *, polish: bool = True) -> Found | None:
+    """The best plan found; None if none was, and for few nodes then there is none. polish: all orders, and moves."""
     if not problem.names:
         return None
-    if exact_steps(problem) <= EXACT_STEPS:
+    if is_exact(problem):
         return _exact(problem)
     n, size = len(problem.names), problem.size
-    orders = islice(_orders(problem), max(LEAST_ORDERS, ORDER_WORK // (n * size * (size if problem.uniform else n))))
+    most = max(LEAST_ORDERS, ORDER_WORK // (n * size * (size if problem.uniform else n))) if polish else LEAST_ORDERS
+    orders = islice(_orders(problem), most)
     found = {one.picks: one for order in orders if (one := in_order(problem, order)) is not None}
     starts = sorted(found.values(), key=lambda one: one.value)[:STARTS]
+    if not polish:
+        return starts[0] if starts else None
     moved = (_moved(problem, start, MOVE_STEPS // len(starts)) for start in starts)
     return min(moved, key=lambda one: one.value, default=None)
 
@@ -174,7 +185,7 @@ def in_order(problem: Problem, order: Sequence[int]) -> Found | None:
     reach = np.full((n, size), np.inf)  # [t, b]: order[t] is the last stage, up to bound b
     starts, befores = np.zeros((n, size), np.int64), np.zeros((n, size), np.int64)
     run, run_of = np.full(size, np.inf), np.full(size, -1, np.int64)  # the least of those before, whichever it is
-    ends = np.arange(size)
+    ends, scratch = np.arange(size), np.empty((size, size))
     for t, node in enumerate(order):
         if problem.uniform:
             entry, of = problem.join(run, problem.hop[0, 0]), run_of.copy()
@@ -185,7 +196,7 @@ def in_order(problem: Problem, order: Sequence[int]) -> Found | None:
         else:
             entry, of = run.copy(), run_of.copy()
         entry[0], of[0] = 0.0, -1
-        whole = problem.join(entry[:, None], problem.matrix(node))
+        whole = problem.join(entry[:, None], problem.matrix(node), scratch)
         starts[t] = whole.argmin(axis=0)
         reach[t] = whole[starts[t], ends]
         befores[t] = of[starts[t]]
@@ -233,53 +244,55 @@ def _read_back(
 # --- all orders at once ---
 
 
-def exact_steps(problem: Problem) -> int:
-    """(Set, node) pairs that the exact search would visit."""
-    counts = (
-        [problem.class_of.count(kind) for kind in set(problem.class_of)]
-        if problem.uniform
-        else [1] * len(problem.names)
-    )
-    sets = 1
+def is_exact(problem: Problem) -> bool:
+    """Whether all orders are searched."""
+    return exact_work(problem) <= EXACT_WORK
+
+
+def exact_work(problem: Problem) -> int:
+    """What the exact search would pass: its (set, node) pairs, times what each takes."""
+    n, sets = len(problem.names), 1
+    counts = Counter(problem.class_of).values() if problem.uniform else [1] * n
     for count in counts:
         sets *= count + 1
-        if sets > EXACT_STEPS:
+        if sets > EXACT_WORK:
             break
-    return sets * len(problem.names) // 2
+    return sets * n // 2 * (STEP_WORK + problem.firsts * problem.size**2)
 
 
 def _exact(problem: Problem) -> Found | None:
     """Over sets of nodes. reach[set][f, i, b]: stages on the set's nodes, first f, last i, up to bound b.
 
-    Where links are alike the first does not matter, and f is 0.
+    Where the first does not matter (``Problem.firsts``) f is 0.
     """
     n, size = len(problem.names), problem.size
-    firsts = 1 if problem.uniform else n
     matrices = [problem.matrix(i) for i in range(n)]
     reach: dict[int, Floats] = {}
     came: dict[tuple[int, int], tuple[Ints, Ints]] = {}
-    alone = np.full((firsts, n, size), np.inf)
+    alone = np.full((problem.firsts, n, size), np.inf)
     for i in range(n):
         if _canonical(problem, 1 << i):
             single = alone.copy()
-            single[0 if problem.uniform else i, i] = matrices[i][0]
+            single[i if problem.firsts > 1 else 0, i] = matrices[i][0]
             reach[1 << i] = single
-    for mask in range(1, 1 << n):
-        here = reach.get(mask)
-        if here is None:
-            continue
-        for i in range(n):
+    level = list(reach)
+    while level:  # sets of one size; all that lead to a set are in the level before its own
+        following: dict[int, Floats] = {}
+        for mask, i in product(level, range(n)):
             grown = mask | 1 << i
             if grown == mask or not _canonical(problem, grown):
                 continue
             hop = problem.hop[0, 0] if problem.uniform else problem.hop[:, i][None, :, None]
-            through = problem.join(here, hop)
+            through = problem.join(reach[mask], hop)
             of = through.argmin(axis=1)
             entry = np.take_along_axis(through, of[:, None, :], axis=1)[:, 0, :]
             whole = problem.join(entry[:, :, None], matrices[i][None])
             start = whole.argmin(axis=1)
             came[grown, i] = (of, start)
-            reach.setdefault(grown, alone.copy())[:, i] = np.take_along_axis(whole, start[:, None, :], axis=1)[:, 0, :]
+            table = following.setdefault(grown, alone.copy())
+            table[:, i] = np.take_along_axis(whole, start[:, None, :], axis=1)[:, 0, :]
+        reach |= following
+        level = list(following)
     return _read_exact(problem, reach, came)
 
 
@@ -304,7 +317,7 @@ def _read_exact(
     least, at = np.inf, (0, 0, 0)
     for mask, table in reach.items():
         several = mask & (mask - 1)
-        closing = problem.closing.T if several else 0.0  # [first, last]
+        closing = problem.closing.T if several and problem.measure is Measure.SUM else 0.0  # [first, last]
         value = problem.join(table[:, :, -1], closing)
         first, last = divmod(int(value.argmin()), value.shape[1])
         if value[first, last] < least:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dwarfstar_engine.errors import SettingsError
 from dwarfstar_engine.model.costs import ModelCosts
@@ -28,7 +28,15 @@ CAPACITY_MS = 20.0  # in which a node of ``capacity_layers`` reads all it holds
 
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
-Name = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("must be printable")
+    return name
+
+
+Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printable)]
 
 
 class _Part(BaseModel):
