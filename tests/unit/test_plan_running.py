@@ -18,7 +18,7 @@ from dwarfstar_engine.plan.cost import cluster_costs
 from dwarfstar_engine.plan.forecast import Objective, Strategy
 from dwarfstar_engine.plan.propose import Wanted, propose
 from dwarfstar_engine.plan.shown import delta_views, plan_view
-from dwarfstar_engine.views import CommitView, PlanRequest, PlanView, ProposalView, ReadView, StatusView
+from dwarfstar_engine.views import CommitView, OverrideView, PlanRequest, PlanView, ProposalView, ReadView, StatusView
 from unit.test_propose import JOB, cluster
 
 THERE = cluster(24, 24)
@@ -129,3 +129,19 @@ def test_a_saved_plan_is_applied(engine: Engine, tmp_path: Path) -> None:
 def test_described_clusters_are_not_steered(engine: Engine, tmp_path: Path) -> None:
     error = invoke(tmp_path, "--topology", "x.toml", "--commit").exception
     assert isinstance(error, DwarfStarError) and "takes no --topology" in error.message and not engine.asked
+
+
+@pytest.mark.parametrize(("value", "text"), [("18", "18"), ("-2", "-2"), ("50%", "50%"), ("reset", "")])
+def test_an_override_is_said_in_words(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, text: str
+) -> None:
+    asked: list[tuple[str, str, bool]] = []
+
+    def override(_engine: Any, _home: Path, node: str, said: str, *, replan: bool) -> OverrideView:
+        asked.append((node, said, replan))
+        return OverrideView(node=node, override=said, effective_vram_gib=1.5, replanned=replan)
+
+    monkeypatch.setattr(remote, "override", override)
+    done = CliRunner().invoke(app, ["node", "override", "tower", value, "--replan", "--home", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert asked == [("tower", text, True)] and "tower lends 1.50 GiB" in done.output and "were moved" in done.output
