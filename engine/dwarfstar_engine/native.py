@@ -113,6 +113,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ds_stage_run": (_i64, (_pointer, _pointer, ctypes.c_size_t, _u32, _pointer, ctypes.c_size_t, _pointer)),
     "ds_stage_halt": (_i32, (_pointer, _i32)),
     "ds_stage_ends": (_i32, (_pointer, _pointer, _i32)),
+    "ds_stage_held": (_i32, (_pointer, _i32, _pointer)),
     "ds_stage_busy_us": (_u64, (_pointer,)),
     "ds_draw_seed": (_u32, (_u64, _i32)),
     "ds_memory_bandwidth": (_double, (_i32, _u64, _double)),

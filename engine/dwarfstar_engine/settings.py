@@ -133,6 +133,9 @@ class Settings(BaseModel):
     """Smaller models, tried in this order when the model does not fit the nodes that are left."""
     rescue_s: float = Field(default=60.0, ge=1, le=3600)
     """Seconds a stream waits for the pipeline to be back before it ends with an error."""
+    record_mib: int = Field(default=256, ge=0, le=1 << 20)
+    """MiB, at most, that each stage keeps of what it sent, so that after a loss only the lost layers compute again; 0:
+    all layers do."""
     replan: Literal["auto", "idle", "off"] = "auto"
     """Plan anew with nodes that came later: also while streams run, which pause for a moment; when nobody is served; or
     not."""

@@ -233,6 +233,8 @@ DS_API int64_t ds_stage_run(ds_stage *stage, const void *frame, size_t size, uin
 DS_API int32_t ds_stage_halt(ds_stage *stage, int32_t slot);
 /* Tokens behind which no row goes on by itself. DS_E_RANGE if one is not in the vocabulary. */
 DS_API int32_t ds_stage_ends(ds_stage *stage, const int32_t *tokens, int32_t n);
+/* How many positions a slot holds; floor: it can be cut to none, or to so many at least. While nothing runs. */
+DS_API int32_t ds_stage_held(const ds_stage *stage, int32_t slot, int32_t *floor);
 /* Microseconds spent computing since it was made. */
 DS_API uint64_t ds_stage_busy_us(const ds_stage *stage);
 /* Seed of llama.cpp's generator for a position; never 0xFFFFFFFF. */

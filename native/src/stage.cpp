@@ -42,7 +42,7 @@ namespace {
 
 constexpr uint32_t MAGIC = 0x1A665344;  // "DSf\x1a"
 constexpr uint32_t RESIDUE = 0x48674BC7;  // CRC32C of bytes followed by their own CRC32C
-constexpr uint8_t VERSION = 3, KIND_STEP = 1, KIND_RESULT = 2, PAYLOAD_NONE = 0, WANT_DRAWN = 1, WANT_CHECKED = 2;
+constexpr uint8_t VERSION = 4, KIND_STEP = 1, KIND_RESULT = 2, PAYLOAD_NONE = 0, WANT_DRAWN = 1, WANT_CHECKED = 2;
 constexpr uint32_t MAX_POSITION = (1u << 24) - 1, MAX_TIMINGS = 256;
 constexpr uint32_t STATE_MAGIC = 0xAF143CD8;  // llama.cpp's, before the cells of a sequence
 constexpr uint32_t STATE_ALL = 0, STATE_WINDOWED = 1;  // LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: caches with a window only
@@ -821,6 +821,13 @@ int64_t ds_stage_run(ds_stage *stage, const void *frame, size_t size, uint32_t w
     return guarded([&]() -> int64_t {
         return stage->run(static_cast<const uint8_t *>(frame), size, wait_us, static_cast<uint8_t *>(out), room, feed);
     });
+}
+
+int32_t ds_stage_held(const ds_stage *stage, int32_t slot, int32_t *floor) {
+    if (stage == nullptr || floor == nullptr || slot < 0 || slot >= stage->config.slots) return DS_E_ARG;
+    const bool read = stage->prompt_slot == slot && stage->unsettled;
+    *floor = read ? stage->prompt_floor : stage->floor[slot];
+    return read ? stage->prompt_held : stage->held[slot];
 }
 
 uint64_t ds_stage_busy_us(const ds_stage *stage) { return stage == nullptr ? 0 : stage->gate.busy_us(); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ REQUESTS = bodies(PROMPTS[:8], 120)
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     home = tmp_path_factory.mktemp("rescue") / "home"
-    options = ("--local-nodes", "3", "--threads", "1", "--slots", "8", "--context", "512")
+    options = ("--local-nodes", "3", "--threads", "1", "--slots", "8", "--context", "512", "-v")
     with EngineProcess(home, "demo", *options) as engine:
         yield engine.wait_serving()
 
@@ -40,17 +41,26 @@ def all_back(engine: EngineProcess) -> None:
     engine.wait_serving()
 
 
+def only_lost_layers_computed_again(engine: EngineProcess, before: int) -> bool:
+    """Since the output was ``before`` characters long: every stream that went on had its cells in the other stages."""
+    told = re.findall(r"streams go on, (\d+) of them from their beginning", engine.output[before:])
+    return bool(told) and set(told) == {"0"}
+
+
 def test_eight_streams_outlive_a_killed_stage(engine: EngineProcess, undisturbed: list[Heard]) -> None:
-    epoch = engine.status().epoch
+    epoch, before = engine.status().epoch, len(engine.output)
     heards = asyncio.run(crowd(engine, REQUESTS, lambda: engine.kill(engine.stage(1).pid)))
     check(heards, undisturbed)
+    assert only_lost_layers_computed_again(engine, before)
     assert engine.status().epoch > epoch
     all_back(engine)
 
 
 def test_eight_streams_outlive_a_killed_node(engine: EngineProcess, undisturbed: list[Heard]) -> None:
+    before = len(engine.output)
     heards = asyncio.run(crowd(engine, REQUESTS, lambda: engine.kill(engine.node_pid("node2"))))
     check(heards, undisturbed)
+    assert only_lost_layers_computed_again(engine, before)
     all_back(engine)
 
 

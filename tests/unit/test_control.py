@@ -21,9 +21,10 @@ from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.daemon import NodeDaemon
 from dwarfstar_engine.node.facts import Facts
 from dwarfstar_engine.node.source import open_source
+from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.vocab import ToyVocab
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import EventsView
@@ -188,11 +189,11 @@ async def test_a_node_that_comes_is_told_what_it_is_set_to_lend(cluster: Cluster
     cluster.coordinator.steering.restore("", {files.key_id(): "0.25"})
     daemon = cluster.daemon(files, "attic")
     running = asyncio.create_task(daemon.run(cluster.address))
-    await until(lambda: daemon._lent_bytes)
-    assert daemon._lent_bytes == cluster.coordinator.members[files.key_id()].usable_bytes
+    await until(lambda: daemon._stages.lent_bytes)
+    assert daemon._stages.lent_bytes == cluster.coordinator.members[files.key_id()].usable_bytes
     async with calling(cluster, NodeFiles(cluster.folder / "trust")) as stub:
         await stub.Override(pb.OverrideRequest(node="attic"), timeout=DEADLINE_S)
-    await until(lambda: not daemon._lent_bytes)
+    await until(lambda: not daemon._stages.lent_bytes)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
 

@@ -16,10 +16,12 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from dwarfstar_engine.errors import PeerError, VersionMismatch
 from dwarfstar_engine.node import daemon as daemon_module
-from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node import stages as stages_module
+from dwarfstar_engine.node.daemon import NodeDaemon
 from dwarfstar_engine.node.discovery import Standing
 from dwarfstar_engine.node.facts import Facts, local_host
 from dwarfstar_engine.node.room import MAX_STAGES
+from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.wire import channel, trust
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated import control_pb2_grpc
@@ -35,8 +37,9 @@ class PlayedStage:
 
     all: list[PlayedStage]
 
-    def __init__(self, module: str, on_event: Callable[[dict[str, Any]], None], on_exit: Callable[[int], None]) -> None:
-        self.on_event, self._on_exit = on_event, on_exit
+    def __init__(self, module: str) -> None:
+        self.on_event: Callable[[dict[str, Any]], None]
+        self.on_exit: Callable[[int], None]
         self.alive, self.pid = False, 0
         self.commands: list[dict[str, Any]] = []
         self.last_words = ["the last word"]
@@ -55,7 +58,7 @@ class PlayedStage:
 
     def die(self, status: int) -> None:
         self.alive = False
-        self._on_exit(status)
+        self.on_exit(status)
 
     def say(self, event: str, **fields: Any) -> None:
         self.on_event({"event": event, **fields})
@@ -134,7 +137,7 @@ async def running(node: NodeDaemon, address: str) -> AsyncIterator[asyncio.Task[
 @pytest.fixture(autouse=True)
 def stages(monkeypatch: pytest.MonkeyPatch) -> list[PlayedStage]:
     PlayedStage.all = []
-    monkeypatch.setattr(daemon_module, "Child", PlayedStage)
+    monkeypatch.setattr(stages_module, "Child", PlayedStage)
     monkeypatch.setattr(daemon_module, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(daemon_module, "RETRY_S", (0.01, 0.02))
     return PlayedStage.all
@@ -161,7 +164,13 @@ def node(authority: Authority, tmp_path: Path) -> NodeDaemon:
 
 def options(folder: Path, held: NodeFiles, listen: str = "") -> NodeOptions:
     return NodeOptions(
-        name="one", listen=listen, models=folder / "models", trust=held, facts=Facts("cpu", "x", 8, 4, 2), threads=1
+        name="one",
+        listen=listen,
+        models=folder / "models",
+        trust=held,
+        facts=Facts("cpu", "x", 8, 4, 2),
+        threads=1,
+        spare=False,
     )
 
 
@@ -345,7 +354,7 @@ async def test_of_assignments_that_wait_only_the_newest_is_carried_out(
             coordinator.tell(assign=assignment(epoch, end=epoch))
             if epoch == 1:
                 await until(lambda: coordinator.states(1))
-        await until(lambda: node._newest == 4)
+        await until(lambda: node._stages.epoch_seen == 4)
         stages[0].say("ready")
         gate.set()
         await until(lambda: coordinator.states(4))
@@ -354,6 +363,46 @@ async def test_of_assignments_that_wait_only_the_newest_is_carried_out(
             [[0, 1], [0, 2], [0, 4]],
         )
         assert not coordinator.states(3)
+
+
+async def test_a_spare_process_waits_for_the_next_slice(
+    node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages_module, "SPARE_AFTER_S", 0.0)
+    monkeypatch.setattr(node._stages, "_options", replace(node._stages._options, spare=True))
+    coordinator = Coordinator()
+    async with serving(coordinator, files) as port, running(node, f"127.0.0.1:{port}"):
+        await until(lambda: coordinator.hellos)
+        coordinator.tell(assign=assignment(1))
+        await until(lambda: coordinator.states(1))
+        stages[0].say("ready")
+        await until(lambda: len(stages) == 2)
+        assert stages[1].commands == []
+        coordinator.tell(assign=assignment(1, begin=4, end=8))
+        await until(lambda: stages[1].commands)
+        assert stages[1].commands[1]["layers"] == [4, 8] and len(stages) == 2
+        stages[1].say("ready")
+        await until(lambda: len(stages) == 3)
+        stages[2].alive = False  # it died unnoticed
+        stages[1].die(-9)
+        await until(lambda: coordinator.states(1)[-1] == pb.STAGE_STATE_EXITED)
+        coordinator.tell(assign=assignment(1, begin=4, end=8))
+        await until(lambda: len(stages) == 4 and stages[3].commands)
+    assert not any(stage.alive for stage in stages), "it ends with the node"
+
+
+@pytest.mark.parametrize("status, code", [(-9, ""), (-15, ""), (-6, "stage_crashed"), (1, "stage_crashed")])
+async def test_a_stage_that_was_killed_has_not_crashed(
+    node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage], status: int, code: str
+) -> None:
+    coordinator = Coordinator()
+    async with serving(coordinator, files) as port, running(node, f"127.0.0.1:{port}"):
+        await until(lambda: coordinator.hellos)
+        coordinator.tell(assign=assignment(1))
+        await until(lambda: coordinator.states(1))
+        stages[0].die(status)
+        await until(lambda: coordinator.states(1)[-1] == pb.STAGE_STATE_EXITED)
+        assert coordinator.events()[-1].code == code
 
 
 async def test_the_same_slice_asked_for_while_it_loads_is_loaded_once(
@@ -496,7 +545,7 @@ async def test_a_release_names_a_slice_or_keeps_what_it_names(
     node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage]
 ) -> None:
     coordinator = Coordinator()
-    node._options = replace(node._options, facts=Facts("cpu", "x", 8, 4, 9))
+    node._stages._options = replace(node._stages._options, facts=Facts("cpu", "x", 8, 4, 9))
     async with serving(coordinator, files) as port, running(node, f"127.0.0.1:{port}"):
         await until(lambda: coordinator.hellos)
         coordinator.tell(assign=assignment(1, 0, 2, need=1))
@@ -609,9 +658,9 @@ async def test_a_node_whose_coordinator_has_moved_looks_for_it_anew(
 
 
 async def test_a_hop_on_the_coordinators_machine_is_reached_where_the_coordinator_is(node: NodeDaemon) -> None:
-    node._coordinator = "10.0.0.1:8477"
-    assert node._seen_from_here("127.0.0.1:5000") == "10.0.0.1:5000"
-    assert node._seen_from_here("10.0.0.9:5000") == "10.0.0.9:5000"
-    assert node._seen_from_here("") == ""
-    node._coordinator = "[fd00::1]:8477"
-    assert node._seen_from_here("[::1]:5000") == "[fd00::1]:5000"
+    node._stages._coordinator = "10.0.0.1:8477"
+    assert node._stages._seen_from_here("127.0.0.1:5000") == "10.0.0.1:5000"
+    assert node._stages._seen_from_here("10.0.0.9:5000") == "10.0.0.9:5000"
+    assert node._stages._seen_from_here("") == ""
+    node._stages._coordinator = "[fd00::1]:8477"
+    assert node._stages._seen_from_here("[::1]:5000") == "[fd00::1]:5000"

@@ -20,11 +20,14 @@ from dwarfstar_engine.wire.frames import (
     MAX_ROUNDS,
     MAX_ROWS,
     MAX_SLOTS,
+    MAX_TIMINGS,
+    UNASKED,
     CopySlot,
     FaultFrame,
     Halt,
     Op,
     Payload,
+    Resend,
     ResultFrame,
     SampledRow,
     SamplerSpec,
@@ -73,6 +76,12 @@ ops = st.lists(
         st.builds(CopySlot, slots, slots, positions),
         st.builds(SetSampler, slots, st.binary(max_size=40)),
         st.builds(Halt, slots),
+        st.builds(
+            lambda slot, rows, stages: Resend(slot, min(rows), max(rows), min(stages), max(stages) + 2),
+            slots,
+            st.tuples(positions, positions),
+            st.tuples(st.integers(0, MAX_TIMINGS - 2), st.integers(0, MAX_TIMINGS - 2)),
+        ),
     ),
     max_size=4,
 ).map(tuple)
@@ -84,6 +93,7 @@ def steps(draw: st.DrawFn) -> StepFrame:
     seed = np.random.default_rng(draw(st.integers(0, 2**32)))
     payload = draw(st.sampled_from(Payload))
     data = b""
+    replays = draw(st.booleans())
     if payload is not Payload.NONE and n > 0:
         data = seed.bytes(native.encoded_size(native.WireType(payload), n, COLS))
     return StepFrame(
@@ -98,7 +108,8 @@ def steps(draw: st.DrawFn) -> StepFrame:
         cols=COLS,
         timings=draw(timings),
         prompt=draw(st.booleans()),
-        rounds=draw(rounds),
+        rounds=0 if replays else draw(rounds),
+        stages=draw(st.integers(1, MAX_TIMINGS)) if replays else 0,
     )
 
 
@@ -160,7 +171,7 @@ def content(frame: StepFrame) -> bytes:
 
 def assert_same_step(got: frames.Frame, want: StepFrame) -> None:
     assert isinstance(got, StepFrame)
-    for name in ("epoch", "number", "ops", "payload", "cols", "timings", "prompt", "rounds"):
+    for name in ("epoch", "number", "ops", "payload", "cols", "timings", "prompt", "rounds", "stages"):
         assert getattr(got, name) == getattr(want, name), name
     for name in ("slots", "positions", "tokens", "wants"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
@@ -263,7 +274,8 @@ def test_rows_out_of_range_are_refused(rows: int, offset: int, layout: str, valu
         (5, "<B", 9, "unknown kind"),
         (6, "<B", 4, "payload type 4"),
         (6, "<B", Payload.F32, "cannot be sent"),
-        (12, "<H", 2, "flags 2"),
+        (12, "<H", 4, "flags 4"),
+        (12, "<H", 2, "flags 2, 0 rounds"),
         (14, "<H", 257, "out of bounds"),
         (34, "<H", MAX_ROUNDS + 1, f"{MAX_ROUNDS + 1} rounds"),
         (24, "<I", MAX_ROWS + 1, "out of bounds"),
@@ -403,6 +415,7 @@ def test_the_short_way_to_a_token_frame_gives_the_same_bytes(frame: StepFrame) -
         plain.wants.tolist(),
         plain.prompt,
         plain.rounds,
+        plain.stages,
     )
     assert short == frames.encode(plain)
 
@@ -417,3 +430,49 @@ def test_what_is_no_frame_is_of_no_prompt() -> None:
     data = frames.encode(replace(step(), prompt=True))
     assert frames.is_prompt(data)
     assert not any(frames.is_prompt(data[:size]) for size in range(13))
+
+
+@given(steps())
+@settings(max_examples=60, deadline=None)
+def test_an_outline_is_what_the_frame_says(frame: StepFrame) -> None:
+    data = frames.encode(frame)
+    prompt, at_slots, at_positions, done, payload, cols, at = frames.outline(data)
+    assert (prompt, list(at_slots), list(at_positions)) == (
+        frame.prompt,
+        frame.slots.tolist(),
+        frame.positions.tolist(),
+    )
+    assert (done, payload, cols) == (frame.ops, frame.payload, frame.cols) and data[at:-4] == content(frame)
+    assert frames.is_step(data) and frames.is_replay(data) == bool(frame.stages)
+    assert frames.is_unasked(data) == (frame.number == UNASKED)
+
+
+@given(steps())
+@settings(max_examples=30, deadline=None)
+def test_what_is_left_without_rows_is_answered(frame: StepFrame) -> None:
+    left = frames.decode(frames.without_rows(frames.encode(frame)))
+    assert isinstance(left, StepFrame) and len(left.slots) == 0 and not frames.is_replay(frames.encode(left))
+    assert (left.epoch, left.number, left.ops, left.timings, left.prompt) == (
+        frame.epoch,
+        frame.number,
+        frame.ops,
+        frame.timings,
+        frame.prompt,
+    )
+
+
+def test_only_step_frames_are_replays() -> None:
+    for frame in (ResultFrame(1, 2, []), FaultFrame(1, 2, "x", "y")):
+        data = frames.encode(frame)
+        assert not frames.is_step(data) and not frames.is_replay(data)
+        assert frames.is_fault(data) == isinstance(frame, FaultFrame)
+    assert not frames.is_step(b"") and not frames.is_replay(b"DSf") and not frames.is_fault(b"")
+
+
+@pytest.mark.parametrize("begin, end, stage, until", [(5, 4, 0, 2), (-1, 4, 0, 2), (0, 4, 1, 2), (0, 4, 2, 1)])
+def test_a_request_for_rows_out_of_range_is_refused(begin: int, end: int, stage: int, until: int) -> None:
+    data = bytearray(frames.encode(step(ops=(Resend(0, 1, 2, 3, 5),), rows=0)))
+    at = data.index(struct.pack("<iiHH", 1, 2, 3, 5))
+    struct.pack_into("<iiHH", data, at, begin, end, stage, until)
+    with pytest.raises(FrameError, match="out of range"):
+        frames.decode(sealed(data))

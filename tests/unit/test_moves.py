@@ -223,9 +223,18 @@ async def test_a_node_that_took_over_keeps_both_stages_for_as_long_as_the_lost_o
         played.add(name)
     played.serve(plan_of(("a", 0, 3), ("b", 3, 6), ("b", 6, 8)))
     played.best[frozenset()] = TWO
-    played.gone_at = 50.0
+    played.gone_at, played.idle = 50.0, REPLAN_IDLE_S
     assert played.moves._better(55.0) is None
     assert played.moves._better(61.0) == TWO
+
+
+async def test_streams_that_paused_for_a_lost_node_do_not_soon_pause_again_for_its_return() -> None:
+    played = grown()
+    played.gone_at = 100.0
+    assert played.moves._better(100.0 + REPLAN_EVERY_S - 1) is None
+    assert played.moves._better(100.0 + REPLAN_EVERY_S) is not None
+    played.idle = REPLAN_IDLE_S
+    assert played.moves._better(103.0) is not None
 
 
 @pytest.mark.parametrize(("mode", "idle", "starts"), [("off", 60.0, 0), ("idle", 0.0, 0), ("idle", 60.0, 1)])

@@ -20,7 +20,7 @@ from dwarfstar_engine.node.source import open_source
 from dwarfstar_engine.node.vocab import ToyVocab
 from dwarfstar_engine.serving import Request, Sampling, Token
 from dwarfstar_engine.settings import Settings
-from dwarfstar_engine.wire import trust
+from dwarfstar_engine.wire import frames, trust
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.trust import OWNER, NodeFiles
 
@@ -66,6 +66,7 @@ class Player:
         self.told: list[str] = []
         self.returns = self.answers = True
         self.layers = pb.Slice()
+        self.keeps: list[tuple[int, int]] = []  # of each link: its epoch, and the one whose sequences are kept
         self.reaches: Callable[[], bool] = lambda: True  # the next stage
         self._coordinator = coordinator
 
@@ -77,9 +78,12 @@ class Player:
             if what == "assign":
                 self.layers = pb.Slice(begin=message.assign.layer_begin, end=message.assign.layer_end)
                 self.say(pb.STAGE_STATE_READY if self.answers else pb.STAGE_STATE_LOADING)
-            elif what == "link" and message.link.next_hop and not self.reaches():
+            if what == "link":
+                self.keeps.append((message.link.epoch, message.link.keep))
+            if what == "link" and message.link.next_hop and not self.reaches():
                 self.say(pb.STAGE_STATE_BROKEN, "hop_failed")
             elif what == "link":
+                self.layers = message.link.layers  # it may have several
                 self.say(pb.STAGE_STATE_LINKED)
                 if self.returns and not message.link.next_hop:
                     self._coordinator._on_open(message.link.epoch)
@@ -183,10 +187,10 @@ async def test_a_node_that_another_does_not_reach_is_left_out(monkeypatch: pytes
         status = coordinator.status()
         assert [stage.node for stage in status.stages] == ["a"] and not sink.errors
         assert any("node b is left out" in warning for warning in status.warnings)
-        assert coordinator._hops.avoided(time.monotonic()) == {b.member.id}
+        assert coordinator.planner.hops.avoided(time.monotonic()) == {b.member.id}
         coordinator.nodes.broken(b.member)
         coordinator.nodes.attach(b.member)  # it comes anew, repaired
-        assert not coordinator._hops.avoided(time.monotonic())
+        assert not coordinator.planner.hops.avoided(time.monotonic())
 
 
 async def test_streams_that_wait_are_not_kept_by_long_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -236,3 +240,21 @@ async def test_the_old_connection_of_a_node_that_came_back_is_ended(tmp_path: Pa
     coordinator.nodes.attach(new)
     said = [old.outbox.get_nowait() for _ in range(old.outbox.qsize())]
     assert said[-1] is END and coordinator.members == {new.id: new}
+
+
+async def test_stages_keep_the_sequences_of_the_epoch_that_served(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also over one that did not come up; but not where a stage could not run a frame: then something is wrong."""
+    async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
+        await until(lambda: serves(coordinator))
+        b.returns = False
+        a.say(pb.STAGE_STATE_BROKEN)
+        await until(lambda: coordinator.epoch == 2 and b.told[-1] == "link")
+        b.returns = True
+        a.say(pb.STAGE_STATE_BROKEN)
+        await until(lambda: coordinator.epoch == 3 and serves(coordinator))
+        fault = frames.encode(frames.FaultFrame(3, 0, "stage_failed", "it cannot"))
+        await coordinator._on_frame(fault)
+        await until(lambda: coordinator.epoch == 4 and serves(coordinator))
+        assert a.keeps == b.keeps == [(1, 0), (2, 1), (3, 1), (4, 0)]

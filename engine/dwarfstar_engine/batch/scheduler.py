@@ -34,6 +34,7 @@ from typing import Literal
 
 from dwarfstar_engine.batch.chunks import LARGEST, UNMEASURED, ChunkCosts, next_chunk, reusable, wide_rows
 from dwarfstar_engine.batch.lookup import Lookup
+from dwarfstar_engine.batch.restore import REPLAY_ROWS, Kept, Restore
 from dwarfstar_engine.batch.slots import Place, Slot, Slots
 from dwarfstar_engine.batch.speculate import MAX_DEPTH, NONE, Acceptance, Depth, Speculation
 from dwarfstar_engine.errors import Overloaded
@@ -42,7 +43,6 @@ from dwarfstar_engine.serving import Request, Token
 MAX_QUEUED = 256  # requests waiting for a slot; beyond it a client is better told to come back
 STEP_ROWS = 64  # rows of a frame of steps: a stage takes no more
 TURN = 2048  # tokens of a prompt that are read before another prompt that waits gets its turn
-REPLAY_ROWS = 8  # of an answer, in a frame: stages work at the same time, and others wait no longer for each
 DRAFTED = 8  # guesses that a draft model is asked to have ready
 SOON = 4  # rounds: lanes that end so soon are not waited for, they begin anew with this one
 GUESSING = 3  # rounds a sequence may go by itself while there is nothing to guess: then it is looked at again
@@ -84,7 +84,8 @@ class Step:
 
     copy: (source slot, target slot, rows). slots, positions, tokens, wants: one entry a row. sequences: for each row
     that asks for a sample, whose it is. rounds: that it may go by itself. halts: slots that are to draw nothing more,
-    in a frame without rows.
+    in a frame without rows. stages: that run it, if it is a replay. resends: (slot, begin, end, stage, until) of rows
+    that stages are to send again.
     """
 
     number: int
@@ -98,6 +99,8 @@ class Step:
     sequences: tuple[int, ...]
     rounds: int = 0
     halts: tuple[int, ...] = ()
+    stages: int = 0
+    resends: tuple[tuple[int, int, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,9 @@ class Output:
 @dataclass(slots=True)
 class _Sequence:
     """tokens: prompt and answer. guesses: of what follows, the first ``guessed`` of which were sent. sent: rows sent of
-    both. going: the frame in which its row goes round by itself; -1: none."""
+    both. going: the frame in which its row goes round by itself; -1: none. through: rows of the prompt that were
+    through all stages in this pipeline; from the first ones on its slot holds nothing of others anywhere. restore: what
+    is missing of it is being computed again."""
 
     id: int
     request: Request
@@ -126,6 +131,8 @@ class _Sequence:
     guesses: list[int] = field(default_factory=list)
     guessed: int = 0
     going: int = -1
+    through: int = 0
+    restore: Restore | None = None
     lookup: Lookup | None = None
     acceptance: Acceptance | None = None
 
@@ -141,11 +148,13 @@ class _Sequence:
 @dataclass(slots=True)
 class _Flight:
     """A frame in the ring. owners: by slot, of the rows that ask for a sample. rounds: that it will come back from by
-    itself."""
+    itself. restores: it is a part of bringing this one back. reads: whose prompt it is, and up to which row."""
 
     kind: Literal["prompt", "steps", "halts"]
     owners: dict[int, _Sequence]
     rounds: int
+    restores: _Sequence | None = None
+    reads: tuple[_Sequence, int] | None = None
 
 
 class Scheduler:
@@ -173,6 +182,7 @@ class Scheduler:
         self._leaving: dict[int, _Sequence] = {}  # cancelled, and a row of theirs still goes round
         self._halts: list[int] = []  # slots of these that the last stage is to be told of
         self._replays: deque[_Sequence] = deque()  # their prompts are read; their answers are to be, by steps
+        self._restores: dict[int, _Sequence] = {}  # what is missing of them is computed again
         self._steps = self._prompts = 0  # frames in flight
         self._number = 0
 
@@ -190,11 +200,20 @@ class Scheduler:
 
     # --- requests ---
 
-    def submit(self, sequence: int, request: Request, answer: Seq[int] = (), *, accepted: bool = False) -> None:
+    def submit(
+        self,
+        sequence: int,
+        request: Request,
+        answer: Seq[int] = (),
+        *,
+        accepted: bool = False,
+        kept: Kept | None = None,
+    ) -> None:
         """Queue a request under a fresh id. Its prompt must be shorter than the context. Raises Overloaded.
 
         answer: tokens it was given in another pipeline; their rows are computed again, and it goes on behind them.
-        accepted: by another pipeline; such a request is not refused, also if it was given no token yet.
+        accepted: by another pipeline; such a request is not refused, also if it was given no token yet. kept: stages
+        have its rows still, but for what is missing; such requests come before all others.
         """
         assert 0 < len(request.prompt) < self.limits.context and sequence not in self._waiting
         if not accepted and len(self._waiting) >= self.limits.queued and not self._may_start():
@@ -205,8 +224,30 @@ class Scheduler:
             )
         room = self.limits.context - len(request.prompt)
         limit = room if request.max_tokens is None else min(room, request.max_tokens)
-        self._waiting[sequence] = _Sequence(sequence, request, limit, [*request.prompt, *answer])
+        accepted_one = _Sequence(sequence, request, limit, [*request.prompt, *answer])
+        if kept is not None:
+            self._go_on_with(accepted_one, kept)
+            return
+        self._waiting[sequence] = accepted_one
         heapq.heappush(self._queue, (-request.priority, next(self._arrivals), sequence))
+
+    def _go_on_with(self, sequence: _Sequence, kept: Kept) -> None:
+        sequence.slot = self._slots.claim(kept.slot, sequence.id, kept.floor)
+        prompt = sequence.through = min(kept.positions, sequence.prompt)
+        sequence.sent, sequence.kept = kept.positions, 0
+        sequence.chunk = self.limits.chunk or self.limits.costs.choose(sequence.prompt)
+        sequence.restore = Restore(kept.runs, prompt, kept.positions, sequence.chunk)
+        self._running[sequence.id] = self._restores[sequence.id] = sequence
+
+    @property
+    def running(self) -> frozenset[int]:
+        """Sequences that have a slot."""
+        return frozenset(self._running)
+
+    def settled(self) -> dict[int, tuple[int, int]]:
+        """Sequences whose slot holds nothing of others at any stage: their slot, and the rows of the prompt that were
+        through all stages."""
+        return {one.id: (_slot_number(one), one.through) for one in self._running.values() if one.through}
 
     def cancel(self, sequence: int) -> None:
         """Forget a sequence; its slot is free at once, or when its row is back that goes round by itself.
@@ -225,6 +266,11 @@ class Scheduler:
                 queue.remove(sequence)
         slot = sequence.slot
         assert slot is not None
+        if self._restores.pop(sequence.id, None) is not None:
+            assert sequence.restore is not None
+            if not sequence.restore.in_flight:  # else when it is back: its rows may come by at any moment
+                self._slots.give_back(slot)
+            return
         if sequence.place is not None:
             slot.tokens, slot.wide = [], 0  # no rows were sent, nor was the copy
         else:
@@ -248,6 +294,8 @@ class Scheduler:
         if self._halts:
             halts, self._halts = tuple(self._halts), []
             return self._step(halts=halts)
+        if self._restores and (part := self._next_part()) is not None:
+            return part
         if self._ready and (step := self._next_step()) is not None:
             return step
         if self._replays and self._steps < lanes + len(self._running):
@@ -289,6 +337,30 @@ class Scheduler:
             sequences=sequences,
             rounds=rounds,
         )
+
+    def _next_part(self) -> Step | None:
+        """A frame that brings a sequence back."""
+        lanes = self.limits.lanes
+        for sequence in self._restores.values():
+            restore = sequence.restore
+            assert restore is not None
+            part = restore.next
+            if part is None or (self._prompts >= lanes if part.prompt else self._steps >= lanes + len(self._running)):
+                continue
+            restore.sent()
+            slot = _slot_number(sequence)
+            return self._step(
+                prompt=part.prompt,
+                samplers=((slot, sequence.id),) if part.first else (),
+                slots=(slot,) * part.rows,
+                positions=tuple(range(part.start, part.start + part.rows)),
+                tokens=tuple(sequence.tokens[part.start : part.start + part.rows]),
+                wants=(0,) * part.rows,
+                stages=part.stages,
+                resends=tuple((slot, *resend) for resend in part.resends),
+                restores=sequence,
+            )
+        return None
 
     def _next_replay(self) -> Step:
         """Rows of an answer that another pipeline gave, as steps: so they get the bits they had there."""
@@ -437,6 +509,7 @@ class Scheduler:
             wants=(0,) * (rows - 1) + (DRAWN if ends and draws else 0,),
             owners=[sequence] if ends else [],
             sequences=(sequence.id,) if ends and draws else (),
+            reads=(sequence, sequence.sent),
         )
 
     def _reread(self) -> Step | None:
@@ -467,14 +540,20 @@ class Scheduler:
         samplers: tuple[tuple[int, int], ...] = (),
         rounds: int = 0,
         halts: tuple[int, ...] = (),
+        stages: int = 0,
+        resends: tuple[tuple[int, int, int, int, int], ...] = (),
+        restores: _Sequence | None = None,
+        reads: tuple[_Sequence, int] | None = None,
     ) -> Step:
         number = self._number
         self._number += 1
         kind: Literal["prompt", "steps", "halts"] = "prompt" if prompt else "halts" if halts else "steps"
         self._prompts += kind == "prompt"
         self._steps += kind == "steps"
-        self._flights[number] = _Flight(kind, {_slot_number(s): s for s in owners}, rounds)
-        return Step(number, prompt, copy, samplers, slots, positions, tokens, wants, sequences, rounds, halts)
+        self._flights[number] = _Flight(kind, {_slot_number(s): s for s in owners}, rounds, restores, reads)
+        return Step(
+            number, prompt, copy, samplers, slots, positions, tokens, wants, sequences, rounds, halts, stages, resends
+        )
 
     # --- results ---
 
@@ -493,6 +572,10 @@ class Scheduler:
             del self._flights[number]
             self._prompts -= flight.kind == "prompt"
             self._steps -= flight.kind == "steps"
+        if flight.restores is not None:
+            self._restored(flight.restores)
+        if flight.reads is not None:
+            flight.reads[0].through = flight.reads[1]
         for slot, sequence in owners.items():
             if sequence.going == number and slot not in flight.owners:
                 self._came_back(sequence)
@@ -504,6 +587,23 @@ class Scheduler:
             if drawn is not None and drawn.id in self._running:
                 outputs.append(self._draw(drawn, token))
         return outputs
+
+    def _restored(self, sequence: _Sequence) -> None:
+        """A part of bringing it back is done."""
+        restore, slot = sequence.restore, sequence.slot
+        assert restore is not None and slot is not None
+        restore.answered()
+        if sequence.id not in self._running:  # cancelled meanwhile
+            if not restore.in_flight:
+                self._slots.give_back(slot)
+        elif restore.over:
+            del self._restores[sequence.id]
+            slot.tokens = sequence.tokens[: sequence.sent]
+            slot.wide = min(wide_rows(sequence.prompt, self._chunk), sequence.sent)
+            if sequence.generated:
+                self._ready[sequence.id] = sequence
+            else:
+                self._reading.append(sequence)
 
     def _came_back(self, sequence: _Sequence) -> None:
         """A row does not go by itself any more."""

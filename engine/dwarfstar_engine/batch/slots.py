@@ -91,6 +91,14 @@ class Slots:
         self._touch(slot)
         return slot
 
+    def claim(self, number: int, owner: int, floor: int) -> Slot:
+        """Give a slot to ``owner`` as it was left by another pipeline. Nobody may copy from it before that is whole."""
+        slot = self.slots[number]
+        assert slot.owner < 0
+        slot.owner, slot.floor = owner, floor
+        self._touch(slot)
+        return slot
+
     def unread(self, chunk: int) -> tuple[int, int, list[int]] | None:
         """A chunk of a free slot's tokens that no prompt could keep as they are: slot, position and the tokens.
 

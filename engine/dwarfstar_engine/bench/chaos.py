@@ -326,14 +326,14 @@ def settled(machines: Sequence[Machine], tally: Tally) -> None:
             stages, busy = len(status["stages"]), status["throughput"]["active"] + status["throughput"]["queued"]
             seen = f"{status['state']} over {stages} stages, {busy} requests, {status['reason']}"
             joined = sum(node["state"] == "joined" for node in status["nodes"])
-            tidy = all(len(machine.family()) == 2 for machine in machines[1:])  # what a switch left is given back soon
+            tidy = all(machine.tidy() for machine in machines[1:])  # what a switch left is given back soon
             if status["state"] == "serving" and stages == joined >= len(machines) - 1 and not busy and tidy:
                 break
         time.sleep(0.5)
     else:
         tally.problem(f"it did not settle: {seen}")
     for machine in machines[1:]:
-        if len(machine.family()) != 2:
+        if not machine.tidy():
             tally.problem(f"{machine.name} has the processes {machine.family()}: not a daemon and a stage")
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.stage.pipe import STAGE_NAME
 
 PROGRAM = (sys.executable, "-m", "dwarfstar_engine.cli.main")
 MARK = "DS_MACHINE_OF_A_RUN"  # not of DWARFSTAR_: it is no setting
@@ -169,13 +170,17 @@ class Machine:
             return False
 
     def stages(self) -> list[int]:
-        """Its stages' processes. On the engine's machine: of its own node."""
+        """Its stages' processes, but for the one that waits to become one. On the engine's machine: of its own node."""
         found = []
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                if STAGE in process.cmdline():
+                if STAGE in process.cmdline() and process.name() == STAGE_NAME:
                     found.append(process.pid)
         return found
+
+    def tidy(self) -> bool:
+        """Whether a node's processes are a daemon, a stage, and at most one that waits to become one."""
+        return len(self.stages()) == 1 and len(self.family()) <= 3
 
     def wait(self) -> None:
         """Until the command has ended; killed after END_S."""

@@ -30,7 +30,7 @@ from dwarfstar_engine.cli.standby import standing_by
 from dwarfstar_engine.errors import DwarfStarError, PeerError, SettingsError, TrustError
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.bandwidth import known_gb_s
-from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.daemon import NodeDaemon
 from dwarfstar_engine.node.discovery import Finder, Fixed, find_joining
 from dwarfstar_engine.node.facts import (
     default_threads,
@@ -45,6 +45,7 @@ from dwarfstar_engine.node.gossip import MAX_TEXT, Peer
 from dwarfstar_engine.node.kept import Kept
 from dwarfstar_engine.node.lead import Lead
 from dwarfstar_engine.node.led import Led
+from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.wire.enrol import join as join_cluster

@@ -35,7 +35,7 @@ from dwarfstar_engine.node.bandwidth import known_gb_s
 from dwarfstar_engine.node.chair import Chair
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.daemon import NodeDaemon, NodeOptions
+from dwarfstar_engine.node.daemon import NodeDaemon
 from dwarfstar_engine.node.discovery import Seek, cluster_id
 from dwarfstar_engine.node.drafter import Drafter, DraftOptions
 from dwarfstar_engine.node.facts import (
@@ -59,6 +59,7 @@ from dwarfstar_engine.node.mdns import Advertiser, instance
 from dwarfstar_engine.node.needs import kv_cells, reserve_bytes
 from dwarfstar_engine.node.roster import RosterStore
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
+from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.tunnel import Tunnel
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
@@ -133,7 +134,9 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         vocab = await _open_vocab(source)
         coordinator = Coordinator(settings, source, vocab, trust, OWNER)
         stack.push_async_callback(lambda: coordinator.vocab.close())
-        coordinator.fallbacks = tuple(open_source(name, settings.models_dir, settings.kv) for name in settings.fallback)
+        coordinator.planner.fallbacks = tuple(
+            open_source(name, settings.models_dir, settings.kv) for name in settings.fallback
+        )
         coordinator.open_vocab = _open_vocab
         coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
         if coordinator.drafter is not None:

@@ -16,6 +16,7 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 
 NO_ROOM = "no_room"
 RELEASED = "released"  # code of a stage's end that we have asked for, or that made place for one we asked for
+CRASHED = "stage_crashed"  # code of a stage's end by its own doing: what it ran may be to blame
 LOADED = (pb.STAGE_STATE_READY, pb.STAGE_STATE_LINKED, pb.STAGE_STATE_BROKEN)
 MAX_HELD = 16  # slices of a node that are kept in mind; it holds room.MAX_STAGES, and tells of some that ended
 OVER = (pb.STAGE_STATE_FAILED, pb.STAGE_STATE_EXITED)

@@ -19,12 +19,16 @@ STDERR_LINES = 20  # the last words of a child, for the message that reports its
 
 
 class Child:
-    """One running child. ``on_event`` gets each event; ``on_exit`` is called once, with the exit status."""
+    """One running child. ``on_event`` gets each event; ``on_exit`` is called once, with the exit status. Both may be
+    set later, as long as the child says nothing: before it was told anything."""
 
     def __init__(
-        self, module: str, on_event: Callable[[dict[str, Any]], None], on_exit: Callable[[int], None] | None = None
+        self,
+        module: str,
+        on_event: Callable[[dict[str, Any]], None] = lambda _: None,
+        on_exit: Callable[[int], None] | None = None,
     ) -> None:
-        self._module, self._on_event, self._on_exit = module, on_event, on_exit
+        self._module, self.on_event, self.on_exit = module, on_event, on_exit
         self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.last_words: list[str] = []
@@ -61,7 +65,7 @@ class Child:
     async def _read(self) -> None:
         assert self._process is not None and self._process.stdout is not None
         while line := await self._process.stdout.readline():
-            self._on_event(json.loads(line))
+            self.on_event(json.loads(line))
 
     async def _listen(self) -> None:
         assert self._process is not None and self._process.stderr is not None
@@ -73,8 +77,8 @@ class Child:
     async def _watch(self) -> None:
         assert self._process is not None
         status = await self._process.wait()
-        if self._on_exit is not None:
-            self._on_exit(status)
+        if self.on_exit is not None:
+            self.on_exit(status)
 
     def kill(self) -> None:
         """End the child by force; ``on_exit`` tells when it is gone."""
@@ -87,7 +91,7 @@ class Child:
         process = self._process
         if process is None:
             return
-        self._on_exit = None
+        self.on_exit = None
         if process.stdin is not None:
             process.stdin.close()
         if process.returncode is None:

@@ -24,14 +24,14 @@ from typing import Any
 
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
-from dwarfstar_engine.errors import DwarfStarError, IllegalCutError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
 from dwarfstar_engine.node.balancer import Balancer
-from dwarfstar_engine.node.beside import loaded
+from dwarfstar_engine.node.beside import CRASHED, loaded
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
 from dwarfstar_engine.node.gossip import Gossip
-from dwarfstar_engine.node.hops import AVOID_S, Hops
+from dwarfstar_engine.node.hops import AVOID_S
 from dwarfstar_engine.node.journal import Journal
 from dwarfstar_engine.node.kept_plan import KeptPlan
 from dwarfstar_engine.node.members import GIB, Member
@@ -39,7 +39,8 @@ from dwarfstar_engine.node.moves import REPLAN_IDLE_S, Moves
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.news import News
 from dwarfstar_engine.node.nodes import Nodes
-from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
+from dwarfstar_engine.node.planner import WAITING, Planner, served_context
+from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.node.steering import Steering
 from dwarfstar_engine.node.streams import MAX_RESCUES, Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
@@ -49,9 +50,8 @@ from dwarfstar_engine.plan.proportional import (
     Plan,
     StagePlan,
     stage_plan,
-    with_cuts,
 )
-from dwarfstar_engine.plan.standby import Layers, without_loading
+from dwarfstar_engine.plan.standby import Layers
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, ThroughputView
@@ -74,7 +74,6 @@ STEADY_S = 5.0  # an epoch that broke sooner counts as a failure: what it runs m
 SETTLE_S = 0.1  # a lost hop is heard of before the death of the stage behind it, which decides what is to be done
 SILENT = "stage_silent"  # code of a stage that did not do in time what it was told
 HOP_FAILED = "hop_failed"  # code of a stage that is not reached (``wire.ring``)
-WAITING = "waiting_for_nodes"  # code of a plan that is not made yet
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
 WARNING_S = 600.0
 MAX_WAITED = 3  # such failures pause no longer than this many while streams wait, which is bounded by rescue_s
@@ -84,7 +83,7 @@ MAX_BRIEF = 2  # such failures pause no longer than this many: the model did loa
 
 class Coordinator:
     """See the module. ``api_url`` and ``address`` are for the status only, set once they are known. Before it runs:
-    ``drafter``, if there is a draft model; ``fallbacks``, smaller models for when ``source`` does not fit any more,
+    ``drafter``, if there is a draft model; ``planner.fallbacks``, smaller models for when ``source`` does not fit,
     with ``open_vocab``."""
 
     def __init__(self, settings: Settings, source: Source, vocab: Vocab, trust: NodeFiles, name: str) -> None:
@@ -93,28 +92,27 @@ class Coordinator:
         self.address = self.api_url = ""
         self.term, self.epoch = 1, 0
         self._main = source
-        self.fallbacks: tuple[Source, ...] = ()
         self.open_vocab: Callable[[Source], Awaitable[Vocab]] | None = None
         self.journal = Journal()
         self.nodes = Nodes(settings, self, self.journal)
         self.members = self.nodes.members
+        self.planner = Planner(settings, self.members, source)
         self._news = News(self.journal)
         self.gossip = Gossip()
-        self._hops = Hops()
         self._build: BuildInfo = local_build()
         self.receiver = RingReceiver(self._build, "the coordinator", self._on_frame, self._on_open, self._on_hop_lost)
         self._ring = Epoch(self.term, self.epoch, name)
         self._dispatcher: Dispatcher | None = None
         self._sender: RingSender | None = None
-        self.planned: Plan | None = None
         self._next: Plan | None = None  # to be brought up when the present epoch is over
-        self._sound = False  # the last epoch that was brought up served
         self._broke_at = 0.0  # monotonic time at which the last epoch ended
-        self._kept: KeptPlan | None = None
         self._idle_since = 0.0  # monotonic time of the last sign of a request
         self._waiting = WaitingRoom(settings.rescue_s)
+        self._keep = 0  # the epoch whose sequences stages are to keep; 0: none
+        self._ran: frozenset[tuple[str, int]] = frozenset()  # node and process of the stages that served last
+        self._crashed = False  # one of them ended by its own doing
         self.moves = Moves(self)
-        self.steering = Steering(self)
+        self.steering = self.planner.owner = Steering(self)
         self._balancer = Balancer(self.steering, self.journal, self.warn)
         self._reviving = False  # a pipeline that served is being brought up again
         self._reason = "starting"
@@ -124,7 +122,6 @@ class Coordinator:
         self._returned = asyncio.Event()  # the last stage's hop to us is open
         self._came = asyncio.Event()  # a node came: a pause between attempts ends
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
-        self.gone_at = 0.0  # monotonic time the last node was lost
         self._stopping = False
         self._floor = 0  # epochs begin above it: nodes have seen it
         self._warnings: dict[str, tuple[float, str]] = {}
@@ -176,16 +173,17 @@ class Coordinator:
         if not self._stopping and self.epoch:
             self._break(f"term {term} begins")
         else:
-            self._stopping, self._served_at, self.gone_at = False, 0.0, 0.0
-            self.nodes.stopping = self._sound = False
+            self._stopping, self._served_at = False, 0.0
+            self.nodes.stopping = False
+            self.planner.begin(kept)
             self._reason = self._code = "starting"
-            self._kept = kept
         self.term = term
 
     def retire(self, cause: str) -> None:
         """Lead no more: every request ends now, and nodes are sent away. ``run`` is to be cancelled."""
         self._stopping = True
         self._break(cause)
+        self._keep = 0
         self._give_up(StageError(f"{cause}: send the request again", retry_after_s=RETRY_AFTER_S))
         self.nodes.stopping = True
         for member in list(self.members.values()):
@@ -206,13 +204,13 @@ class Coordinator:
 
     def gone(self, member: Member) -> None:
         """See ``nodes.Host``."""
-        self._hops.forget(member.id)
+        self.planner.hops.forget(member.id)
         self.gossip.forget(member)
         self._news.forget(member)
         self.gossip.changed()
         self.moves.beside.stir()
         if not member.drained:
-            self.gone_at = time.monotonic()
+            self.planner.gone_at = time.monotonic()
         if self._ring.has(member):
             self._break(f"node {member.name} was lost")
         self._changed.set()
@@ -249,6 +247,7 @@ class Coordinator:
     def _on_stage(self, member: Member, event: pb.StageEvent) -> None:
         self.moves.beside.heard(member, event)
         self._news.stage(member, event, self._ring)
+        self._crashed |= event.code == CRASHED and (member.id, event.pid) in self._ran
         layers = (event.layers.begin, event.layers.end)
         stage = self._ring.stage(member, layers)
         if event.HasField("profile") and (stage is None or event.profile != stage.expected_profile()):
@@ -270,7 +269,7 @@ class Coordinator:
         """A stage, or this process if None, did not reach the next one."""
         stages = self._ring.stages
         following = stages[stages.index(stage) + 1 :] if stage is not None else stages
-        if following and self._hops.failed(following[0].member.id, time.monotonic()):
+        if following and self.planner.hops.failed(following[0].member.id, time.monotonic()):
             target, source = following[0].member, stage.member.name if stage is not None else "the engine"
             told = (
                 f"node {target.name} is left out for {AVOID_S:.0f} s if the model fits the others: "
@@ -294,10 +293,13 @@ class Coordinator:
         if epoch == self.epoch:
             self._break(f"the connection from {sender} was lost", sure=False)
 
-    def _break(self, reason: str, code: str = "", *, sure: bool = True, planned: bool = False) -> None:
+    def _break(
+        self, reason: str, code: str = "", *, sure: bool = True, planned: bool = False, spoiled: bool = False
+    ) -> None:
         """The epoch is over: requests in flight get their error now, or wait; ``run`` does the rest.
 
-        sure: this is why; else it may follow from what is not known yet. planned: by us.
+        sure: this is why; else it may follow from what is not known yet. planned: by us. spoiled: what stages hold is
+        not to be relied on.
         """
         if self._broken.is_set():
             return
@@ -317,13 +319,14 @@ class Coordinator:
             dispatcher.fail(told, RETRY_AFTER_S)
             return
         self._reviving = True
+        self._keep = 0 if spoiled else self.epoch
+        self._crashed |= spoiled
         streams = dispatcher.suspend(told, RETRY_AFTER_S)
         if planned:
             for stream in streams:
                 self._waiting.put(stream, self._broke_at)
         else:
-            lost = self._waiting.rescue(streams, self._broke_at, StageError(told, retry_after_s=RETRY_AFTER_S))
-            self._news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
+            self._waiting.rescue(streams, self._broke_at)
         self._news.waiting(len(self._waiting))
 
     def _give_up(self, error: DwarfStarError) -> None:
@@ -358,7 +361,7 @@ class Coordinator:
                     continue
                 try:
                     await self._use(source)
-                    self.planned = plan
+                    self.planner.planned = plan
                     self.steering.made(plan)
                     await self._bring_up(plan)
                     await self._broken.wait()
@@ -367,7 +370,7 @@ class Coordinator:
                     failures = min(failures + 1, MAX_BRIEF) if brief else 0
                 except DwarfStarError as error:
                     self._break(error.message, error.code)
-                    self._sound = False
+                    self.planner.sound = False
                     failures += 1
                 finally:
                     await self._take_down()
@@ -401,60 +404,9 @@ class Coordinator:
             await self.moves.beside.wait(left)
 
     def _next_plan(self) -> tuple[Source, Plan]:
-        """What to serve, and a plan: what was prepared; else the same as before, where no slice is to be loaded for it;
-        else a new one. Raises as ``_plan_now``."""
-        plan, self._next = self._next, None
-        if plan is not None and all(stage.node in self.members for stage in plan.stages):
-            return self.source, plan
-        if self._sound and self.planned is not None and self.source is self._main:
-            there = {member.id: loaded(member) for member in self.members.values() if not member.drained}
-            plan = without_loading(self.planned, there)
-            if plan is not None:
-                return self.source, plan
-        return self._plan_now()
-
-    def _plan_now(self) -> tuple[Source, Plan]:
-        """What to serve, and a plan for the nodes that are here.
-
-        Raises PlanError: nodes are awaited (code WAITING), all of them before the first plan, later a lost one for
-        ``rejoin_s`` if no model fits those left; or none fits.
-        """
-        here = sum(not member.drained for member in self.members.values())
-        wanted = self.settings.wait_nodes
-        if here < wanted and not self._served_at:
-            raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
-        if not self._served_at and (left := self.steering.awaited_s(time.monotonic())):
-            raise PlanError("nodes of the owner's plan have not joined yet", code=WAITING, retry_after_s=left)
-        if self._kept is not None and not self._served_at and (plan := self._kept_plan(self._kept)) is not None:
-            return self.source, plan
-        try:
-            return self._main, self._plan_of(self._main)
-        except PlanError as error:
-            for source in self.fallbacks:
-                with contextlib.suppress(PlanError):
-                    return source, self._plan_of(source)
-            left = self.gone_at + self.settings.rejoin_s - time.monotonic()
-            if here >= wanted or left <= 0:
-                raise
-            raise PlanError(
-                f"a node was lost ({here} of {wanted} are here): it is waited for, at most "
-                f"{self.settings.rejoin_s:.0f} s, as the model does not fit the others: {error.message}",
-                code=WAITING,
-                retry_after_s=left,
-            ) from None
-
-    def _kept_plan(self, kept: KeptPlan) -> Plan | None:
-        """The plan whose slices the nodes hold; None: it is no more possible. Raises PlanError: they are awaited."""
-        left, missing = kept.until - time.monotonic(), kept.awaited - self.members.keys()
-        if missing and left > 0:
-            raise PlanError(f"{len(missing)} nodes have not come over yet", code=WAITING, retry_after_s=left)
-        if not all(node in self.members for node in kept.nodes):
-            return None
-        capacities = [self.members[node].capacity for node in kept.nodes]
-        with contextlib.suppress(PlanError, IllegalCutError):
-            room = need(self.settings, self.source, self.context)
-            return with_cuts(self.source.costs, self.source.cuts, room, capacities, kept.cuts)
-        return None
+        """What to serve, and a plan. Raises PlanError, as ``Planner.now``."""
+        prepared, self._next = self._next, None
+        return self.planner.next(prepared, self.source, time.monotonic())
 
     async def _use(self, source: Source) -> None:
         """Serve another model from now on, if it is another: who waits has tokens of the old one. Raises ModelError."""
@@ -471,13 +423,21 @@ class Coordinator:
     @property
     def context(self) -> int:
         """Tokens of one request, at most."""
-        return _context(self.settings, self.source)
+        return served_context(self.settings, self.source)
 
     # --- moves.Pipeline ---
 
     @property
     def ring(self) -> Epoch:
         return self._ring
+
+    @property
+    def planned(self) -> Plan | None:
+        return self.planner.planned
+
+    @property
+    def gone_at(self) -> float:
+        return self.planner.gone_at
 
     @property
     def serving(self) -> bool:
@@ -514,21 +474,7 @@ class Coordinator:
         self._changed.set()
 
     def plan(self, without: Collection[str] = ()) -> Plan:
-        return self._plan_of(self.source, without)
-
-    def _plan_of(self, source: Source, without: Collection[str] = ()) -> Plan:
-        nodes = sorted(self.members.values(), key=lambda m: (m.name, m.id))
-        here = [member for member in nodes if not member.drained and member.id not in without]
-        if (own := self.steering.owned(source, here)) is not None:
-            return own
-        if self.settings.cuts:
-            room = need(self.settings, source, _context(self.settings, source))
-            capacities = [member.capacity for member in here]
-            return with_cuts(source.costs, source.cuts, room, capacities, self.settings.cuts)
-        if avoided := self._hops.avoided(time.monotonic()):
-            with contextlib.suppress(PlanError):  # then those that were not reached are tried again
-                return self.steering.find(source, [member for member in here if member.id not in avoided])
-        return self.steering.find(source, here)
+        return self.planner.of(self.source, time.monotonic(), without)
 
     async def _bring_up(self, plan: Plan) -> None:
         """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
@@ -564,7 +510,7 @@ class Coordinator:
         stages = self._ring.stages
         self.receiver.set_epoch(self.epoch, {stages[-1].member.id})
         for index, stage in enumerate(stages):
-            stage.member.send(pb.CoordinatorMessage(link=self._ring.link(index)))
+            stage.member.send(pb.CoordinatorMessage(link=self._ring.link(index, self._keep)))
         sender = RingSender(
             lambda reason: self._break(f"the connection to the first stage was lost: {reason}", sure=False)
         )
@@ -620,18 +566,26 @@ class Coordinator:
             len(ring.stages),
             sender.send,
             sender.flush,
-            lambda message: self._break(message),
+            lambda message: self._break(message, spoiled=True),
             drafter,
         )
         self._dispatcher.always_draft = settings.speculation == "on"
         self._reason = self._code = ""
-        self._hops.closed()
+        self.planner.hops.closed()
         self._reviving = False
         self._news.epoch_up(ring, self.source, self.context)
-        streams, lost = self._waiting.take(), 0
+        error = StageError("stages broke during this request, again and again", retry_after_s=RETRY_AFTER_S)
+        lost = self._waiting.judge(self._crashed, error)
+        self._news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
+        self._ran = frozenset((one.member.id, one.event.pid) for one in ring.stages if one.event is not None)
+        self._crashed = False
+        streams, lost, whole = self._waiting.take(), 0, 0
         for stream in streams:
+            kept = ring.kept(stream.slot, stream.through) if stream.slot >= 0 and self._keep else None
+            stream.slot = -1
+            whole += kept is None
             try:
-                self._dispatcher.carry(stream)
+                self._dispatcher.carry(stream, kept)
             except DwarfStarError as error:
                 lost += 1
                 stream.sink.fail(error)
@@ -641,14 +595,16 @@ class Coordinator:
             gc.collect()
             gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
         self._served_at = time.monotonic()
-        self._sound = True
+        self.planner.sound = self.planner.served = True
         self.moves.served(self._served_at)
         if streams:  # said when their first frames are on their way
-            asyncio.get_running_loop().call_soon(self._tell_pause, len(streams))
+            asyncio.get_running_loop().call_soon(self._tell_pause, len(streams), whole)
 
-    def _tell_pause(self, streams: int) -> None:
+    def _tell_pause(self, streams: int, whole: int) -> None:
+        """whole: streams of which no stage has anything."""
         pause_ms = 1000 * (time.monotonic() - self._broke_at)
-        log.info("%d streams go on, %.0f ms after epoch %d", streams, pause_ms, self.epoch - 1)
+        told = "%d streams go on, %d of them from their beginning, %.0f ms after epoch %d"
+        log.info(told, streams, whole, pause_ms, self.epoch - 1)
 
     async def _until(self, state: pb.StageState.ValueType, deadline_s: float, what: str) -> None:
         """Wait until every stage has reached ``state``. Raises if the epoch breaks, or nothing moves for STALL_S."""
@@ -687,14 +643,15 @@ class Coordinator:
             self._balancer.tick(self, now)
             deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
-                self._break(f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs")
+                hangs = f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs"
+                self._break(hangs, spoiled=True)
 
     def _return_to_main(self, now: float) -> None:
         """Serve the model that is wanted again when it fits and nobody is served: its streams would end."""
         if self.source is self._main or self.idle_s(now) < REPLAN_IDLE_S or not self.serving:
             return
         with contextlib.suppress(PlanError):
-            self._plan_of(self._main)
+            self.planner.of(self._main, now)
             self._break(f"{self._main.name} fits again", planned=True)
 
     # --- what front ends see ---
@@ -735,10 +692,6 @@ class Coordinator:
     def loading(self) -> str:
         """How far the stages are, for people; empty when nothing is being loaded."""
         return "" if self._dispatcher is not None else self._ring.loading()
-
-
-def _context(settings: Settings, source: Source) -> int:
-    return min(settings.context or DEFAULT_CONTEXT, source.train_context)
 
 
 def _tell_fault(task: asyncio.Task[None]) -> None:

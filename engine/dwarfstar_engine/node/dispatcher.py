@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from dwarfstar_engine.batch.restore import Kept
 from dwarfstar_engine.batch.scheduler import DRAFTED, DRAWN, Scheduler, Step
 from dwarfstar_engine.batch.trial import Trial
 from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, StageError
@@ -24,7 +25,7 @@ from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.streams import Stream
 from dwarfstar_engine.serving import Request, Sink, Token
 from dwarfstar_engine.wire import frames
-from dwarfstar_engine.wire.frames import CopySlot, FaultFrame, Halt, Op, ResultFrame, SetSampler
+from dwarfstar_engine.wire.frames import CopySlot, FaultFrame, Halt, Op, Resend, ResultFrame, SetSampler
 from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
 RATE_WINDOW_S = 5.0  # tok/s shown is over so long
@@ -92,12 +93,13 @@ class Dispatcher:
         self._begin(stream, accepted=False)
         return stream
 
-    def carry(self, stream: Stream) -> None:
-        """Go on with a stream that was accepted before, unless its client left. Raises if it can never be carried."""
+    def carry(self, stream: Stream, kept: Kept | None = None) -> None:
+        """Go on with a stream that was accepted before, unless its client left. Raises if it can never be carried.
+        kept: what stages have of it; such streams come first."""
         if not stream.left:
-            self._begin(stream, accepted=True)
+            self._begin(stream, accepted=True, kept=kept)
 
-    def _begin(self, stream: Stream, *, accepted: bool) -> None:
+    def _begin(self, stream: Stream, *, accepted: bool, kept: Kept | None = None) -> None:
         request = stream.request
         context = self.scheduler.limits.context
         if len(request.prompt) >= context:
@@ -109,7 +111,7 @@ class Dispatcher:
         if self._error is not None:
             raise self._error
         sequence = next(self._ids)
-        self.scheduler.submit(sequence, request, stream.answer, accepted=accepted)
+        self.scheduler.submit(sequence, request, stream.answer, accepted=accepted, kept=kept)
         self._streams[sequence] = stream
         stream.leave = functools.partial(self.cancel, sequence)
         self._pump_apart()
@@ -140,8 +142,9 @@ class Dispatcher:
         sent = False
         while self._error is None and (step := self.scheduler.schedule()) is not None:
             least = 0 if step.rounds else step.wants.count(DRAWN)
+            rows = 0 if step.stages else len(step.slots)
             self._flights[step.number] = _Flight(
-                len(step.slots), least, len(step.sequences), step.prompt, time.monotonic(), step.rounds
+                rows, least, len(step.sequences), step.prompt, time.monotonic(), step.rounds
             )
             self._send(self._frame(step))
             sent = True
@@ -152,8 +155,19 @@ class Dispatcher:
         if step.samplers or step.copy is not None:
             copies = [CopySlot(*step.copy)] if step.copy is not None else []
             ops = (*copies, *(SetSampler(slot, self._sampler(sequence)) for slot, sequence in step.samplers))
+        if step.resends:
+            ops = (*ops, *(Resend(*resend) for resend in step.resends))
         return frames.encode_tokens(
-            self.epoch, step.number, ops, step.slots, step.positions, step.tokens, step.wants, step.prompt, step.rounds
+            self.epoch,
+            step.number,
+            ops,
+            step.slots,
+            step.positions,
+            step.tokens,
+            step.wants,
+            step.prompt,
+            step.rounds,
+            step.stages,
         )
 
     def _sampler(self, sequence: int) -> bytes:
@@ -242,8 +256,11 @@ class Dispatcher:
             self._error = StageError(reason, retry_after_s=retry_after_s)
         self._flights.clear()
         carried, self._streams = self._streams, {}
+        settled, running = self.scheduler.settled(), self.scheduler.running
         for sequence, stream in carried.items():
             stream.leave = None
+            stream.slot, stream.read = settled.get(sequence, (-1, 0))
+            stream.ran = sequence in running
             self._forget(sequence)
         return list(carried.values())
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dwarfstar_engine.batch.chunks import ChunkCosts
 from dwarfstar_engine.batch.costs import RingCosts, StageCost
+from dwarfstar_engine.batch.restore import NO_CELLS, Cells, Kept, kept
 from dwarfstar_engine.batch.scheduler import Limits
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.node.dispatcher import StageTimes
@@ -19,6 +20,7 @@ from dwarfstar_engine.views import StageView
 from dwarfstar_engine.wire.frames import MAX_ROUNDS
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 
+MIB = 1 << 20
 ANSWERED = (pb.STAGE_STATE_READY, pb.STAGE_STATE_LOADING)  # last said by a stage that then fell silent
 
 
@@ -33,10 +35,13 @@ class Stage:
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)
     report: pb.StageReport = field(default_factory=pb.StageReport)  # its live figures
     read_bytes: int = 0  # from disks, when it was loaded
+    cells: dict[int, Cells] = field(default_factory=dict)  # by slot: what it kept when it joined the ring
 
     def heard(self, event: pb.StageEvent) -> None:
         self.event = event
         self.read_bytes = event.read_bytes or self.read_bytes
+        if event.state == pb.STAGE_STATE_LINKED:
+            self.cells = {one.slot: Cells(one.held, one.floor, one.recorded) for one in event.slots}
         if event.HasField("profile"):
             self.profile = event.profile
         if event.HasField("link"):
@@ -126,13 +131,14 @@ class Epoch:
                 flash_attention=settings.flash_attention,
                 kv_type=settings.kv,
                 exact=settings.batching == "exact",
+                record_bytes=settings.record_mib * MIB,
                 ends=sorted(ends),
             ),
         )
 
-    def link(self, index: int) -> pb.Link:
+    def link(self, index: int, keep: int = 0) -> pb.Link:
         """Whom a stage sends to, and from whom it takes frames: from the one before it; the first one from the
-        coordinator and the last stage."""
+        coordinator and the last stage. keep: the epoch whose sequences go on; 0: none."""
         stages = self.stages
         following = stages[index + 1 : index + 2]
         return pb.Link(
@@ -142,7 +148,12 @@ class Epoch:
             feed_hop="" if following or not index else stages[0].address,
             senders=[stages[index - 1].member.id] if index else [self.leader, stages[-1].member.id],
             layers=pb.Slice(begin=stages[index].plan.layers[0], end=stages[index].plan.layers[1]),
+            keep=keep,
         )
+
+    def kept(self, slot: int, positions: int) -> Kept | None:
+        """What the stages kept of a sequence of which ``positions`` rows were through all of them; None: not enough."""
+        return kept(slot, positions, [stage.cells.get(slot, NO_CELLS) for stage in self.stages])
 
     # --- what they measured ---
 

@@ -36,7 +36,7 @@ log = logging.getLogger("dwarfstar.coordinator")
 LOAD_S = 600.0  # a slice of a large model from a slow disk
 REST_S = 2.0  # after an epoch began: streams are replayed, which loading would slow down
 REPLAN_IDLE_S = 2.0  # without a request: then nobody minds a switch
-REPLAN_EVERY_S = 30.0  # between switches to a better plan under streams, which pause for each
+REPLAN_EVERY_S = 30.0  # between switches to a better plan under streams, which pause for each, as for a lost node
 AGAIN_S = 30.0  # after something could not be loaded beside the epoch
 IDLE_LOOK_S = 0.2
 
@@ -48,8 +48,12 @@ class Pipeline(Protocol):
     term: int
     epoch: int
     members: dict[str, Member]
-    planned: Plan | None
-    gone_at: float  # monotonic time at which a node was lost last
+
+    @property
+    def planned(self) -> Plan | None: ...
+    @property
+    def gone_at(self) -> float:
+        """Monotonic time at which a node was lost last."""
 
     @property
     def ring(self) -> Epoch: ...
@@ -198,7 +202,8 @@ class Moves:
         doubled = len(ring.nodes) < len(ring.stages) and back
         if mode == "off" or not (unused or doubled) or now - self._failed_at < AGAIN_S:
             return None
-        if not idle and (mode == "idle" or now - self._switched_at < REPLAN_EVERY_S):
+        paused = max(self._switched_at, pipeline.gone_at)
+        if not idle and (mode == "idle" or now - paused < REPLAN_EVERY_S):
             return None
         try:
             plan = pipeline.plan()

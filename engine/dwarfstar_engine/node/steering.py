@@ -25,7 +25,8 @@ from dwarfstar_engine.node.journal import Journal, Kind
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.moves import Moves, find
 from dwarfstar_engine.node.needs import need
-from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
+from dwarfstar_engine.node.planner import served_context
+from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.node.surveyor import Survey, Surveyor
 from dwarfstar_engine.plan.advisor import advise
 from dwarfstar_engine.plan.capacity import parse_override
@@ -54,11 +55,12 @@ class Host(Protocol):
     settings: Settings
     source: Source
     members: dict[str, Member]
-    planned: Plan | None
     epoch: int
     journal: Journal
     moves: Moves
 
+    @property
+    def planned(self) -> Plan | None: ...
     @property
     def ring(self) -> Epoch: ...
     @property
@@ -146,7 +148,7 @@ class Steering:
         ends = [0, *(end for _, end in own.stages)]
         if ends[-1] != source.layers or not set(ends[1:-1]) <= set(source.cuts):
             return None
-        room = need(self._host.settings, source, _context(self._host.settings, source))
+        room = need(self._host.settings, source, served_context(self._host.settings, source))
         stages = [
             stage_plan(source.costs, room, node, a, b) for (node, b), a in zip(own.stages, ends[:-1], strict=True)
         ]
@@ -162,7 +164,7 @@ class Steering:
                 "no node has joined yet: start one with `dwarfstar node`", code="no_nodes", retry_after_s=2.0
             )
         host, own = self._host, self._owned
-        survey = self.surveyor.survey(here, source, host.settings, _context(host.settings, source))
+        survey = self.surveyor.survey(here, source, host.settings, served_context(host.settings, source))
         strategy = own.strategy if own else Strategy(host.settings.strategy)
         objective = own.objective if own else Objective(host.settings.objective)
         names = survey.names
@@ -470,10 +472,6 @@ class Steering:
             return False
         await self._carry_out(plan, None, f"what {member.name} lends has changed", 0)
         return True
-
-
-def _context(settings: Settings, source: Source) -> int:
-    return min(settings.context or DEFAULT_CONTEXT, source.train_context)
 
 
 def _proposed_view(model: str, survey: Survey, wanted: Wanted, proposal: Proposal) -> PlanView:

@@ -4,10 +4,11 @@ A stream is one request and what was said so far. It is carried by a dispatcher 
 epoch breaks, streams wait here for the next one, which computes their rows again, the prompt's as a prompt and each of
 the answer's as a step, so that the bits and with them the text are those of an undisturbed run.
 
-Bounds. A stream waits ``patience_s`` at most, then it gets the error it would have got at once. One that was carried
-over MAX_RESCUES times and hardly went on in between gets it too: perhaps it is what kills its stages. One that went on
-is not, whatever else breaks; so such rescues are bounded by the tokens it may draw. As many streams wait as were
-running, and requests that come meanwhile up to the bound of the queue.
+Bounds. A stream waits ``patience_s`` at most, then it gets the error it would have got at once. One under which stages
+ended by their own doing MAX_RESCUES times, while it hardly went on in between, gets it too: perhaps it is what ends
+them. Lost nodes and links, and stages that somebody killed, are nothing it has done: MAX_LOSSES of them in a row are
+borne. One that went on begins anew, whatever else breaks; so its rescues are bounded by the tokens it may draw. As many
+streams wait as were running, and requests that come meanwhile up to the bound of the queue.
 
 Invariant. A stream that its client left is carried no further, wherever it is at that moment: also while it belongs to
 nobody, as when an error for one choice of a request ends the others.
@@ -21,24 +22,45 @@ from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.serving import Request, Sink
 
 MAX_RESCUES = 3
+MAX_LOSSES = 64  # each takes a second or so: a machine that is out of memory, say, ends its stages with nobody to blame
 PROGRESS = 8  # tokens since the last rescue that clear a stream: what kills its stages does so at once
 
 
 class Stream:
     """See ``serving.Generation``. answer: the tokens delivered. seed: drawn once, so that a replay draws the same.
 
-    leave: has its carrier forget it; set by the carrier. left: its client did. rescues: without PROGRESS in between;
-    had: tokens of the answer at the last one.
+    leave: has its carrier forget it; set by the carrier. left: its client did. rescues, losses: without PROGRESS in
+    between; had: tokens of the answer at the last one. ran: it had rows in the pipeline that broke. slot: where stages
+    hold its rows, and nothing else; -1: nowhere. read: rows of its prompt that were through all of them.
     """
 
-    __slots__ = ("answer", "had", "leave", "left", "request", "rescues", "seed", "sink")
+    __slots__ = (
+        "answer",
+        "had",
+        "leave",
+        "left",
+        "losses",
+        "ran",
+        "read",
+        "request",
+        "rescues",
+        "seed",
+        "sink",
+        "slot",
+    )
 
     def __init__(self, request: Request, sink: Sink, seed: int) -> None:
         self.request, self.sink, self.seed = request, sink, seed
         self.answer: list[int] = []
-        self.rescues = self.had = 0
+        self.rescues = self.losses = self.had = 0
+        self.slot, self.read, self.ran = -1, 0, True
         self.left = False
         self.leave: Callable[[], None] | None = None
+
+    @property
+    def through(self) -> int:
+        """Rows that were through all stages: of an answer all but the last token's, which is not known to be."""
+        return len(self.request.prompt) + len(self.answer) - 1 if self.answer else self.read
 
     def cancel(self) -> None:
         self.left = True
@@ -53,6 +75,7 @@ class WaitingRoom:
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
         self._streams: dict[Stream, float] = {}
+        self._rescued: list[Stream] = []  # and not judged yet
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -64,27 +87,36 @@ class WaitingRoom:
         self._streams[stream] = now
         stream.leave = lambda: self._forget(stream)
 
-    def rescue(self, streams: list[Stream], now: float, error: DwarfStarError) -> int:
-        """Streams of an epoch that broke: those that were rescued too often get ``error``; how many."""
-        lost = 0
+    def rescue(self, streams: list[Stream], now: float) -> None:
+        """Streams of a pipeline that broke; ``judge`` says which of them are given up."""
         for stream in streams:
-            if stream.left:  # for an error of the one before
+            if not stream.left:  # for an error of the one before
+                self._rescued.append(stream)
+                self.put(stream, now)
+
+    def judge(self, crashed: bool, error: DwarfStarError) -> int:
+        """Those rescued since the last call that were rescued too often get ``error``; how many. crashed: a stage ended
+        by its own doing, of which one hears later than of the hop that broke."""
+        rescued, self._rescued, lost = self._rescued, [], 0
+        for stream in rescued:
+            if stream not in self._streams or not stream.ran:
                 continue
             if len(stream.answer) - stream.had >= PROGRESS:
-                stream.rescues = 0
+                stream.rescues = stream.losses = 0
             stream.had = len(stream.answer)
-            stream.rescues += 1
-            if stream.rescues > MAX_RESCUES:
+            stream.rescues += crashed
+            stream.losses += not crashed
+            if stream.rescues > MAX_RESCUES or stream.losses > MAX_LOSSES:
+                self._forget(stream)
                 stream.leave = None
                 stream.sink.fail(error)
                 lost += 1
-            else:
-                self.put(stream, now)
         return lost
 
     def take(self) -> list[Stream]:
         """All that wait, longest first; they wait no more."""
         streams, self._streams = list(self._streams), {}
+        self._rescued.clear()
         return streams
 
     def fail(self, error: DwarfStarError, older_than: float | None = None) -> int:

@@ -53,6 +53,36 @@ def copies(
     return tuple(found)
 
 
+def moved(
+    plan: Plan, loaded: Mapping[str, Collection[Layers]], nodes: Sequence[Capacity], need: Need, most: int
+) -> Plan | None:
+    """The same cuts with each stage where its slice is ``loaded``, and those that are nowhere on the nodes with most
+    room, so that nothing else has to be loaded, and what other stages hold stays good. None: there is no room."""
+    room = {node.node: node.usable_bytes for node in nodes}
+    count: Counter[str] = Counter()
+    there = {stage.layers: stage.node for stage in plan.stages if stage.layers in loaded.get(stage.node, ())}
+    for stage in plan.stages:
+        holders = [name for name in sorted(room) if stage.layers in loaded.get(name, ())]
+        if stage.layers not in there and holders:
+            there[stage.layers] = min(holders, key=count.__getitem__)
+        if (name := there.get(stage.layers, "")) in room:
+            room[name] -= whole_bytes(stage, need)
+            count[name] += 1
+        else:
+            there.pop(stage.layers, None)
+    for stage in sorted(plan.stages, key=lambda one: (-whole_bytes(one, need), one.layers)):
+        if stage.layers in there:
+            continue
+        takes = whole_bytes(stage, need)
+        fit = [name for name in sorted(room) if room[name] >= takes and count[name] < most]
+        if not fit:
+            return None
+        name = there[stage.layers] = max(fit, key=room.__getitem__)
+        room[name] -= takes
+        count[name] += 1
+    return replace(plan, stages=tuple(replace(stage, node=there[stage.layers]) for stage in plan.stages))
+
+
 def without_loading(plan: Plan, loaded: Mapping[str, Collection[Layers]]) -> Plan | None:
     """The same cuts with each stage where it is, or where its slice is ``loaded`` if its node has lost it. None: a
     slice is nowhere."""

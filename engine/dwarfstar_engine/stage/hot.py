@@ -207,6 +207,13 @@ class HotStage:
         status = self._library.ds_stage_clear(self._handle)
         assert status == 0, status
 
+    def held(self, slot: int) -> tuple[int, int]:
+        """Positions that a slot holds, and how many it can be cut to at least, but for none. While nothing runs."""
+        floor = ctypes.c_int32()
+        held = int(self._library.ds_stage_held(self._handle, slot, ctypes.byref(floor)))
+        assert held >= 0, held
+        return held, floor.value
+
     @property
     def busy_s(self) -> float:
         """Seconds spent computing since it was made."""

@@ -6,6 +6,9 @@ read, so gRPC's flow control holds the sender back; keepalive is answered by gRP
 of their own, as they take long: their frames wait in a bounded queue, run in order, and let the others go before them,
 also in the middle (``native/src/stage.cpp``). Loading comes before any frame and has a thread too.
 
+A stage that goes from one ring to the next keeps what its slots hold, and the record of what it sent, if it is told to:
+then it says what that is. Its old hops end, the new ones open and its slots are looked at or emptied at the same time.
+
 Commands: ``load`` a slice (once), ``link`` it into an epoch's ring. Events: ``listening``, ``loading``, ``ready``,
 ``linked``, ``broken`` (a hop ended), ``failed``, ``stats``.
 """
@@ -21,9 +24,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 import psutil
@@ -36,14 +40,19 @@ from dwarfstar_engine.native import WireType
 from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
 from dwarfstar_engine.stage.measure import Profile
-from dwarfstar_engine.stage.pipe import ChildPipe
+from dwarfstar_engine.stage.outlet import Outlet
+from dwarfstar_engine.stage.pipe import STAGE_NAME, ChildPipe
+from dwarfstar_engine.stage.record import Record
 from dwarfstar_engine.stage.worker import Backend, Counted, LlamaBackend, ToyBackend, Worker
 from dwarfstar_engine.wire import channel, frames, loop
 from dwarfstar_engine.wire.door import Door, Watch
+from dwarfstar_engine.wire.frames import Resend
 from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.link import Link, choose_wire
 from dwarfstar_engine.wire.ring import RingReceiver, RingSender
 from dwarfstar_engine.wire.trust import NodeFiles
+
+_T = TypeVar("_T")
 
 log = logging.getLogger("dwarfstar.stage")
 
@@ -61,10 +70,14 @@ class StageProcess:
         self._loop = asyncio.get_running_loop()
         self._build = local_build()
         self._receiver = RingReceiver(self._build, name, self._on_frame, lambda _: None, self._on_hop_lost)
-        self._sender: RingSender | None = None
+        self._outlet: Outlet | None = None
         self._feeder: RingSender | None = None  # of the last stage, to the first one
         self._worker: Worker | None = None
-        self._epoch = 0
+        self._record: Record | None = None
+        self._epoch = self._since = 0  # since: the epoch in which its slots were emptied
+        self._emptying = ThreadPoolExecutor(1, "slots")  # one thread: so links do it one after the other
+        self._closing: set[asyncio.Future[None]] = set()  # hops of rings that are gone
+        self._taken = asyncio.Event()  # a prompt's frame was run
         self._wire = 0  # as set; 0: by the link
         self._frames = 0
         self._prompts: queue.Queue[tuple[int, bytes]] = queue.Queue(PROMPT_FRAMES)
@@ -91,24 +104,33 @@ class StageProcess:
             work.add_done_callback(_end_on_fault)
 
     async def _on_frame(self, data: bytes) -> None:
-        if self._worker is None or self._sender is None:
+        if self._worker is None or self._outlet is None:
             raise FrameError("this stage is not part of a ring yet")
         self._frames += 1
         if frames.is_prompt(data):
-            try:
-                self._prompts.put_nowait((self._epoch, data))
-            except queue.Full:
-                raise FrameError(f"{PROMPT_FRAMES} frames of prompts wait already") from None
+            await self._on_prompt(data)
             return
-        out, sender, feeder = self._worker.run(data), self._sender, self._feeder
-        sender.send(out)
+        outlet, feeder = self._outlet, self._feeder
+        out = self._worker.run(data)
+        outlet.pass_on(data, out, self._worker.take_asked(False))
         if feed := self._worker.take_feed():  # first: the ring waits for it
             if feeder is not None:
                 feeder.send(feed)
                 await feeder.flush()
             else:
                 self._feed_self(self._epoch, feed)
-        await sender.flush()  # of this ring: ``_sender`` may be another one's by now
+        await outlet.flush()  # of this ring: ``_outlet`` may be another one's by now
+
+    async def _on_prompt(self, data: bytes) -> None:
+        epoch = self._epoch
+        while frames.is_replay(data) and self._prompts.full():  # the stage before sends as many as there is room for
+            self._taken.clear()
+            await self._taken.wait()
+        if epoch == self._epoch:
+            try:
+                self._prompts.put_nowait((epoch, data))
+            except queue.Full:
+                raise FrameError(f"{PROMPT_FRAMES} frames of prompts wait already") from None
 
     def _read_prompts(self) -> None:
         """The thread of prompts."""
@@ -120,18 +142,19 @@ class StageProcess:
                 with self._reading:
                     if epoch != self._epoch or self._worker is None:
                         continue  # of a ring that is gone
-                    out = self._worker.run(data)
-                self._loop.call_soon_threadsafe(self._send_on, epoch, out)
+                    out, asked = self._worker.run(data), self._worker.take_asked(True)
+                self._loop.call_soon_threadsafe(self._send_on, epoch, data, out, asked)
             except FrameError as error:
                 self._loop.call_soon_threadsafe(self._break, epoch, error.message)
             except BaseException:
                 log.exception("a prompt's frame failed")
                 os._exit(1)
 
-    def _send_on(self, epoch: int, data: bytes) -> None:
-        if self._sender is not None and epoch == self._epoch:
-            self._sender.send(data)
-            self._flushing = asyncio.ensure_future(self._sender.flush())
+    def _send_on(self, epoch: int, data: bytes, out: bytes, asked: list[Resend]) -> None:
+        self._taken.set()
+        if self._outlet is not None and epoch == self._epoch:
+            self._outlet.pass_on(data, out, asked)
+            self._outlet.flush_soon()
 
     def _feed_self(self, epoch: int, feed: bytes) -> None:
         """The only stage of a ring goes on by itself, after what waits on its sockets."""
@@ -165,6 +188,8 @@ class StageProcess:
         worker = Worker(backend, slots, WireType(self._wire or WireType.F32), command["ends"])
         known = command["known"]
         profile = worker.measure(Profile(**known) if known else None)
+        budget = int(command["record"])
+        self._record = Record(budget) if budget and not backend.last else None
         self._worker = worker
         gc.collect()
         gc.freeze()  # what is here now stays: collections between frames need not walk it
@@ -182,29 +207,41 @@ class StageProcess:
         return tell
 
     async def _link(self, command: dict[str, Any]) -> None:
-        """Join the ring of an epoch: forget all sequences, accept its frames, connect to the next hop."""
+        """Join the ring of an epoch: keep its slots or empty them, accept its frames, connect to the next hop.
+
+        keep: the epoch whose slots are to be kept; this stage was in its ring, and has not been emptied since. 0: none.
+        """
         epoch = int(command["epoch"])
+        keeps = 0 < self._since <= int(command["keep"]) <= self._epoch
+        if not keeps:
+            self._since = epoch
         self._epoch = epoch
-        olds, self._sender, self._feeder = (self._sender, self._feeder), None, None
-        for old in olds:
-            if old is not None:
-                await old.close()
-        if self._worker is not None:
-            await asyncio.to_thread(self._reset, self._worker)
-        self._receiver.set_epoch(epoch, set(command["senders"]))
+        self._receiver.set_epoch(epoch, set(command["senders"]))  # from here on no old frame is run
+        self._taken.set()
+        olds, self._outlet, self._feeder = (self._outlet, self._feeder), None, None
+        closing = asyncio.ensure_future(_close(*olds))
+        self._closing.add(closing)  # it goes on when a newer link takes this one's place
+        closing.add_done_callback(self._closing.discard)
         sender = RingSender(lambda reason: self._break(epoch, f"the hop to the next stage ended: {reason}"))
+        work = (
+            asyncio.ensure_future(self._slots(keeps)),
+            asyncio.ensure_future(self._open(sender, epoch, str(command["next"]))),
+            asyncio.ensure_future(self._open_feeder(epoch, str(command["feed"]))),
+        )
         try:
-            link = await sender.open(
-                str(command["next"]), channel.channel_credentials(self._trust), self._build, epoch, self._name
-            )
-            feeds = await self._open_feeder(epoch, str(command["feed"]))
-        except DwarfStarError as error:
+            slots, link, feeder = await asyncio.gather(*work)
+            await asyncio.shield(closing)
+        except BaseException as error:  # also a newer link, which knows nothing of these hops
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+            opened = work[2].result() if not work[2].cancelled() and work[2].exception() is None else None
+            await _close(sender, opened)
+            if not isinstance(error, DwarfStarError):
+                raise
             self._pipe.emit("broken", epoch=epoch, code=error.code, message=error.message)
             return
-        except asyncio.CancelledError:  # by the link of a newer epoch, which knows nothing of this hop
-            await sender.close()
-            raise
-        self._sender = sender
+        self._outlet, self._feeder = Outlet(sender, self._record, epoch, _end_on_fault), feeder
         wire = self._choose_wire(link)
         self._pipe.emit(
             "linked",
@@ -213,23 +250,46 @@ class StageProcess:
                 "round_trip_ms": 1000 * link.round_trip_s,
                 "mb_s": link.bytes_s / 1e6,
                 "wire_type": int(wire),
-                "feeds": feeds,
+                "feeds": feeder is not None or self._alone,
             },
+            slots=slots,
         )
 
-    async def _open_feeder(self, epoch: int, address: str) -> bool:
-        """Connect the last stage to the first one at ``address``; whether rows may go on without the coordinator."""
+    async def _open(self, sender: RingSender, epoch: int, address: str) -> Link:
+        credentials = channel.channel_credentials(self._trust)
+        return await sender.open(address, credentials, self._build, epoch, self._name)
+
+    async def _open_feeder(self, epoch: int, address: str) -> RingSender | None:
+        """Connect the last stage to the first one at ``address``, so that rows may go on without the coordinator."""
         backend = self._worker.backend if self._worker is not None else None
         if backend is None or not backend.last or backend.first or not address:
-            return backend is not None and backend.last and backend.first
+            return None
         feeder = RingSender(lambda reason: self._break(epoch, f"the hop to the first stage ended: {reason}"))
         try:
-            await feeder.open(address, channel.channel_credentials(self._trust), self._build, epoch, self._name)
+            await self._open(feeder, epoch, address)
         except DwarfStarError as error:
             log.warning("every token goes by the coordinator, as the first stage is not reached: %s", error.message)
-            return False
-        self._feeder = feeder
-        return True
+            return None
+        return feeder
+
+    @property
+    def _alone(self) -> bool:
+        """It is the only stage, and goes on by itself."""
+        return self._worker is not None and self._worker.backend.first and self._worker.backend.last
+
+    async def _slots(self, keeps: bool) -> list[tuple[int, int, int, int]]:
+        """What is kept: of each slot the positions held, what it can be cut to, and the positions recorded."""
+        worker, record = self._worker, self._record
+        if worker is None:
+            return []
+        look = worker.held if keeps else worker.reset
+        held = await self._loop.run_in_executor(self._emptying, self._between, look)
+        if held is None:
+            if record is not None:
+                record.clear()
+            return []
+        recorded = record.rows() if record is not None else {}
+        return [(slot, *cells, recorded.get(slot, 0)) for slot, cells in held.items()]
 
     def _choose_wire(self, link: Link) -> WireType:
         """What hidden states travel as from here: as set, or by the link and the time that rows take here."""
@@ -241,10 +301,10 @@ class StageProcess:
             worker.use_wire(choose_wire(link, worker.backend.width, row_s))
         return worker.wire
 
-    def _reset(self, worker: Worker) -> None:
-        """Wait for the frame of a prompt that runs still, at most one, and forget everything."""
+    def _between(self, work: Callable[[], _T]) -> _T:
+        """Do this when the frame of a prompt that runs still, at most one, is over."""
         with self._reading:
-            worker.reset()
+            return work()
 
     @property
     def _busy_s(self) -> float:
@@ -269,6 +329,10 @@ class StageProcess:
             )
 
 
+async def _close(*hops: Outlet | RingSender | None) -> None:
+    await asyncio.gather(*(hop.close() for hop in hops if hop is not None))
+
+
 def _end_on_fault(task: asyncio.Task[None]) -> None:
     """A fault of our own ends the process: the daemon sees it, a stage that only hangs would be waited for."""
     if not task.cancelled() and (fault := task.exception()) is not None:
@@ -290,8 +354,15 @@ def open_backend(command: dict[str, Any], on_progress: Callable[[float], None] |
     return LlamaBackend(LlamaSlice(file, arch, model.n_embd, options, on_progress, embedder=embedder), embedder)
 
 
+def _take_name() -> None:
+    """So that a stage is told from a process that only waits to be one; where there is such a file."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(STAGE_NAME)
+
+
 async def _run(pipe: ChildPipe) -> None:
     first = await pipe.command()
+    _take_name()
     if first.get("cpus") and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, first["cpus"])
     await StageProcess(pipe, first["name"], NodeFiles(Path(first["trust"]))).run(first["host"])

@@ -13,6 +13,7 @@ import sys
 import threading
 from typing import Any
 
+STAGE_NAME = "dwarf-stage"  # of a stage's process, once it is told what to load; 15 characters at most
 MAX_LINE_BYTES = 64 << 20  # the vocabulary of a large model, base64, is about 8 MiB; a prompt at most the body limit
 
 

@@ -103,6 +103,9 @@ class ToySlice:
     def clear(self) -> None:
         self._cache.clear()
 
+    def held(self, slot: int) -> int:
+        return min(len(self._cache.get((slot, layer), ())) for layer in self._layers)
+
 
 def draw(state: int) -> int:
     """The token a last hidden state stands for: a printable byte, so that texts are legible."""

@@ -32,8 +32,8 @@ from dwarfstar_engine.wire.frames import (
     CopySlot,
     FaultFrame,
     Halt,
-    Op,
     Payload,
+    Resend,
     ResultFrame,
     SampledRow,
     SetSampler,
@@ -74,6 +74,10 @@ class Backend(Protocol):
 
     def copy(self, source: int, target: int, position: int) -> None: ...
     def clear(self) -> None: ...
+    def held(self, slot: int) -> tuple[int, int]:
+        """Positions that a slot holds, and how many it can be cut to at least, but for none. While nothing runs."""
+        ...
+
     def measure(self, known: Profile | None = None) -> Profile:
         """What rows take, unless that is known; before any frame."""
         ...
@@ -130,6 +134,9 @@ class LlamaBackend:
 
     def clear(self) -> None:
         self._slice.hot.clear()
+
+    def held(self, slot: int) -> tuple[int, int]:
+        return self._slice.hot.held(slot)
 
     def measure(self, known: Profile | None = None) -> Profile:
         profile = known or measure(self._slice, self._slice.options.threads)
@@ -199,6 +206,9 @@ class ToyBackend:
     def clear(self) -> None:
         self._slice.clear()
 
+    def held(self, slot: int) -> tuple[int, int]:
+        return self._slice.held(slot), 0
+
     def measure(self, known: Profile | None = None) -> Profile:
         ms = 1000 * self._delay_s
         return Profile(((FIRST_ROWS, ms),), ms, ms, batched=True)
@@ -243,6 +253,7 @@ class Worker:
     def __init__(self, backend: Backend, slots: int, wire: WireType, ends: Collection[int] = ()) -> None:
         self.backend, self._slots, self._ends = backend, slots, frozenset(ends)
         self._feed = b""
+        self._asked: dict[bool, list[Resend]] = {True: [], False: []}  # by frames of a prompt, and by others
         self.counted = Counted()
         self.profile = Profile()
         self.use_wire(wire)
@@ -261,11 +272,17 @@ class Worker:
         self.use_wire(self.wire)
         return self.profile
 
+    def held(self) -> dict[int, tuple[int, int]]:
+        """Of each slot that holds something: its positions, and how many it can be cut to at least, but for none."""
+        found = {slot: self.backend.held(slot) for slot in range(self._slots)}
+        return {slot: held for slot, held in found.items() if held[0]}
+
     def reset(self) -> None:
         """A new epoch: every slot is empty."""
         self.backend.clear()
         for slot in range(self._slots):
             self.backend.set_sampler(slot, None)
+        self._asked = {True: [], False: []}
         now = time.perf_counter()
         self._idle_since = {True: now, False: now}
 
@@ -308,12 +325,22 @@ class Worker:
         feed, self._feed = self._feed, b""
         return feed
 
+    def take_asked(self, prompt: bool) -> list[Resend]:
+        """What the last frame of a prompt, or the last other one, asks this stage to send again."""
+        asked = self._asked[prompt]
+        if asked:
+            self._asked[prompt] = []
+        return asked
+
     def _step(self, frame: StepFrame) -> StepFrame | ResultFrame:
         backend = self.backend
         if len(frame.timings) >= MAX_TIMINGS:
             raise FrameError(f"a frame has passed {len(frame.timings)} stages, more than there can be")
         for op in frame.ops:
-            self._apply(op)
+            if not isinstance(op, Resend):
+                self._apply(op)
+            elif op.stage == len(frame.timings):  # so many stages were passed
+                self._asked[frame.prompt].append(op)
         n = len(frame.slots)
         if n == 0:
             if backend.last:
@@ -334,6 +361,7 @@ class Worker:
                     drawn.append(sampled)
         if backend.last:
             return ResultFrame(frame.epoch, frame.number, drawn, frame.timings, self._go_on(frame, drawn))
+        frame.stages = max(0, frame.stages - 1)
         frame.payload = Payload(self.wire)
         out = outs[0] if len(outs) == 1 else np.concatenate(outs)
         frame.data = out if self.wire is WireType.F32 else native.encode(self.wire, out)
@@ -372,7 +400,7 @@ class Worker:
             return np.frombuffer(frame.data, np.float32).reshape(n, frame.cols)
         return native.decode(WireType(frame.payload), frame.data, n, frame.cols)
 
-    def _apply(self, op: Op) -> None:
+    def _apply(self, op: CopySlot | SetSampler | Halt) -> None:
         slots = (op.source, op.target) if isinstance(op, CopySlot) else (op.slot,)
         if max(slots) >= self._slots:
             raise FrameError(f"an operation names slot {max(slots)} and this stage has {self._slots}")

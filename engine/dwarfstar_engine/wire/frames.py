@@ -11,6 +11,10 @@ rows behind the tokens it drew to the first one, under the same number, without 
 result says so. A row that was guessed (``Want.CHECKED``) is answered only if its token is the one that was drawn for
 its position; else it was for nothing. Frames of a **prompt** may be overtaken by others inside a stage.
 
+A frame that is a **replay** has rows again that were computed before, for the next ``stages`` stages, which have lost
+them. The last of these sends on what is left without the rows: nothing, where nobody waits for an answer (``UNASKED``).
+Layers further on have theirs still.
+
 Layout, little endian: header (44 bytes) · positions i32[n] · tokens i32[n] · slots u16[n] · wants u8[n] · timings ·
 operations · zeros to a multiple of 16 · payload · CRC32C over all before it. Result and fault frames have timings and a
 payload only.
@@ -41,9 +45,11 @@ from dwarfstar_engine.wire.ops import (
     MAX_OPS,
     MAX_POSITION,
     MAX_SLOTS,
+    MAX_STAGES,
     CopySlot,
     Halt,
     Op,
+    Resend,
     SetSampler,
     decode_ops,
     encode_ops,
@@ -61,6 +67,7 @@ __all__ = [
     "MAX_SAMPLER_BYTES",
     "MAX_SLOTS",
     "MAX_TIMINGS",
+    "UNASKED",
     "CopySlot",
     "FaultFrame",
     "Frame",
@@ -68,6 +75,7 @@ __all__ = [
     "Halt",
     "Op",
     "Payload",
+    "Resend",
     "ResultFrame",
     "SampledRow",
     "SamplerSpec",
@@ -77,17 +85,23 @@ __all__ = [
     "decode",
     "encode",
     "encode_tokens",
+    "is_fault",
     "is_prompt",
+    "is_replay",
+    "is_step",
+    "is_unasked",
+    "outline",
+    "without_rows",
 ]
 
 MAX_ROWS = 4096  # twice the largest chunk the settings allow; a longer prompt is cut into chunks
 MAX_COLS = 1 << 16  # four times the width of the widest model of today
-MAX_TIMINGS = 256  # stages of a ring; each has at least one layer, and models have fewer
+MAX_TIMINGS = MAX_STAGES
 MAX_ROUNDS = 32  # a frame goes round by itself: what its stage may be wrong about is bounded by that
 MAX_FRAME_BYTES = 160 << 20  # 2048 rows of 16384 f32, and room for operations
 MAX_FAULT_CODE_BYTES = 64  # codes are identifiers
 MAX_FAULT_MESSAGE_BYTES = 4096  # one sentence, perhaps with a path in it
-FRAME_VERSION = 3  # of this layout and of the activation codecs
+FRAME_VERSION = 4  # of this layout and of the activation codecs
 _ALIGNMENT = 16  # of the payload inside the frame, so that vector code may read it in place
 _FEW_ROWS = 16  # below this, checking ranges over a Python list is quicker than by numpy
 
@@ -98,8 +112,10 @@ _HEADER = struct.Struct("<4sBBBBIHHQIIHHII")
 _CRC = struct.Struct("<I")
 _RESIDUE = 0x48674BC7  # CRC32C of any bytes followed by their own CRC32C, little endian
 _ROW_BYTES = 4 + 4 + 2 + 1
-_PROMPT = 1  # flag of a step frame
-_KIND_AT, _FLAGS_AT, _COUNT_AT = 5, 12, 24
+_PROMPT, _REPLAY = 1, 2  # flags of a step frame
+UNASKED = (1 << 64) - 1  # number of a frame whose answer nobody waits for
+_UNASKED = UNASKED.to_bytes(8, "little")
+_KIND_AT, _FLAGS_AT, _NUMBER_AT, _COUNT_AT = 5, 12, 16, 24
 _TIMING_BYTES = 8
 
 _RESULT_ROW = struct.Struct("<HHid")  # slot, entries of top, token, logprob
@@ -141,6 +157,7 @@ class StepFrame:
     slots: u16[n]; positions, tokens: i32[n]; wants: u8[n], of ``Want``. prompt: the rows are of one prompt.
     data: for F32, F16, Q8 n encoded rows of ``cols`` values, contiguous; empty for NONE, towards the first stage.
     timings: per stage passed, (compute, wait for the frame) in µs. rounds: that it may go by itself after this one.
+    stages: of a replay, those that are still to run it; 0: it is none. They travel in the place of the rounds.
     """
 
     epoch: int
@@ -156,6 +173,7 @@ class StepFrame:
     timings: Timings = ()
     prompt: bool = False
     rounds: int = 0
+    stages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +241,7 @@ def encode_tokens(
     wants: Sequence[int],
     prompt: bool,
     rounds: int = 0,
+    stages: int = 0,
 ) -> bytes:
     """The bytes of a step frame for the first stage, from plain numbers: what ``encode`` of a StepFrame gives, in a
     third of the time. It lies between a result and the next frame of its stream."""
@@ -231,8 +250,9 @@ def encode_tokens(
     op_data = encode_ops(ops) if ops else b""
     padding = -(_HEADER.size + n * _ROW_BYTES + len(op_data)) % _ALIGNMENT
     header = _HEADER.pack(
-        _MAGIC, FRAME_VERSION, FrameKind.STEP, 0, 0, epoch, prompt, 0, number, n, 0, len(ops), rounds, len(op_data), 0
-    )
+        _MAGIC, FRAME_VERSION, FrameKind.STEP, 0, 0, epoch, prompt | (_REPLAY if stages else 0), 0, number, n, 0,
+        len(ops), stages or rounds, len(op_data), 0,
+    )  # fmt: skip
     rows = struct.pack(f"<{2 * n}i{n}H{n}B", *positions, *tokens, *slots, *wants)
     body = b"".join((header, rows, op_data, bytes(padding)))
     return body + _CRC.pack(native.crc32c(body))
@@ -241,6 +261,58 @@ def encode_tokens(
 def is_prompt(data: bytes) -> bool:
     """Whether ``data``, if it is a frame at all, is one of a prompt."""
     return len(data) > _FLAGS_AT and data[_KIND_AT] == FrameKind.STEP and bool(data[_FLAGS_AT] & _PROMPT)
+
+
+def is_replay(data: bytes) -> bool:
+    """Whether ``data``, if it is a frame at all, is a replay."""
+    return len(data) > _FLAGS_AT and data[_KIND_AT] == FrameKind.STEP and bool(data[_FLAGS_AT] & _REPLAY)
+
+
+def is_step(data: bytes) -> bool:
+    """Whether ``data``, if it is a frame at all, is a step frame."""
+    return len(data) > _KIND_AT and data[_KIND_AT] == FrameKind.STEP
+
+
+def is_fault(data: bytes) -> bool:
+    """Whether ``data``, if it is a frame at all, says that a stage could not run one."""
+    return len(data) > _KIND_AT and data[_KIND_AT] == FrameKind.FAULT
+
+
+def without_rows(data: bytes) -> bytes:
+    """What is left of a step frame whose rows are not to go further: its operations, and that it is answered."""
+    frame = decode(data)
+    assert isinstance(frame, StepFrame)
+    none, empty = np.empty(0, np.int32), np.empty(0, np.uint8)
+    return encode(
+        StepFrame(
+            frame.epoch,
+            frame.number,
+            frame.ops,
+            np.empty(0, np.uint16),
+            none,
+            none,
+            empty,
+            timings=frame.timings,
+            prompt=frame.prompt,
+        )
+    )
+
+
+def is_unasked(data: bytes) -> bool:
+    """Whether nobody waits for the answer to this frame."""
+    return data[_NUMBER_AT : _NUMBER_AT + 8] == _UNASKED
+
+
+def outline(data: bytes) -> tuple[bool, tuple[int, ...], tuple[int, ...], tuple[Op, ...], Payload, int, int]:
+    """Of a sound step frame: whether it is of a prompt, slots, positions, operations, what its payload is, of how many
+    columns, and where it begins. Quicker than ``decode``: nothing is checked, no array is made."""
+    _, _, _, payload, _, _, flags, timings, _, n, cols, ops, _, op_bytes, _ = _HEADER.unpack_from(data)
+    slots = struct.unpack_from(f"<{n}H", data, _HEADER.size + 8 * n)
+    positions = struct.unpack_from(f"<{n}i", data, _HEADER.size)
+    ops_at = _HEADER.size + n * _ROW_BYTES + timings * _TIMING_BYTES
+    end = ops_at + op_bytes
+    done = decode_ops(data, ops_at, end, ops)
+    return bool(flags & _PROMPT), slots, positions, done, _PAYLOADS[payload], cols, end + -end % _ALIGNMENT
 
 
 def count_rows(data: bytes) -> int:
@@ -285,7 +357,7 @@ def _encode_step(frame: StepFrame) -> bytes:
     assert n <= MAX_ROWS and len(frame.slots) == n == len(frame.wants), "one slot, position and want per row"
     assert frame.positions.dtype == frame.tokens.dtype == np.int32 and len(frame.tokens) == n
     assert frame.slots.dtype == np.uint16 and frame.wants.dtype == np.uint8
-    assert 0 <= frame.rounds <= MAX_ROUNDS
+    assert 0 <= frame.rounds <= MAX_ROUNDS and 0 <= frame.stages <= MAX_STAGES and not (frame.rounds and frame.stages)
     assert len(ops) <= MAX_OPS and len(timings) <= MAX_TIMINGS and frame.cols <= MAX_COLS
     payload_bytes = len(data) if isinstance(data, bytes) else data.nbytes
     problem = _payload_problem(frame.payload, n, frame.cols, payload_bytes)
@@ -294,9 +366,10 @@ def _encode_step(frame: StepFrame) -> bytes:
     middle = n * _ROW_BYTES + len(timings) * _TIMING_BYTES + len(op_data)
     padding = -(_HEADER.size + middle) % _ALIGNMENT
     _check_size(_HEADER.size + middle + padding + payload_bytes + _CRC.size)
+    flags = frame.prompt | (_REPLAY if frame.stages else 0)
     header = _HEADER.pack(
-        _MAGIC, FRAME_VERSION, FrameKind.STEP, frame.payload, 0, frame.epoch, frame.prompt, len(timings),
-        frame.number, n, frame.cols, len(ops), frame.rounds, len(op_data), payload_bytes,
+        _MAGIC, FRAME_VERSION, FrameKind.STEP, frame.payload, 0, frame.epoch, flags, len(timings),
+        frame.number, n, frame.cols, len(ops), frame.stages or frame.rounds, len(op_data), payload_bytes,
     )  # fmt: skip
     rows = (frame.positions.tobytes(), frame.tokens.tobytes(), frame.slots.tobytes(), frame.wants.tobytes())
     head = b"".join((header, *rows, _encode_timings(timings), op_data, bytes(padding)))
@@ -319,7 +392,9 @@ def _decode_step(data: bytes, header: tuple[int, ...]) -> StepFrame:
     payload_at = ops_end + -ops_end % _ALIGNMENT
     if payload_at + payload_bytes + _CRC.size != len(data):
         raise FrameError(f"A frame of {len(data)} bytes does not have the length that its counts give.")
-    if payload > Payload.Q8 or flags > _PROMPT or rounds > MAX_ROUNDS:
+    replay = bool(flags & _REPLAY)
+    unknown = flags > _PROMPT | _REPLAY or not replay <= rounds <= (MAX_STAGES if replay else MAX_ROUNDS)
+    if payload > Payload.Q8 or unknown:
         raise FrameError(
             f"A frame has payload type {payload}, flags {flags}, {rounds} rounds: unknown; run one release everywhere."
         )
@@ -334,7 +409,8 @@ def _decode_step(data: bytes, header: tuple[int, ...]) -> StepFrame:
     body = memoryview(data)[payload_at : payload_at + payload_bytes]
     return StepFrame(
         epoch, number, decode_ops(data, ops_at, ops_end, op_count), slots, positions, tokens, wants,
-        _PAYLOADS[payload], body, cols, _decode_timings(data, timings_at, timing_count), bool(flags & _PROMPT), rounds,
+        _PAYLOADS[payload], body, cols, _decode_timings(data, timings_at, timing_count), bool(flags & _PROMPT),
+        0 if replay else rounds, rounds if replay else 0,
     )  # fmt: skip
 
 

@@ -20,7 +20,9 @@ MAX_OPS = 2 * MAX_SLOTS  # each slot filled by a copy and given a sampler in one
 _HEAD = struct.Struct("<BH")  # kind, slot; then by kind:
 _TARGET = struct.Struct("<Hi")  # target, position
 _LENGTH = struct.Struct("<I")
-_COPY, _SAMPLER, _HALT = 1, 2, 3
+_ROWS = struct.Struct("<iiHH")  # begin, end, stage, until
+_COPY, _SAMPLER, _HALT, _RESEND = 1, 2, 3, 4
+MAX_STAGES = 256  # of a ring; each has at least one layer, and models have fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,19 @@ class Halt:
     slot: int
 
 
-Op = CopySlot | SetSampler | Halt
+@dataclass(frozen=True, slots=True)
+class Resend:
+    """Have a stage send again what it sent of a slot's rows ``begin`` to ``end``, ahead of this frame: the stages
+    behind it and before ``until`` have lost theirs. Stages are counted along the ring, from 0."""
+
+    slot: int
+    begin: int
+    end: int
+    stage: int
+    until: int
+
+
+Op = CopySlot | SetSampler | Halt | Resend
 
 
 def encode_ops(ops: tuple[Op, ...]) -> bytes:
@@ -68,6 +82,10 @@ def _encode(op: Op) -> bytes:
         case Halt(slot):
             _assert_cell(slot, 0)
             return _HEAD.pack(_HALT, slot)
+        case Resend(slot, begin, end, stage, until):
+            _assert_cell(slot, end)
+            assert 0 <= begin <= end and 0 <= stage < until - 1 < MAX_STAGES, op
+            return _HEAD.pack(_RESEND, slot) + _ROWS.pack(begin, end, stage, until)
 
 
 def _assert_cell(slot: int, position: int) -> None:
@@ -109,6 +127,12 @@ def _decode(view: memoryview, at: int) -> tuple[Op, int]:
         at += length
     elif kind == _HALT:
         op = Halt(slot)
+    elif kind == _RESEND:
+        begin, position, stage, until = _ROWS.unpack_from(view, at)
+        at += _ROWS.size
+        if not 0 <= begin <= position or not stage < until - 1 < MAX_STAGES:
+            raise FrameError(f"A frame asks stage {stage} for rows {begin} to {position} up to {until}: out of range.")
+        op = Resend(slot, begin, position, stage, until)
     else:
         raise FrameError(f"A frame has the unknown operation {kind}; run one release everywhere.")
     if max(slot, target) >= MAX_SLOTS or not 0 <= position <= MAX_POSITION:

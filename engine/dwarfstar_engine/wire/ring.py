@@ -34,6 +34,7 @@ log = logging.getLogger("dwarfstar.ring")
 RING_METHOD = "Ring"
 DATA_SERVICE = "dwarfstar.v1.Data"
 SEND_QUEUE = 256  # frames; the scheduler keeps a few per stage in flight
+PACED = 16  # of these, when one who sends many by itself (``RingSender.put``) waits
 EPOCH_WAIT_S = 5.0  # stages are linked at the same moment; one may hear of it later
 OPEN_DEADLINE_S = 10.0
 
@@ -167,6 +168,7 @@ class RingSender:
     def __init__(self, on_lost: Callable[[str], None]) -> None:
         self._on_lost = on_lost
         self._queue: deque[bytes] = deque()
+        self._room = asyncio.Event()
         self._sending = False
         self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
@@ -208,6 +210,15 @@ class RingSender:
         else:
             self._queue.append(frame)
 
+    async def put(self, frame: bytes) -> None:
+        """Send a frame when there is room for it; a hop that is closed drops it."""
+        while len(self._queue) >= PACED and not self._closed:
+            self._room.clear()
+            await self._room.wait()
+        if not self._closed:
+            self.send(frame)
+            await self.flush()
+
     async def flush(self) -> None:
         """Send what is queued; returns once it is on its way, or at once if another call is sending already."""
         if self._sending or self._call is None:
@@ -216,6 +227,8 @@ class RingSender:
         try:
             while self._queue and not self._closed:
                 await self._call.write(self._queue.popleft())
+                if len(self._queue) < PACED:
+                    self._room.set()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             self._lost(str(error.details()) if isinstance(error, grpc.aio.AioRpcError) else "closed")
         except asyncio.CancelledError:
@@ -236,11 +249,13 @@ class RingSender:
     def _lost(self, reason: str) -> None:
         if not self._closed:
             self._closed = True
+            self._room.set()
             self._on_lost(reason)
 
     async def close(self) -> None:
         """End the hop. Idempotent; ``on_lost`` is not called."""
         self._closed = True
+        self._room.set()
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)

@@ -475,6 +475,7 @@ class StageEvent(_message.Message):
     SHARE_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     READ_BYTES_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     STANDBY_FIELD_NUMBER: _builtins.int
@@ -502,6 +503,10 @@ class StageEvent(_message.Message):
         """with LINKED"""
 
     @_builtins.property
+    def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotCells]:
+        """with LINKED: what was kept"""
+
+    @_builtins.property
     def layers(self) -> Global___Slice:
         """of the stage it is about; a node may hold several"""
 
@@ -518,17 +523,51 @@ class StageEvent(_message.Message):
         share: _builtins.float = ...,
         profile: Global___StageProfile | None = ...,
         link: Global___LinkProfile | None = ...,
+        slots: _abc.Iterable[Global___SlotCells] | None = ...,
         read_bytes: _builtins.int = ...,
         layers: Global___Slice | None = ...,
         standby: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "link", b"link", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "detail", b"detail", "epoch", b"epoch", "layers", b"layers", "link", b"link", "pid", b"pid", "port", b"port", "profile", b"profile", "read_bytes", b"read_bytes", "share", b"share", "standby", b"standby", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "detail", b"detail", "epoch", b"epoch", "layers", b"layers", "link", b"link", "pid", b"pid", "port", b"port", "profile", b"profile", "read_bytes", b"read_bytes", "share", b"share", "slots", b"slots", "standby", b"standby", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StageEvent: _TypeAlias = StageEvent  # noqa: Y015
+
+@_typing.final
+class SlotCells(_message.Message):
+    """What a stage has of a slot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    FLOOR_FIELD_NUMBER: _builtins.int
+    RECORDED_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    held: _builtins.int
+    """positions"""
+    floor: _builtins.int
+    """it can be cut to so many at least, or to none"""
+    recorded: _builtins.int
+    """positions of which it has what it sent"""
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        held: _builtins.int = ...,
+        floor: _builtins.int = ...,
+        recorded: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["floor", b"floor", "held", b"held", "recorded", b"recorded", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlotCells: _TypeAlias = SlotCells  # noqa: Y015
 
 @_typing.final
 class Slice(_message.Message):
@@ -990,6 +1029,7 @@ class StageOptions(_message.Message):
     KV_TYPE_FIELD_NUMBER: _builtins.int
     EXACT_FIELD_NUMBER: _builtins.int
     ENDS_FIELD_NUMBER: _builtins.int
+    RECORD_BYTES_FIELD_NUMBER: _builtins.int
     context: _builtins.int
     """tokens of one slot"""
     slots: _builtins.int
@@ -1001,6 +1041,8 @@ class StageOptions(_message.Message):
     kv_type: _builtins.str
     exact: _builtins.bool
     """rows of several slots run together only if that changes no bit"""
+    record_bytes: _builtins.int
+    """kept of what was sent, for a stage behind that loses its cells"""
     @_builtins.property
     def ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """tokens behind which no row goes on by itself"""
@@ -1016,10 +1058,11 @@ class StageOptions(_message.Message):
         kv_type: _builtins.str = ...,
         exact: _builtins.bool = ...,
         ends: _abc.Iterable[_builtins.int] | None = ...,
+        record_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "context", b"context", "ends", b"ends", "exact", b"exact", "flash_attention", b"flash_attention", "kv_type", b"kv_type", "slots", b"slots", "wire_type", b"wire_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "context", b"context", "ends", b"ends", "exact", b"exact", "flash_attention", b"flash_attention", "kv_type", b"kv_type", "record_bytes", b"record_bytes", "slots", b"slots", "wire_type", b"wire_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1027,7 +1070,7 @@ Global___StageOptions: _TypeAlias = StageOptions  # noqa: Y015
 
 @_typing.final
 class Link(_message.Message):
-    """All slices of the epoch are loaded: connect to the next hop, forget all sequences."""
+    """All slices of the epoch are loaded: connect to the next hop, and forget all sequences but those to keep."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1036,6 +1079,7 @@ class Link(_message.Message):
     NEXT_HOP_FIELD_NUMBER: _builtins.int
     FEED_HOP_FIELD_NUMBER: _builtins.int
     SENDERS_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     epoch: _builtins.int
@@ -1043,6 +1087,8 @@ class Link(_message.Message):
     """host:port of the next stage; empty: the coordinator, which follows the last"""
     feed_hop: _builtins.str
     """of the last stage: the first stage; empty: there is no other"""
+    keep: _builtins.int
+    """the epoch whose sequences a stage keeps if it was in its ring and has not forgotten them since; 0: none"""
     @_builtins.property
     def senders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """ids in certificates of the nodes whose frames this stage takes; no other may open a hop"""
@@ -1059,11 +1105,12 @@ class Link(_message.Message):
         next_hop: _builtins.str = ...,
         feed_hop: _builtins.str = ...,
         senders: _abc.Iterable[_builtins.str] | None = ...,
+        keep: _builtins.int = ...,
         layers: Global___Slice | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "feed_hop", b"feed_hop", "layers", b"layers", "next_hop", b"next_hop", "senders", b"senders", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "feed_hop", b"feed_hop", "keep", b"keep", "layers", b"layers", "next_hop", b"next_hop", "senders", b"senders", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
