@@ -160,6 +160,23 @@ async def test_what_was_decided_is_restored(monkeypatch: Any, tmp_path: Path) ->
         coordinator.members["id-a"] = b.member  # as it was, for those who end
 
 
+async def test_a_plan_that_serves_is_left_for_a_much_faster_one_only(monkeypatch: Any, tmp_path: Path) -> None:
+    async with playing(monkeypatch, tmp_path) as (coordinator, *_):
+        await serving(coordinator)
+        coordinator.settings = coordinator.settings.model_copy(update={"strategy": "fastest"})
+        hear = coordinator.steering.surveyor.heard
+
+        def took(a_ms: float, b_ms: float) -> None:
+            hear(coordinator.source, "id-a", (0, 4), pb.StageProfile(step_ms=a_ms))
+            hear(coordinator.source, "id-b", (4, 8), pb.StageProfile(step_ms=b_ms))
+
+        took(10.0, 10.5)
+        assert coordinator.plan() is coordinator.planned
+        took(10.0, 40.0)
+        moved = coordinator.plan().stages
+        assert next(stage.layers[1] - stage.layers[0] for stage in moved if stage.node == "id-a") > 4
+
+
 async def test_a_node_lends_what_its_owner_says(monkeypatch: Any, tmp_path: Path) -> None:
     async with playing(monkeypatch, tmp_path) as (coordinator, _, b):
         await serving(coordinator)

@@ -33,7 +33,7 @@ from dwarfstar_engine.plan.capacity import parse_override
 from dwarfstar_engine.plan.cost import cluster_costs
 from dwarfstar_engine.plan.forecast import Objective, Planned, Strategy, Wishes
 from dwarfstar_engine.plan.owned import OwnedPlan, from_text, to_text
-from dwarfstar_engine.plan.planner import NO_WISHES, plan_cluster
+from dwarfstar_engine.plan.planner import NO_WISHES, plan_cluster, value
 from dwarfstar_engine.plan.predict import plan_of, predict
 from dwarfstar_engine.plan.proportional import Need, Plan, stage_plan
 from dwarfstar_engine.plan.propose import Proposal, Wanted, propose
@@ -46,6 +46,7 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 STALE = "stale_epoch"
 MAX_UNDO = 16  # plans that can be taken back; further back nobody remembers what it was
 MEMORY = 4  # questions to the planner that are not asked again: the coordinator asks the same twice a second
+STICKS = 0.1  # of the objective: a plan that serves is left for one that is better by more only; figures have noise
 LEAST_GIB = 0.01  # steps in which a smallest value is told
 
 
@@ -173,11 +174,27 @@ class Steering:
             pins = {names[node]: layers for node, layers in own.pins.items() if node in names}
             wishes = Wishes(pins, frozenset(names[node] for node in own.excluded if node in names))
         try:
-            return self._ask(survey, strategy, objective, wishes)
+            plan = self._ask(survey, strategy, objective, wishes)
         except (PlanError, IllegalCutError):
             if wishes == NO_WISHES:
                 raise
-        return self._ask(survey, strategy, objective, NO_WISHES)
+            plan = self._ask(survey, strategy, objective, NO_WISHES)
+        near = strategy is Strategy.FASTEST and source is host.source and self._is_near(plan, survey, objective)
+        return host.planned if near and host.planned is not None else plan
+
+    def _is_near(self, plan: Plan, survey: Survey, objective: Objective) -> bool:
+        """Whether the plan that serves is as good, but for what measuring again may change."""
+        host, names = self._host, survey.names
+        stages = host.planned.stages if host.serving and host.planned is not None else ()
+        nodes = [stage.node for stage in stages]
+        if not nodes or len(set(nodes)) < len(nodes) or not all(node in names for node in nodes):
+            return False
+        costs = cluster_costs(survey.cluster, survey.job)
+        now, then = (
+            predict(costs, plan_of(costs, [(names[one.node], *one.layers) for one in found]).stages)
+            for found in (stages, plan.stages)
+        )
+        return now.fits and value(now, objective) >= value(then, objective) * (1 - STICKS)
 
     def _ask(self, survey: Survey, strategy: Strategy, objective: Objective, wishes: Wishes) -> Plan:
         question = (survey, strategy, objective, wishes)
