@@ -6,9 +6,9 @@ STAMP := $(VENV)/.installed
 SOURCES := engine dwarfstar_tui tests scripts benchmarks
 NATIVE := $(shell find native -type f -not -path '*/tests/*')
 
-.PHONY: run serve test test-unit nightly check format bench proto lock clean
+.PHONY: run serve test test-unit nightly check format bench proto screenshots lock clean
 
-run: $(STAMP)            ## the main job: the demo model, split over three local nodes
+run: $(STAMP)            ## the main job: the demo model over three local nodes, in the app if this is a terminal
 	@$(BIN)/dwarfstar --demo
 
 serve: $(STAMP)          ## the same, headless
@@ -16,7 +16,7 @@ serve: $(STAMP)          ## the same, headless
 
 test: $(STAMP)           ## all tests: simulation, unit, native, llama.cpp, whole processes
 	$(BIN)/python -m pytest -n 2 tests/sim
-	$(BIN)/python -m pytest -n 2 tests/unit tests/native
+	$(BIN)/python -m pytest -n 2 tests/unit tests/native tests/tui
 	$(BIN)/python -m pytest tests/llama tests/process
 
 test-unit: $(STAMP)      ## the quick part
@@ -44,6 +44,9 @@ bench: $(STAMP)          ## beside llama.cpp's own servers: about 3 minutes to b
 
 proto: $(STAMP)          ## generated code of the wire protocol
 	$(BIN)/python scripts/gen_proto.py
+
+screenshots: $(STAMP)    ## pictures of every screen and theme, and what the tests compare screens with
+	cd tests && ../$(BIN)/python -m support.tui_pictures
 
 lock:                    ## pin what the ranges in pyproject.toml give today
 	rm -rf .cache/lock && $(PYTHON) -m venv .cache/lock

@@ -16,6 +16,7 @@
     │   ├── VersionMismatch        it runs another protocol or llama.cpp build: names both
     │   ├── FrameError             a malformed, corrupted or stale frame
     │   └── TrustError             certificates, tokens, fingerprints
+    ├── HubError                   a download: the model hub, the way to it, or the disk it goes to
     ├── StageError                 a stage process failed or died
     ├── ClusterError               what the cluster keeps is damaged or has no room
     └── SettingsError              command line, environment or config file: names the key
@@ -114,6 +115,18 @@ class TrustError(PeerError):
 
 class StageError(Unavailable):
     code = "stage_failed"
+
+
+class HubError(DwarfStarError):
+    """A download that cannot go on. ``passing``: the same request may work in a moment."""
+
+    code = "hub_error"
+
+    def __init__(
+        self, message: str, *, code: str | None = None, retry_after_s: float | None = None, passing: bool = False
+    ) -> None:
+        super().__init__(message, code=code, retry_after_s=retry_after_s)
+        self.passing = passing
 
 
 class ClusterError(DwarfStarError):

@@ -113,6 +113,29 @@ class EventsView(View):
     missed: int = 0  # events before these that are not kept any more
 
 
+class ModelFileView(View):
+    """A model file, or the files of a split model together. Of a broken one nothing but names, size and reason."""
+
+    name: str  # what serves it
+    path: str  # of the first file
+    files: int
+    size_gib: float  # of the weights; of a broken one, of the files
+    architecture: str
+    layers: int
+    parameters: int
+    quantisation: str
+    context: int  # tokens it was trained for; 0: not said
+    supported: bool
+    reason: str  # why not; empty if it is supported
+    broken: bool = False  # cannot be read, and so is not supported
+
+
+class ModelFilesView(View):
+    models: tuple[ModelFileView, ...]  # by name, the demo last
+    left_out: int = 0  # files that were not looked at: too many, or too slow to read
+    unfinished_gib: float = 0.0  # of downloads that may go on
+
+
 # --- plans ---
 
 

@@ -64,7 +64,7 @@ def stream(target: Target, messages: list[dict[str, str]], options: dict[str, An
         ):
             if answer.status_code != 200:
                 answer.read()
-                raise _refusal(answer)
+                raise refusal(answer)
             for line in answer.iter_lines():
                 data = line.removeprefix("data: ")
                 if not line.startswith("data: ") or data == "[DONE]":
@@ -79,7 +79,8 @@ def stream(target: Target, messages: list[dict[str, str]], options: dict[str, An
         raise DwarfStarError(f"the engine at {api_url} does not answer: {error}", code="not_reachable") from None
 
 
-def _refusal(answer: httpx.Response) -> DwarfStarError:
+def refusal(answer: httpx.Response) -> DwarfStarError:
+    """The server's own sentence, from an answer that was read."""
     try:
         error = answer.json()["error"]
         if answer.status_code == httpx.codes.UNAUTHORIZED:

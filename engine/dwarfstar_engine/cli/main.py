@@ -1,4 +1,4 @@
-"""The program ``dwarfstar``. With a command it runs that; else it starts (or shows) an engine.
+"""The program ``dwarfstar``. With a command it runs that; else it opens the app, or serves in the foreground.
 
 Settings are read here, once. Errors of the tree become one sentence on stderr and their exit code.
 """
@@ -17,11 +17,14 @@ from typing import Annotated, Any
 import typer
 
 import dwarfstar_engine
+from dwarfstar_engine.cli import app as app_module
 from dwarfstar_engine.cli import chat as chat_module
 from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.cli.events import FollowOption, SinceOption
 from dwarfstar_engine.cli.events import show as show_events
 from dwarfstar_engine.cli.keys import keys_app
+from dwarfstar_engine.cli.models import models as list_models
+from dwarfstar_engine.cli.models import pull_model
 from dwarfstar_engine.cli.status_text import status_text
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.source import find_model
@@ -41,6 +44,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(keys_app, name="key")
+app.command("models")(list_models)
+app.command("pull")(pull_model)
 node_commands = typer.Typer(invoke_without_command=True)
 token_commands = typer.Typer(invoke_without_command=True)
 app.add_typer(node_commands, name="node")
@@ -162,8 +167,22 @@ def start(
     home: Home = None,
     models: Models = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+    attach: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="App: the control address of an engine elsewhere.")
+    ] = None,
+    readonly: Annotated[bool, typer.Option("--readonly", help="App: look, and change nothing.")] = False,
+    low_bandwidth: Annotated[
+        bool | None,
+        typer.Option("--low-bandwidth/--no-low-bandwidth", help="App: 1 Hz. Default: over SSH.", show_default=False),
+    ] = None,
+    ascii_only: Annotated[
+        bool | None, typer.Option("--ascii/--no-ascii", help="App: ASCII characters only.", show_default=False)
+    ] = None,
+    mouse: Annotated[bool | None, typer.Option("--mouse/--no-mouse", help="App.", show_default=False)] = None,
+    theme: Annotated[str | None, typer.Option(help="App: its colours, as in night, day, contrast.")] = None,
 ) -> None:
-    """Serve a model. Without a model and without --demo: show the status of the running engine."""
+    """Open the terminal app, with an engine in the background; with --serve, or without a terminal, serve in the
+    foreground."""
     settings = _settings(
         host=host, port=port, tls_cert=tls_cert, tls_key=tls_key,
         control_host=control_host, control_port=control_port, context=context, slots=slots,
@@ -175,13 +194,17 @@ def start(
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, discovery=discovery, home=home, models=models,
     )  # fmt: skip
-    if model is None and not demo:
-        if serve:
-            raise SettingsError("--serve needs a model: give a GGUF file, or --demo to try a small one")
-        print(_status_text(settings.home))
-        return
+    if model is None and not demo and serve:
+        raise SettingsError("--serve needs a model: give a GGUF file, or --demo to try a small one")
     if model is not None and demo:
         raise SettingsError("--demo brings its own model: leave the other one out")
+    if not serve and app_module.can_draw(os.environ):
+        look = app_module.Look(attach, readonly, low_bandwidth, ascii_only, mouse, theme)
+        app_module.open_app(settings, look, sys.argv[1:], wants_engine=model is not None or demo)
+        return
+    if model is None and not demo:
+        print(_status_text(settings.home))
+        return
     from dwarfstar_engine.cli.serve import Start
     from dwarfstar_engine.cli.serve import serve as run_engine
 

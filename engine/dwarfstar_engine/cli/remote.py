@@ -31,11 +31,17 @@ def _call(engine: running.Running, home: Path, name: str, request: Any, timeout_
         try:
             return getattr(ControlStub(link), name)(request, timeout=timeout_s)
         except grpc.RpcError as error:
-            detail = error.details() if isinstance(error, grpc.Call) else error
-            if isinstance(error, grpc.Call) and error.code() in REFUSED:
-                said = dict(error.trailing_metadata() or ())
-                raise DwarfStarError(str(detail), code=_text(said.get(channel.CODE))) from None
-            raise DwarfStarError(f"the engine at {engine.control} does not answer: {detail}") from None
+            raise said(error, engine) from None
+
+
+def said(error: grpc.RpcError, engine: running.Running) -> DwarfStarError:
+    """What a call's end means for people: the engine's own sentence, or that it does not answer."""
+    if not isinstance(error, grpc.Call):
+        return DwarfStarError(f"the engine at {engine.control} does not answer: {error}")
+    if error.code() in REFUSED:
+        told = dict(error.trailing_metadata() or ())
+        return DwarfStarError(str(error.details()), code=_text(told.get(channel.CODE)))
+    return DwarfStarError(f"the engine at {engine.control} does not answer: {error.details()}")
 
 
 def _text(value: str | bytes | None) -> str | None:
@@ -78,12 +84,11 @@ def events(engine: running.Running, home: Path, since: int, *, follow: bool) -> 
             for reply in ControlStub(link).Events(request, timeout=None if follow else CALL_S):
                 yield EventsView.model_validate_json(reply.json)
         except grpc.RpcError as error:
-            detail = error.details() if isinstance(error, grpc.Call) else error
             if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise DwarfStarError(str(detail)) from None
+                raise DwarfStarError(str(error.details())) from None
             if running.gone(engine):
                 raise DwarfStarError("the engine has ended", code="not_running") from None
-            raise DwarfStarError(f"the engine at {engine.control} does not answer: {detail}") from None
+            raise said(error, engine) from None
 
 
 def drain(engine: running.Running, home: Path, wanted: str, *, undo: bool) -> str:

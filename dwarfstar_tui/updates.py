@@ -1,0 +1,223 @@
+"""What the session tells the app, and what the app asks of the session: two closed unions of frozen values.
+
+Nothing else crosses between the two threads. ``at`` is monotonic, in seconds, by the clock that
+both of them read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dwarfstar_engine.views import EventsView, StatusView
+
+# --- session to app --------------------------------------------------------------------------------------------------
+
+
+class LinkState(StrEnum):
+    CONNECTING = "connecting"
+    UP = "up"
+    DOWN = "down"  # it was up, or there is an engine that does not answer
+    NONE = "none"  # no engine runs
+    STARTING = "starting"  # the engine that we have started is not there yet
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """How we stand with the engine. detail: for people. round_trip_ms: of the last status; 0: not known."""
+
+    state: LinkState
+    at: float
+    detail: str = ""
+    round_trip_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StatusSeen:
+    view: StatusView
+    at: float
+    round_trip_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Happened:
+    batch: EventsView
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartLine:
+    """A line of what a starting engine says. over: it will say no more; failed: because it has ended."""
+
+    text: str
+    over: bool = False
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A sentence for the person. severity: information | warning | error."""
+
+    text: str
+    severity: str = "information"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A GGUF file here. problem: why it cannot be served; its other figures are then 0 or empty."""
+
+    name: str
+    path: str
+    size_bytes: int
+    layers: int = 0
+    architecture: str = ""
+    quantisation: str = ""
+    context: int = 0
+    problem: str = ""
+    demo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsFound:
+    folder: str
+    files: tuple[ModelFile, ...]
+    more: int = 0  # that are not listed
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NetInterface:
+    name: str
+    address: str
+    virtual: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Where machines can join, and how they would find us."""
+
+    interfaces: tuple[NetInterface, ...] = ()
+    control: str = ""
+    join: str = ""
+    discovery: bool = False
+    home: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMade:
+    """command: to run on the machine that joins. address: where it joins, "host:port"."""
+
+    command: str
+    token: str
+    address: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPiece:
+    """More of an answer. tokens: pieces in ``text``; first_at, at: when its first and last came."""
+
+    answer: int
+    text: str
+    tokens: int
+    first_at: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOver:
+    """finish: stop | length | stopped (by the person) | failed. problem: why, if it failed."""
+
+    answer: int
+    at: float
+    finish: str
+    prompt_tokens: int = 0
+    tokens: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatsRead:
+    """Conversations kept on disk, as JSON texts, newest first; problems: files that are no conversations."""
+
+    texts: tuple[str, ...]
+    problems: tuple[str, ...] = ()
+
+
+Update = (
+    Linked | StatusSeen | Happened | StartLine | Notice | ModelsFound | Surroundings | TokenMade | AnswerPiece
+    | AnswerOver | ChatsRead
+)  # fmt: skip
+
+# --- app to session --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    node: str  # id
+    undo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    node: str  # id
+
+
+@dataclass(frozen=True, slots=True)
+class MakeToken:
+    hours: float = 24.0
+
+
+@dataclass(frozen=True, slots=True)
+class FindModels:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LookAround:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class StartEngine:
+    """arguments: of ``dwarfstar --serve``."""
+
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StopEngine:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """messages: (role, text). options: fields of the request's body."""
+
+    answer: int
+    messages: tuple[tuple[str, str], ...]
+    options: dict[str, float | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StopAnswer:
+    answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadChats:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class KeepChat:
+    """text: the conversation as JSON; empty: delete it."""
+
+    id: str
+    text: str
+
+
+Command = (
+    Drain | Remove | MakeToken | FindModels | LookAround | StartEngine | StopEngine | Ask | StopAnswer | ReadChats
+    | KeepChat
+)  # fmt: skip

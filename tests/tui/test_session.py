@@ -1,0 +1,272 @@
+"""The session with a scripted engine: attaching, losing it, finding it again, answers, commands."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.views import EventsView, StatusView
+from dwarfstar_tui import updates
+from dwarfstar_tui.mailbox import Mailbox
+from dwarfstar_tui.session import Delta, Session
+from dwarfstar_tui.updates import AnswerOver, AnswerPiece, Happened, Linked, LinkState, Notice, StatusSeen, Update
+from support.tui_cluster import AROUND, MODELS, home_lab, story
+
+DEADLINE_S = 20.0
+
+
+class FakeEngine:
+    """lost: set when it shall not answer any more. reply: what chat gives; an exception is raised."""
+
+    label = "fake:1"
+
+    def __init__(self, since: list[int]) -> None:
+        self.since, self.lost, self.closed = since, threading.Event(), False
+        self.reply: Sequence[Delta | Exception | None] = ()
+        self.asked: list[tuple[Sequence[tuple[str, str]], dict[str, float | int]]] = []
+        self.drained: list[tuple[str, bool]] = []
+
+    async def status(self) -> StatusView:
+        if self.lost.is_set():
+            raise DwarfStarError("it is gone")
+        return home_lab()
+
+    async def events(self, since: int) -> AsyncIterator[EventsView]:
+        self.since.append(since)
+        view = story()
+        yield view.model_copy(update={"events": view.events[since:]})
+        await asyncio.Event().wait()
+
+    async def drain(self, node: str, undo: bool) -> str:
+        self.drained.append((node, undo))
+        return f"{node} is drained"
+
+    async def remove(self, node: str) -> str:
+        raise DwarfStarError(f"there is no {node}")
+
+    async def stop(self) -> None:
+        self.lost.set()
+
+    async def chat(self, messages: Sequence[tuple[str, str]], options: dict[str, float | int]) -> AsyncIterator[Delta]:
+        self.asked.append((messages, options))
+        for step in self.reply:
+            if step is None:
+                await asyncio.Event().wait()
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                yield step
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class FakeStarting:
+    def __init__(self, place: FakePlace) -> None:
+        self._place = place
+
+    def lines(self) -> list[str]:
+        told, self._place.said = self._place.said, []
+        return told
+
+    def ended(self) -> bool:
+        return self._place.died
+
+
+class FakePlace:
+    def __init__(self) -> None:
+        self.since: list[int] = []
+        self.engines: list[FakeEngine] = []
+        self.there = True
+        self.said: list[str] = []
+        self.died = False
+        self.started: list[Sequence[str]] = []
+        self.kept: dict[str, str] = {}
+
+    async def find(self) -> FakeEngine | None:
+        if not self.there:
+            return None
+        self.engines.append(FakeEngine(self.since))
+        return self.engines[-1]
+
+    async def start(self, arguments: Sequence[str]) -> FakeStarting:
+        self.started.append(arguments)
+        return FakeStarting(self)
+
+    async def models(self) -> updates.ModelsFound:
+        return MODELS
+
+    async def surroundings(self) -> updates.Surroundings:
+        return AROUND
+
+    async def token(self, hours: float) -> updates.TokenMade:
+        return updates.TokenMade("dwarfstar node --token x", "x", "", ())
+
+    async def read_chats(self) -> updates.ChatsRead:
+        return updates.ChatsRead(tuple(self.kept.values()))
+
+    async def keep_chat(self, chat_id: str, text: str) -> None:
+        self.kept[chat_id] = text
+
+
+class Listener:
+    """Takes from a mailbox until what is waited for has come. ``told``: all so far, in order."""
+
+    def __init__(self) -> None:
+        self.mailbox = Mailbox()
+        self.told: list[Update] = []
+
+    def until(self, wanted: Callable[[Update], bool], times: int = 1) -> Update:
+        """The update that is so for the ``times``-th time since the beginning."""
+        waiting, end = threading.Event(), DEADLINE_S
+        while end > 0:
+            self.told += self.mailbox.take()
+            found = [update for update in self.told if wanted(update)]
+            if len(found) >= times:
+                return found[times - 1]
+            waiting.wait(0.01)  # a condition is polled: nothing is asserted of how long it takes
+            end -= 0.01
+        raise AssertionError(f"did not come; told: {[type(update).__name__ for update in self.told[-9:]]}")
+
+
+@contextmanager
+def running(place: FakePlace, *, slow: bool = False) -> Iterator[tuple[Session, Listener]]:
+    listener = Listener()
+    session = Session(place, listener.mailbox, low_bandwidth=slow)
+    session.start()
+    try:
+        yield session, listener
+    finally:
+        session.close()
+
+
+def linked(state: LinkState) -> Callable[[Update], bool]:
+    return lambda update: isinstance(update, Linked) and update.state is state
+
+
+def test_it_attaches_and_tells_status_and_events() -> None:
+    place = FakePlace()
+    with running(place) as (_, listener):
+        listener.until(lambda update: isinstance(update, Happened))
+        listener.until(lambda update: isinstance(update, StatusSeen))
+    assert any(linked(LinkState.UP)(update) for update in listener.told)
+    assert place.engines[0].closed
+
+
+def test_a_lost_engine_is_told_once_and_events_go_on_where_they_ended() -> None:
+    place = FakePlace()
+    with running(place) as (_, listener):
+        listener.until(lambda update: isinstance(update, Happened))
+        place.engines[0].lost.set()
+        down = listener.until(linked(LinkState.DOWN))
+        assert isinstance(down, Linked)
+        assert down.detail == "it is gone"
+        listener.until(linked(LinkState.UP), times=2)
+        listener.until(lambda update: isinstance(update, Happened), times=2)
+    assert place.since[:2] == [0, len(story().events)]
+    assert sum(linked(LinkState.DOWN)(update) for update in listener.told) == 1
+
+
+def test_no_engine_is_told_and_one_that_comes_is_found() -> None:
+    place = FakePlace()
+    place.there = False
+    with running(place) as (_, listener):
+        listener.until(linked(LinkState.NONE))
+        place.there = True
+        listener.until(linked(LinkState.UP))
+
+
+def test_an_answer_comes_in_pieces_with_its_end() -> None:
+    place = FakePlace()
+    with running(place) as (session, listener):
+        listener.until(linked(LinkState.UP))
+        place.engines[-1].reply = [Delta("Hel"), Delta("lo"), Delta("", "stop", 3, 2)]
+        session.submit(updates.Ask(7, (("user", "hi"),), {"seed": 1}))
+        over = listener.until(lambda update: isinstance(update, AnswerOver))
+    pieces = [update for update in listener.told if isinstance(update, AnswerPiece)]
+    assert "".join(piece.text for piece in pieces) == "Hello"
+    assert isinstance(over, AnswerOver)
+    assert (over.answer, over.finish, over.tokens, over.problem) == (7, "stop", 2, "")
+    assert place.engines[-1].asked == [((("user", "hi"),), {"seed": 1})]
+
+
+def test_a_stopped_answer_keeps_what_came() -> None:
+    place = FakePlace()
+    with running(place) as (session, listener):
+        listener.until(linked(LinkState.UP))
+        place.engines[-1].reply = [Delta("some "), Delta("text"), None]
+        session.submit(updates.Ask(1, (("user", "hi"),)))
+        listener.until(lambda update: isinstance(update, AnswerPiece))
+        session.submit(updates.StopAnswer(1))
+        over = listener.until(lambda update: isinstance(update, AnswerOver))
+    assert isinstance(over, AnswerOver)
+    assert over.finish == "stopped"
+    assert "".join(update.text for update in listener.told if isinstance(update, AnswerPiece)) == "some text"
+
+
+def test_a_failed_answer_says_why() -> None:
+    place = FakePlace()
+    with running(place) as (session, listener):
+        listener.until(linked(LinkState.UP))
+        place.engines[-1].reply = [Delta("so"), DwarfStarError("no node is left")]
+        session.submit(updates.Ask(1, (("user", "hi"),)))
+        over = listener.until(lambda update: isinstance(update, AnswerOver))
+    assert isinstance(over, AnswerOver)
+    assert (over.finish, over.problem) == ("failed", "no node is left")
+
+
+def test_commands_are_carried_out_and_refusals_told() -> None:
+    place = FakePlace()
+    with running(place) as (session, listener):
+        listener.until(linked(LinkState.UP))
+        session.submit(updates.Drain("n-1"))
+        session.submit(updates.Remove("n-2"))
+        session.submit(updates.KeepChat("a", "{}"))
+        session.submit(updates.ReadChats())
+        listener.until(lambda update: isinstance(update, Notice) and update.severity == "error")
+        listener.until(lambda update: isinstance(update, updates.ChatsRead))
+    assert place.engines[-1].drained == [("n-1", False)]
+    told = {update.text for update in listener.told if isinstance(update, Notice)}
+    assert told == {"n-1 is drained", "there is no n-2"}
+
+
+def test_a_fault_of_ours_is_told_and_ends_nothing_else() -> None:
+    place = FakePlace()
+    with running(place) as (session, listener):
+        listener.until(linked(LinkState.UP))
+        place.engines[-1].reply = [ValueError("oops")]
+        session.submit(updates.Ask(1, (("user", "hi"),)))
+        fault = listener.until(lambda update: isinstance(update, Notice))
+        session.submit(updates.FindModels())
+        listener.until(lambda update: isinstance(update, updates.ModelsFound))
+    assert isinstance(fault, Notice)
+    assert "oops" in fault.text
+
+
+def test_a_start_is_followed_until_it_serves() -> None:
+    place = FakePlace()
+    place.there = False
+    with running(place) as (session, listener):
+        listener.until(linked(LinkState.NONE))
+        place.said = ["loading: 40 %"]
+        session.submit(updates.StartEngine(("--demo",)))
+        listener.until(lambda update: isinstance(update, updates.StartLine) and "40" in update.text)
+        listener.until(linked(LinkState.STARTING))
+        place.there = True
+        place.said = ["ready. Try it from another terminal:"]
+        listener.until(lambda update: isinstance(update, updates.StartLine) and update.over)
+        listener.until(linked(LinkState.UP))
+    assert place.started == [("--demo",)]
+
+
+def test_a_start_that_fails_is_told() -> None:
+    place = FakePlace()
+    place.there, place.died, place.said = False, True, ["no model 'x'"]
+    with running(place) as (session, listener):
+        session.submit(updates.StartEngine(("x",)))
+        over = listener.until(lambda update: isinstance(update, updates.StartLine) and update.over)
+    assert isinstance(over, updates.StartLine)
+    assert over.failed
