@@ -21,7 +21,16 @@ from dwarfstar_engine.errors import FrameError, PeerError, VersionMismatch
 from dwarfstar_engine.wire import channel, ring, trust
 from dwarfstar_engine.wire.generated import data_pb2
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
-from dwarfstar_engine.wire.ring import DATA_SERVICE, PACED, RING_METHOD, SEND_QUEUE, RingReceiver, RingSender
+from dwarfstar_engine.wire.ring import (
+    DATA_SERVICE,
+    PACED,
+    RING_METHOD,
+    SEND_QUEUE,
+    SPARE,
+    RingReceiver,
+    RingSender,
+    SpareChannels,
+)
 from dwarfstar_engine.wire.trust import NodeFiles, NodeIdentity
 
 NOW = trust.utc_now()  # TLS looks at the real clock
@@ -117,6 +126,53 @@ async def test_closing_tells_the_receiver_and_not_the_sender(identity: NodeIdent
         assert await soon(end.lost) == (EPOCH, "n1")
         await sender.close()  # again
         assert lost.empty()
+
+
+async def test_the_next_ring_takes_a_connection_that_is_open(
+    identity: NodeIdentity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[grpc.aio.Channel] = []
+    real = channel.open_channel
+
+    def counted(address: str, credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:
+        opened.append(real(address, credentials))
+        return opened[-1]
+
+    monkeypatch.setattr(channel, "open_channel", counted)
+    credentials, spare, lost = channel.channel_credentials(identity), SpareChannels(), asyncio.Queue[str]()
+    async with receiving(identity) as end:
+        for epoch in (EPOCH, EPOCH + 1, EPOCH + 2):
+            end.receiver.set_epoch(epoch, SENDERS)
+            sender = RingSender(lost.put_nowait, spare)
+            await sender.open(end.address, credentials, local_build(), epoch, "n1")
+            sender.send(b"%d" % epoch)
+            await sender.flush()
+            assert await soon(end.frames) == b"%d" % epoch
+            sender.release()  # before it is closed, as the hop of the next ring opens meanwhile
+            await sender.close()
+            assert await soon(end.lost) == (epoch, "n1")
+        assert len(opened) == 1 and lost.empty()
+    ready = grpc.ChannelConnectivity.READY
+    async with asyncio.timeout(DEADLINE_S):
+        while opened[0].get_state() is ready:
+            await opened[0].wait_for_state_change(ready)
+    assert spare.take(end.address) is None, "the server is gone"
+    await spare.close()
+
+
+async def test_connections_that_are_kept_are_bounded(identity: NodeIdentity) -> None:
+    credentials, spare = channel.channel_credentials(identity), SpareChannels()
+    async with receiving(identity) as end:
+        for number in range(SPARE + 3):
+            link = channel.open_channel(end.address, credentials)
+            await asyncio.wait_for(link.channel_ready(), DEADLINE_S)
+            spare.keep(f"{number}", link)
+        kept = [one for number in range(SPARE + 3) if (one := spare.take(f"{number}")) is not None]
+        assert len(kept) == SPARE and spare.take(f"{SPARE}") is None
+        for number, link in enumerate(kept):
+            spare.keep(f"{number}", link)
+        await spare.close()
+        assert spare.take("0") is None
 
 
 async def test_a_dead_receiver_is_noticed_once(identity: NodeIdentity) -> None:

@@ -58,7 +58,7 @@ from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, Throu
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
-from dwarfstar_engine.wire.ring import RingReceiver, RingSender
+from dwarfstar_engine.wire.ring import RingReceiver, RingSender, SpareChannels
 from dwarfstar_engine.wire.trust import NodeFiles
 
 log = logging.getLogger("dwarfstar.coordinator")
@@ -104,6 +104,7 @@ class Coordinator:
         self._ring = Epoch(self.term, self.epoch, name)
         self._dispatcher: Dispatcher | None = None
         self._sender: RingSender | None = None
+        self._spare = SpareChannels()
         self._next: Plan | None = None  # to be brought up when the present epoch is over
         self._broke_at = 0.0  # monotonic time at which the last epoch ended
         self._idle_since = 0.0  # monotonic time of the last sign of a request
@@ -383,6 +384,7 @@ class Coordinator:
             self._break("the engine is stopping")
             self._give_up(StageError("the engine is stopping: send the request again", retry_after_s=RETRY_AFTER_S))
             await self._take_down()
+            await self._spare.close()
 
     async def _pause(self, pause_s: float) -> None:
         """Wait, but not longer than until a node comes: it may be what was missing."""
@@ -511,9 +513,8 @@ class Coordinator:
         self.receiver.set_epoch(self.epoch, {stages[-1].member.id})
         for index, stage in enumerate(stages):
             stage.member.send(pb.CoordinatorMessage(link=self._ring.link(index, self._keep)))
-        sender = RingSender(
-            lambda reason: self._break(f"the connection to the first stage was lost: {reason}", sure=False)
-        )
+        told = "the connection to the first stage was lost"
+        sender = RingSender(lambda reason: self._break(f"{told}: {reason}", sure=False), self._spare)
         self._sender = sender
         credentials = channel.channel_credentials(self._trust)
         try:

@@ -49,7 +49,7 @@ from dwarfstar_engine.wire.door import Door, Watch
 from dwarfstar_engine.wire.frames import Resend
 from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.link import Link, choose_wire
-from dwarfstar_engine.wire.ring import RingReceiver, RingSender
+from dwarfstar_engine.wire.ring import RingReceiver, RingSender, SpareChannels
 from dwarfstar_engine.wire.trust import NodeFiles
 
 _T = TypeVar("_T")
@@ -77,6 +77,7 @@ class StageProcess:
         self._epoch = self._since = 0  # since: the epoch in which its slots were emptied
         self._emptying = ThreadPoolExecutor(1, "slots")  # one thread: so links do it one after the other
         self._closing: set[asyncio.Future[None]] = set()  # hops of rings that are gone
+        self._spare = SpareChannels()
         self._taken = asyncio.Event()  # a prompt's frame was run
         self._wire = 0  # as set; 0: by the link
         self._frames = 0
@@ -219,10 +220,14 @@ class StageProcess:
         self._receiver.set_epoch(epoch, set(command["senders"]))  # from here on no old frame is run
         self._taken.set()
         olds, self._outlet, self._feeder = (self._outlet, self._feeder), None, None
+        for old in olds:
+            if old is not None:
+                old.release()
         closing = asyncio.ensure_future(_close(*olds))
         self._closing.add(closing)  # it goes on when a newer link takes this one's place
         closing.add_done_callback(self._closing.discard)
-        sender = RingSender(lambda reason: self._break(epoch, f"the hop to the next stage ended: {reason}"))
+        told = "the hop to the next stage ended"
+        sender = RingSender(lambda reason: self._break(epoch, f"{told}: {reason}"), self._spare)
         work = (
             asyncio.ensure_future(self._slots(keeps)),
             asyncio.ensure_future(self._open(sender, epoch, str(command["next"]))),
@@ -264,7 +269,8 @@ class StageProcess:
         backend = self._worker.backend if self._worker is not None else None
         if backend is None or not backend.last or backend.first or not address:
             return None
-        feeder = RingSender(lambda reason: self._break(epoch, f"the hop to the first stage ended: {reason}"))
+        told = "the hop to the first stage ended"
+        feeder = RingSender(lambda reason: self._break(epoch, f"{told}: {reason}"), self._spare)
         try:
             await self._open(feeder, epoch, address)
         except DwarfStarError as error:

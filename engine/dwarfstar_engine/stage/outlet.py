@@ -47,6 +47,10 @@ class Outlet:
     def flush_soon(self) -> None:
         self._spawn(self._sender.flush())
 
+    def release(self) -> None:
+        """Let the next ring have the connection."""
+        self._sender.release()
+
     async def close(self) -> None:
         tasks = list(self._tasks)
         for task in tasks:

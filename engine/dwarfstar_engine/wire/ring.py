@@ -7,6 +7,7 @@ it at once. Order within a hop is the order of ``send``. Before the first frame 
 
 Bounds. ``SEND_QUEUE`` frames wait for a slow receiver; the coordinator keeps fewer than that in flight, so a full
 queue is a fault and breaks the hop. A receiver that is one epoch behind its sender gets ``EPOCH_WAIT_S`` to catch up.
+Of hops that end SPARE connections stay open for the next ring's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ SEND_QUEUE = 256  # frames; the scheduler keeps a few per stage in flight
 PACED = 16  # of these, when one who sends many by itself (``RingSender.put``) waits
 EPOCH_WAIT_S = 5.0  # stages are linked at the same moment; one may hear of it later
 OPEN_DEADLINE_S = 10.0
+SPARE = 4  # connections without a hop: a stage has two, and after a switch of rings two more
 
 FrameSink = Callable[[bytes], Awaitable[None]]
 
@@ -162,11 +164,54 @@ async def _measure(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> Link | None
     return Link.of(times_s)
 
 
-class RingSender:
-    """The sending end of a hop. ``on_lost`` is called once when the stream ends, unless ``close`` was first."""
+class SpareChannels:
+    """Connections of hops that ended, for hops to the same addresses: a TLS handshake takes 40 to 110 ms on busy cores,
+    while streams wait. One that is not ready is closed, as is the one that waits longest beyond SPARE."""
 
-    def __init__(self, on_lost: Callable[[str], None]) -> None:
-        self._on_lost = on_lost
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
+        self._closing: set[asyncio.Future[None]] = set()
+
+    def take(self, address: str) -> grpc.aio.Channel | None:
+        """A connection that is open, which is the caller's from now on."""
+        kept = self._kept.pop(address, None)
+        if kept is None or kept.get_state() is grpc.ChannelConnectivity.READY:
+            return kept
+        self._close(kept)
+        return None
+
+    def keep(self, address: str, channel: grpc.aio.Channel) -> None:
+        """Take one that has no calls any more."""
+        if channel.get_state() is not grpc.ChannelConnectivity.READY:
+            self._close(channel)
+            return
+        if (other := self._kept.pop(address, None)) is not None:
+            self._close(other)
+        self._kept[address] = channel
+        if len(self._kept) > SPARE:
+            self._close(self._kept.popitem(last=False)[1])
+
+    def _close(self, channel: grpc.aio.Channel) -> None:
+        closing = asyncio.ensure_future(channel.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """Close all."""
+        while self._kept:
+            self._close(self._kept.popitem()[1])
+        await asyncio.gather(*self._closing)
+
+
+class RingSender:
+    """The sending end of a hop. ``on_lost`` is called once when the stream ends, unless ``close`` was first.
+
+    spare: where its connection comes from and goes to, if there is one.
+    """
+
+    def __init__(self, on_lost: Callable[[str], None], spare: SpareChannels | None = None) -> None:
+        self._on_lost, self._spare = on_lost, spare
+        self._address = ""
         self._queue: deque[bytes] = deque()
         self._room = asyncio.Event()
         self._sending = False
@@ -179,7 +224,9 @@ class RingSender:
         self, address: str, credentials: grpc.ChannelCredentials, build: BuildInfo, epoch: int, sender: str
     ) -> Link:
         """Connect, shake hands and measure. Raises VersionMismatch or PeerError within OPEN_DEADLINE_S."""
-        self._channel = channel.open_channel(address, credentials)
+        self._address = address
+        kept = self._spare.take(address) if self._spare is not None else None
+        self._channel = kept if kept is not None else channel.open_channel(address, credentials)
         call: grpc.aio.StreamStreamCall[bytes, bytes] = self._channel.stream_stream(f"/{DATA_SERVICE}/{RING_METHOD}")()
         try:
             async with asyncio.timeout(OPEN_DEADLINE_S):
@@ -252,10 +299,18 @@ class RingSender:
             self._room.set()
             self._on_lost(reason)
 
-    async def close(self) -> None:
-        """End the hop. Idempotent; ``on_lost`` is not called."""
+    def release(self) -> None:
+        """What of ``close`` waits for nothing. The connection may be taken again at once."""
         self._closed = True
         self._room.set()
+        if self._call is not None and self._channel is not None and self._spare is not None:
+            self._call.cancel()
+            self._spare.keep(self._address, self._channel)
+            self._channel = None
+
+    async def close(self) -> None:
+        """End the hop. Idempotent; ``on_lost`` is not called."""
+        self.release()
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
