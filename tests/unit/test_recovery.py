@@ -34,7 +34,7 @@ class Hop:
 
     gate: asyncio.Event
 
-    def __init__(self, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, on_lost: Callable[[str], None], _spare: object) -> None:
         self.on_lost = on_lost
 
     async def open(self, *_: Any) -> None:
