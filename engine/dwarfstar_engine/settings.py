@@ -5,18 +5,38 @@ An environment variable is the field's name in capitals behind ``DWARFSTAR_``: `
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from dwarfstar_engine.errors import SettingsError
 
 MAX_CONFIG_BYTES = 1 << 20  # a config file is written by hand; anything larger is a mistake
 ENV_PREFIX = "DWARFSTAR_"
+
+
+_LENT = re.compile(r"(\d+(?:\.\d+)?)(%?)|-\d+(?:\.\d+)?", re.ASCII)
+MAX_LENT_GIB = 1 << 20
+
+
+def _lent(value: object) -> str:
+    """18 in a config file is a number. As ``plan.capacity.parse_override`` reads it."""
+    said = f"{value:.12g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value).strip()
+    match = _LENT.fullmatch(said)
+    if match is None or (match[1] and not 0 < float(match[1]) <= (100 if match[2] else MAX_LENT_GIB)):
+        raise PydanticCustomError(
+            "lent", "Input should be GiB, as in 18, a share, as in 50%, or GiB to keep back, as in -2"
+        )
+    return said
+
+
+Lent = Annotated[str, BeforeValidator(_lent)]
 
 
 class Settings(BaseModel):
@@ -85,10 +105,18 @@ class Settings(BaseModel):
     wire: Literal["auto", "f32", "f16", "q8"] = "auto"
     """Precision of activations between stages; f32 is exact. ``auto``: f32 unless the link would be the bottleneck."""
 
-    effective_vram: float | None = Field(default=None, gt=0, le=1 << 20)
-    """GiB this node lends; default: what is free on its device, less a reserve."""
+    effective_vram: Lent | None = None
+    """What this node lends: GiB, as in 18; a share of what it could lend, as in 50%; or GiB to keep back, as in -2.
+    Default: what is free on its device, less a reserve."""
     cuts: tuple[int, ...] = ()
-    """Layer boundaries set by hand; default: in proportion to effective VRAM."""
+    """Layer boundaries set by hand; default: what ``strategy`` finds."""
+    strategy: Literal["proportional", "fastest"] = "proportional"
+    """How layers are shared out: in proportion to effective VRAM, or for the least time by what was measured."""
+    objective: Literal["single", "throughput"] = "throughput"
+    """What ``fastest`` looks for: the quickest single stream, or most tokens a second of all."""
+    auto_balance: Literal["off", "advise", "on"] = "advise"
+    """When stages stay unequally busy under load: say which layers should move, or move them if that needs no pause
+    for loading."""
     wait_nodes: int = Field(default=1, ge=1, le=1024)
     """Nodes to wait for before the first plan."""
     heartbeat_s: float = Field(default=1.0, ge=0.05, le=10)

@@ -5,7 +5,11 @@ Sizes are GiB, times are in the unit their name ends in, layer ranges are half o
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_STAGES = 1024  # of a plan that is asked for: as many as a cluster has nodes
 
 
 class View(BaseModel):
@@ -43,6 +47,9 @@ class NodeView(View):
     load: float | None = None  # share of its processors in use, 0 … 1
     temperature_c: float | None = None  # of what computes, the hottest part
     power_w: float | None = None  # of what computes
+    bandwidth_gb_s: float | None = None  # of its memory, 1e9 bytes, measured or by its clock
+    usable_gib: float | None = None  # what it would lend without an override
+    override: str = ""  # what its owner set instead: 18, 50% or -2; empty: nothing
 
 
 class StageView(View):
@@ -127,3 +134,146 @@ class ModelFilesView(View):
     models: tuple[ModelFileView, ...]  # by name, the demo last
     left_out: int = 0  # files that were not looked at: too many, or too slow to read
     unfinished_gib: float = 0.0  # of downloads that may go on
+
+
+# --- plans ---
+
+
+class MemoryView(View):
+    """Of a planned stage, GiB. headroom: of what its node may use, negative where it does not fit."""
+
+    weights: float
+    kv: float
+    compute: float
+    headroom: float
+
+
+class PlannedStageView(View):
+    node: str
+    layers: tuple[int, int]
+    memory_gib: MemoryView
+    ms: float  # predicted, of one generated token
+    measured_ms: float | None = None  # of the stage that runs
+
+
+class PredictedView(View):
+    """lanes, batch: at the aggregate. hop_ms: from each stage to the next; the last one's leads back to the first."""
+
+    single_tok_s: float
+    aggregate_tok_s: float
+    ttft_ms: float
+    prompt_tokens: int
+    lanes: int
+    batch: int
+    hop_ms: tuple[float, ...]
+
+
+class LeftOutView(View):
+    node: str
+    reason: str
+
+
+class SliceView(View):
+    node: str
+    layers: tuple[int, int]
+
+
+class AlternativeView(View):
+    kind: str  # single | replicas | split | pipelines
+    nodes: tuple[str, ...]
+    single_tok_s: float
+    aggregate_tok_s: float
+    pipelines: tuple[tuple[SliceView, ...], ...]
+
+
+class PlanView(View):
+    """What ``dwarfstar plan --json`` tells."""
+
+    model: str
+    context: int
+    strategy: str  # proportional | fastest; given: by its owner
+    objective: str
+    stages: tuple[PlannedStageView, ...]
+    predicted: PredictedView
+    excluded: tuple[LeftOutView, ...]
+    alternatives: tuple[AlternativeView, ...]
+    take: str  # the kind of the best of them
+    advice: str
+    options: tuple[str, ...]
+    bottleneck: str  # a node, or "a → b" for a link
+
+
+class PlanRequest(View):
+    """What is wished of a plan; nothing: what the planner finds with the engine's own strategy.
+
+    cuts: boundaries by hand. order: nodes along the ring, names or ids; with cuts, as many as stages. pins: a node has
+    exactly these layers. excluded: a node gets none. context: of a proposal only. auto: forget what the owner has
+    committed, the planner decides again.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strategy: Literal["proportional", "fastest"] | None = None
+    objective: Literal["single", "throughput"] | None = None
+    cuts: tuple[int, ...] | None = Field(default=None, max_length=MAX_STAGES)
+    order: tuple[str, ...] = Field(default=(), max_length=MAX_STAGES)
+    pins: dict[str, tuple[int, int]] = Field(default_factory=dict, max_length=MAX_STAGES)
+    excluded: tuple[str, ...] = Field(default=(), max_length=MAX_STAGES)
+    context: int | None = Field(default=None, ge=16, le=1 << 20)
+    auto: bool = False
+
+
+class DeltaView(View):
+    """What changes on a node. Layers are those it did not hold, or holds no more. beside_gib: left while the old slice
+    and the new one are both loaded; negative: streams wait while it loads."""
+
+    node: str
+    load: tuple[tuple[int, int], ...]
+    drop: tuple[tuple[int, int], ...]
+    load_gib: float
+    drop_gib: float
+    headroom_gib: float
+    beside_gib: float
+
+
+class ProposalView(View):
+    """The plan that runs beside one that is proposed. epoch: to be given with a commit.
+
+    clamped: cuts that were moved, and why. error, code: why there is no proposal. owner: the running plan is kept as
+    its owner committed it. undo: there is a plan to go back to.
+    """
+
+    epoch: int
+    legal_cuts: tuple[int, ...]
+    present: PlanView | None
+    proposed: PlanView | None
+    delta: tuple[DeltaView, ...] = ()
+    clamped: tuple[str, ...] = ()
+    error: str = ""
+    code: str = ""
+    owner: bool = False
+    undo: bool = False
+    tok_s: float = 0.0  # of all streams, now
+
+
+class ReadView(View):
+    node: str
+    layers: tuple[int, int]
+    read_gib: float  # from the disk; the rest was in its page cache
+
+
+class CommitView(View):
+    """A plan that was carried out. loaded_first: beside the one before it; else streams waited."""
+
+    epoch: int
+    loaded_first: bool
+    before: PlanView
+    after: PlanView
+    reads: tuple[ReadView, ...] = ()
+
+
+class OverrideView(View):
+    node: str
+    override: str  # that counts now: 18, 50% or -2; empty: none
+    effective_vram_gib: float
+    replanned: bool

@@ -33,6 +33,18 @@ class UnexpectedControl(control_pb2_grpc.ControlServicer):
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:
         raise AssertionError("nobody should renew a certificate")
 
+    async def Plan(self, request: pb.PlanRequest, context: Context) -> pb.PlanReply:
+        raise AssertionError("nobody should ask for the plan")
+
+    async def Commit(self, request: pb.PlanRequest, context: Context) -> pb.PlanReply:
+        raise AssertionError("nobody should commit a plan")
+
+    async def Undo(self, request: pb.UndoRequest, context: Context) -> pb.PlanReply:
+        raise AssertionError("nobody should undo a plan")
+
+    async def Override(self, request: pb.OverrideRequest, context: Context) -> pb.OverrideReply:
+        raise AssertionError("nobody should override what a node lends")
+
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
         raise AssertionError("nobody should drain a node")
 

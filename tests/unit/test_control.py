@@ -160,6 +160,44 @@ async def test_only_the_owner_orders(cluster: Cluster) -> None:
         await until(lambda: cluster.stops)
 
 
+async def test_only_the_owner_steers_and_a_refusal_has_its_code(cluster: Cluster) -> None:
+    async with calling(cluster, cluster.machine("attic")) as stub:
+        for call in (
+            stub.Plan(pb.PlanRequest(), timeout=DEADLINE_S),
+            stub.Commit(pb.PlanRequest(), timeout=DEADLINE_S),
+            stub.Undo(pb.UndoRequest(), timeout=DEADLINE_S),
+            stub.Override(pb.OverrideRequest(node="attic", text="1"), timeout=DEADLINE_S),
+        ):
+            assert "do it there" in await denied(call)
+    async with calling(cluster, NodeFiles(cluster.folder / "trust")) as stub:
+        for call, code in (
+            (stub.Plan(pb.PlanRequest(), timeout=DEADLINE_S), "no_nodes"),
+            (stub.Plan(pb.PlanRequest(json=b'{"strategy": "slowest"}'), timeout=DEADLINE_S), "bad_request"),
+            (stub.Plan(pb.PlanRequest(json=b"{"), timeout=DEADLINE_S), "bad_request"),
+            (stub.Commit(pb.PlanRequest(base_epoch=3), timeout=DEADLINE_S), "not_serving"),
+            (stub.Undo(pb.UndoRequest(), timeout=DEADLINE_S), "not_serving"),
+            (stub.Override(pb.OverrideRequest(node="attic", text="1"), timeout=DEADLINE_S), "no_such_node"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION and refused.value.details()
+            assert dict(refused.value.trailing_metadata() or ())[channel.CODE] == code
+
+
+async def test_a_node_that_comes_is_told_what_it_is_set_to_lend(cluster: Cluster) -> None:
+    files = cluster.machine("attic")
+    cluster.coordinator.steering.restore("", {files.key_id(): "0.25"})
+    daemon = cluster.daemon(files, "attic")
+    running = asyncio.create_task(daemon.run(cluster.address))
+    await until(lambda: daemon._stages.lent_bytes)
+    assert daemon._stages.lent_bytes == cluster.coordinator.members[files.key_id()].usable_bytes
+    async with calling(cluster, NodeFiles(cluster.folder / "trust")) as stub:
+        await stub.Override(pb.OverrideRequest(node="attic"), timeout=DEADLINE_S)
+    await until(lambda: not daemon._stages.lent_bytes)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_a_removed_node_is_told_ends_and_is_refused_afterwards(cluster: Cluster) -> None:
     files = cluster.machine("attic")
     running = asyncio.create_task(cluster.daemon(files, "attic").run(cluster.address))

@@ -14,19 +14,23 @@ from dwarfstar_engine.cli import shared
 from dwarfstar_engine.cli.front import StateKeys, keys_of
 from dwarfstar_engine.cluster import lease
 from dwarfstar_engine.cluster.ids import NodeId
-from dwarfstar_engine.cluster.state import ClusterState
+from dwarfstar_engine.cluster.state import ClusterState, decode, encode
 from dwarfstar_engine.errors import ClusterError, TrustError
 from dwarfstar_engine.node import kept_plan
 from dwarfstar_engine.node.admission import Deputy
+from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.gossip import Peer
 from dwarfstar_engine.node.kept import Kept
 from dwarfstar_engine.node.lease_wire import message_from, message_to
 from dwarfstar_engine.node.links import seen
 from dwarfstar_engine.node.source import open_source
+from dwarfstar_engine.node.vocab import ToyVocab
+from dwarfstar_engine.plan.forecast import Objective, Strategy
+from dwarfstar_engine.plan.owned import OwnedPlan, to_text
 from dwarfstar_engine.plan.proportional import Plan, StagePlan
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.wire.generated import control_pb2 as pb
-from dwarfstar_engine.wire.trust import utc_now
+from dwarfstar_engine.wire.trust import NodeFiles, utc_now
 
 ids = st.builds(NodeId, st.text("abc-", min_size=1, max_size=8))
 numbers = st.integers(0, lease.MAX_TERM)
@@ -121,6 +125,27 @@ def test_what_an_engine_shares_makes_the_same_settings_elsewhere(tmp_path: Path)
     assert (led.home, led.port, led.host) == (theirs.home, 9999, theirs.host)
     with pytest.raises(ClusterError, match="same one on all machines"):
         shared.settings_of(theirs, state.changed(1, "a", wishes={**state.wishes, "slots": -1}))
+
+
+def test_what_an_owner_has_decided_goes_to_another_leader(tmp_path: Path) -> None:
+    settings, source = Settings(home=tmp_path), open_source("toy:8", tmp_path)
+
+    def leader() -> Coordinator:
+        return Coordinator(settings, source, ToyVocab(), NodeFiles(tmp_path), "c")
+
+    owned = OwnedPlan(source.fingerprint, (("a", 3), ("b", 8)), Strategy.FASTEST, Objective.SINGLE)
+    first = leader()
+    first.steering.restore(to_text(owned), {"b": "50%"})
+    wishes = shared.wishes_of(settings, source)
+    kept = ClusterState().changed(
+        1, "a", wishes=shared.with_plan(wishes, {}, first), overrides=shared.with_lent({"x": {"removed": True}}, first)
+    )
+    assert kept.overrides == {"x": {"removed": True}, "b": {"effective_vram": "50%"}}
+    second = shared.restore(leader(), decode(encode(kept)))
+    assert second.steering.owner_text == first.steering.owner_text and second.steering.lent == {"b": "50%"}
+    second.steering.restore("", {})
+    assert shared.with_lent(kept.overrides, second) == {"x": {"removed": True}}
+    assert shared.with_plan(wishes, kept.wishes, second)["owner_plan"] == ""
 
 
 def test_keys_travel_as_hashes_and_count_where_they_arrive() -> None:

@@ -39,7 +39,7 @@ def test_a_false_or_zero_option_counts_as_given(tmp_path: Path) -> None:
 def test_values_are_read_from_text(tmp_path: Path) -> None:
     environment = {"DWARFSTAR_CUTS": "10,20", "DWARFSTAR_EFFECTIVE_VRAM": "1.5", "DWARFSTAR_MODELS": "/m", "OTHER": "x"}
     settings = load(tmp_path, environment=environment)
-    assert (settings.cuts, settings.effective_vram, settings.models) == ((10, 20), 1.5, Path("/m"))
+    assert (settings.cuts, settings.effective_vram, settings.models) == ((10, 20), "1.5", Path("/m"))
     assert load(tmp_path, environment={"DWARFSTAR_CUTS": ""}).cuts == ()
 
 
@@ -70,7 +70,7 @@ def test_settings_are_frozen(tmp_path: Path) -> None:
     ("given", "environment", "file", "words"),
     [
         ({"port": 70000}, {}, "", ("--port", "70000")),
-        ({"effective_vram": -1.0}, {}, "", ("--effective-vram", "-1.0")),
+        ({"effective_vram": "120%"}, {}, "", ("--effective-vram", "120%", "as in 50%")),
         ({}, {"DWARFSTAR_SLOTS": "many"}, "", ("environment", "DWARFSTAR_SLOTS", "many")),
         ({}, {}, "context = 3\n", ("context", "config.toml", "3")),
         ({}, {}, "colour = 'red'\n", ("colour", "config.toml")),
@@ -100,7 +100,7 @@ def test_an_error_names_key_value_and_source(
         ("threads", (1, 1024), (0, 1025)),
         ("gpu_layers", (-1, 1000), (-2,)),
         ("max_body_mib", (1, 256), (0, 257)),
-        ("effective_vram", (0.01,), (0, -1, float("nan"))),
+        ("effective_vram", ("0.01", "18", "50%", "-2"), ("0", "0%", "101%", "-2%", "lots", float("nan"))),
         ("wait_nodes", (1,), (0,)),
         ("wire", ("f32", "f16", "q8"), ("f64", "")),
         ("split_mode", ("none", "layer", "row", "tensor"), ("rows",)),
@@ -140,3 +140,10 @@ def test_times_of_membership_must_increase(given: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match="set them so that they increase"):
         load_settings(given, {}, Path("/nowhere"))
     assert load_settings({"heartbeat_s": 3.0, "late_s": 9.0, "lost_s": 20.0}, {}, Path("/nowhere")).late_s == 9.0
+
+
+def test_lent_memory_in_a_file_may_be_a_number(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    for said, meant in (("18", "18"), ("1.5", "1.5"), ('"50%"', "50%")):
+        config.write_text(f"effective_vram = {said}\n")
+        assert load_settings({}, {}, config).effective_vram == meant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from dwarfstar_engine.views import (
 )
 
 
-def node(name: str, **live: float) -> NodeView:
+def node(name: str, **live: Any) -> NodeView:
     return NodeView(
         id=name, name=name, address="10.0.0.1", state="joined", device="x", memory_gib=128.0, used_gib=5.0,
         effective_vram_gib=123.45, heartbeat_age_s=12.3, **live,
@@ -76,3 +77,10 @@ def test_events_are_lines() -> None:
     assert line.split()[0] == "7" and ".500  node_lost" in line and line.endswith("  node a is lost: x")
     missed, line = lines(EventsView(events=(event,), missed=3), as_json=True)
     assert json.loads(missed) == {"missed": 3} and json.loads(line)["details"] == {"k": 1}
+
+
+def test_what_was_set_is_marked() -> None:
+    shown = status_text(view(node("a").model_copy(update={"override": "50%"}), node("b")), 80)
+    marked, bare = (next(line for line in shown.splitlines() if line.startswith(name)) for name in ("a ", "b "))
+    assert "123.45*" in marked and "*" not in bare and "* as it was set" in shown
+    assert "*" not in status_text(view(node("b")), 80)

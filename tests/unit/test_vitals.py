@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +30,7 @@ class Library:
     lacks: set[str] = field(default_factory=set)
     NVMLError: type[Exception] = NVMLError
     NVML_TEMPERATURE_GPU: int = 0
+    NVML_CLOCK_MEM: int = 2
 
     def _answer(self, call: str, answer: Any) -> Any:
         if call in self.lacks:
@@ -57,6 +58,13 @@ class Library:
     def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
         return int(self._answer("power", 1500))
 
+    def nvmlDeviceGetMaxClockInfo(self, handle: int, what: int) -> int:
+        assert what == self.NVML_CLOCK_MEM
+        return int(self._answer("clock", (9751, 7501)[handle]))
+
+    def nvmlDeviceGetMemoryBusWidth(self, handle: int) -> int:
+        return int(self._answer("bus", (384, 192)[handle]))
+
 
 def with_library(patch: pytest.MonkeyPatch, *lacks: str) -> Gpus | None:
     patch.setitem(sys.modules, "pynvml", Library(set(lacks)))
@@ -64,8 +72,11 @@ def with_library(patch: pytest.MonkeyPatch, *lacks: str) -> Gpus | None:
 
 
 def test_gpus_are_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert with_library(monkeypatch) == Gpus("a GPU", 200, 121, 51.0, 3.0)
-    assert with_library(monkeypatch, "temperature", "power") == Gpus("a GPU", 200, 121, None, None)
+    found = with_library(monkeypatch)
+    # An RTX 3090 reads at 936 GB/s and a 3060 at 360, one after the other.
+    assert found is not None and found.bandwidth_gb_s == pytest.approx(2 / (1 / 936.1 + 1 / 360.0), rel=1e-3)
+    assert replace(found, bandwidth_gb_s=None) == Gpus("a GPU", 200, 121, 51.0, 3.0)
+    assert with_library(monkeypatch, "temperature", "power", "bus") == Gpus("a GPU", 200, 121, None, None)
 
 
 def test_no_library_no_driver_and_no_answer_are_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

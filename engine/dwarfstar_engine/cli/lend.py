@@ -29,6 +29,7 @@ from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.cli.standby import standing_by
 from dwarfstar_engine.errors import DwarfStarError, PeerError, SettingsError, TrustError
 from dwarfstar_engine.node.admission import Admission
+from dwarfstar_engine.node.bandwidth import known_gb_s
 from dwarfstar_engine.node.daemon import NodeDaemon
 from dwarfstar_engine.node.discovery import Finder, Fixed, find_joining
 from dwarfstar_engine.node.facts import (
@@ -92,10 +93,12 @@ async def lend(
     *,
     watch_parent: bool,
     timeout_s: float | None = None,
+    ram_gb_s: float = 0.0,
 ) -> None:
     """Be a node until SIGINT or SIGTERM. ``attach``: a coordinator that has put a certificate into HOME/trust itself.
 
-    join: addresses given by hand; without any, the coordinator is looked for. timeout_s: how long, at most.
+    join: addresses given by hand; without any, the coordinator is looked for. timeout_s: how long, at most. ram_gb_s:
+    of this machine's memory, where somebody has measured it already.
     Raises SettingsError, TrustError, PeerError (nobody there to join), VersionMismatch.
     """
     joins = tuple(join_address(one) for one in join)
@@ -125,7 +128,7 @@ async def lend(
             listen=listen,
             models=settings.models_dir,
             trust=files,
-            facts=measure(settings.effective_vram),
+            facts=measure(settings.effective_vram, ram_gb_s or await asyncio.to_thread(known_gb_s, settings.home)),
             threads=settings.threads or default_threads(1),
             cpus=cpus,
             gpu_layers=settings.gpu_layers,

@@ -30,6 +30,7 @@ from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.source import find_model
 from dwarfstar_engine.plan.forecast import Objective, Strategy
 from dwarfstar_engine.settings import Settings, load_settings
+from dwarfstar_engine.views import PlanRequest
 from dwarfstar_engine.wire import loop
 
 app = typer.Typer(
@@ -147,7 +148,18 @@ def start(
     replan: Annotated[
         str | None, typer.Option(help="Use nodes that come later: auto, idle (when nobody is served) or off.")
     ] = None,
-    effective_vram: Annotated[float | None, typer.Option(help="GiB each node lends.")] = None,
+    effective_vram: Annotated[
+        str | None, typer.Option(help="What each node lends: GiB, as in 18; 50%; or -2, GiB to keep back.")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Share layers out by effective VRAM (proportional), or for speed (fastest).")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="With fastest: for one stream (single), or for all (throughput).")
+    ] = None,
+    auto_balance: Annotated[
+        str | None, typer.Option(help="When stages are unequally busy: off, advise, or on (move layers).")
+    ] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a stage on the GPU; -1: all.")] = None,
     split_mode: Annotated[
         str | None, typer.Option(help="llama.cpp's use of several GPUs: none, layer, row, tensor.")
@@ -178,7 +190,7 @@ def start(
         draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, on_loss=on_loss,
         fallback=_names(fallback) or None,
         standby=standby, record_mib=record_mib, replan=replan,
-        effective_vram=effective_vram,
+        effective_vram=effective_vram, strategy=strategy, objective=objective, auto_balance=auto_balance,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, discovery=discovery, home=home, models=models,
     )  # fmt: skip
@@ -208,7 +220,9 @@ def node(
     ] = None,
     token: Annotated[str | None, typer.Option(help="Join token, from `dwarfstar token` there.")] = None,
     attach: Annotated[str | None, typer.Option(hidden=True)] = None,
-    effective_vram: Annotated[float | None, typer.Option(help="GiB to lend.")] = None,
+    effective_vram: Annotated[
+        str | None, typer.Option(help="What to lend: GiB, as in 18; a share, 50%; or GiB to keep back, -2.")
+    ] = None,
     can_lead: Annotated[
         bool | None, typer.Option("--can-lead", help="Take the coordinator's place when that is lost.")
     ] = None,
@@ -226,6 +240,7 @@ def node(
     ] = None,
     home: Home = None,
     models: Models = None,
+    ram_gb_s: Annotated[float, typer.Option("--ram-gb-s", min=0.0, hidden=True)] = 0.0,
     parent: Annotated[bool, typer.Option("--parent", hidden=True)] = False,
 ) -> None:
     """Lend this machine to a coordinator: the first time with the line that `dwarfstar token` prints there."""
@@ -241,7 +256,7 @@ def node(
     )  # fmt: skip
     _log_to_stderr(True)
     pinned = _numbers(cpus, "cpus") or ()
-    _run(lend(settings, join or (), token, attach, pinned, watch_parent=parent, timeout_s=timeout))
+    _run(lend(settings, join or (), token, attach, pinned, watch_parent=parent, timeout_s=timeout, ram_gb_s=ram_gb_s))
 
 
 @node_commands.command("remove")
@@ -254,6 +269,22 @@ def node_remove(
     from dwarfstar_engine.cli.lend import remove_node
 
     print(f"dwarfstar: {remove_node(_settings(home=home or context.obj), name)}")
+
+
+@node_commands.command("override", context_settings={"ignore_unknown_options": True})
+def node_override(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name or id, as `dwarfstar status` shows them.")],
+    value: Annotated[str, typer.Argument(metavar="VALUE|reset", help="GiB, as in 18; 50%; -2; or reset.")],
+    replan: Annotated[bool, typer.Option("--replan", help="Move layers if that is needed.")] = False,
+    home: Home = None,
+) -> None:
+    """Set what a node lends, from now on, while it runs."""
+    settings = _settings(home=home or context.obj)
+    text = "" if value == "reset" else value
+    told = remote.override(running.require(settings.home), settings.home, name, text, replan=replan)
+    lent = f"lends {told.effective_vram_gib:.2f} GiB" + (f" ({told.override})" if told.override else "")
+    print(f"dwarfstar: {told.node} {lent}" + ("; layers were moved" if told.replanned else ""))
 
 
 @app.command()
@@ -423,8 +454,8 @@ def plan(
     topology: Annotated[
         Path | None, typer.Option(help="A described cluster, TOML; default: the nodes of the running engine.")
     ] = None,
-    strategy: Annotated[Strategy, typer.Option(help="Layers by effective VRAM, or least time.")] = Strategy.FASTEST,
-    objective: Annotated[Objective, typer.Option(help="With fastest: for one stream, or for many.")] = Objective.SINGLE,
+    strategy: Annotated[Strategy | None, typer.Option(help="Layers by effective VRAM, or least time.")] = None,
+    objective: Annotated[Objective | None, typer.Option(help="With fastest: for one stream, or for many.")] = None,
     context: Annotated[int | None, typer.Option(min=16, max=1 << 20, help="Tokens of one request.")] = None,
     slots: Annotated[int | None, typer.Option(help="Requests generated at the same time.")] = None,
     kv: Annotated[str | None, typer.Option(help="KV cache: f16, q8_0 or q4_0.")] = None,
@@ -439,11 +470,20 @@ def plan(
         list[str] | None, typer.Option(help="What a node lends, as in tower=18, =50% or =-2; repeat it.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan, TOML.")] = None,
+    cuts: Annotated[str | None, typer.Option(help="Of the running engine: boundaries by hand, as in 12,20.")] = None,
+    commit: Annotated[bool, typer.Option("--commit", help="Carry the proposal out, while streams go on.")] = False,
+    apply: Annotated[Path | None, typer.Option(help="Carry out a plan that --save wrote.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Back to the plan before.")] = False,
+    auto: Annotated[bool, typer.Option("--auto", help="Let the planner decide again.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: Home = None,
     models: Models = None,
     as_json: AsJson = False,
 ) -> None:
-    """What if: who would get which layers, how fast that would be, and whether to split at all."""
+    """The plan that runs, or what if: who would get which layers, how fast that would be, and whether to split at all.
+
+    Without --topology, a model or figures it is about the engine that runs from this home.
+    """
     from dwarfstar_engine.cli import plan as plan_module
 
     sizes = {"layers": layers, "weights_gib": weights_gib, "kv_gib": kv_gib, "head_gib": head_gib}
@@ -452,14 +492,34 @@ def plan(
         model=model,
         shape=shape if layers or weights_gib else {},
         topology=topology,
-        strategy=strategy,
-        objective=objective,
+        strategy=strategy or Strategy.FASTEST,
+        objective=objective or Objective.SINGLE,
         context=context,
         exclude=_names(exclude),
         pin=pin or (),
         lend=effective_vram or (),
     )
     settings = _settings(home=home, models=models, context=context, slots=slots, kv=kv)
+    described = topology or model or asked.shape or effective_vram or slots or kv
+    orders = commit or apply or undo or auto or cuts
+    if described and orders:
+        raise SettingsError("a plan of the running engine takes no --topology, model, figures or --effective-vram")
+    if not described and (orders or running.find(settings.home) is not None):
+        from dwarfstar_engine.cli.plan_running import Wish
+        from dwarfstar_engine.cli.plan_running import show as show_running
+
+        request = PlanRequest(
+            strategy=None if strategy is None else strategy.value,
+            objective=None if objective is None else objective.value,
+            cuts=_numbers(cuts, "cuts"),
+            pins=plan_module.pins_of(pin or ()),
+            excluded=_names(exclude),
+            context=context,
+            auto=auto,
+        )
+        wish = Wish(request, commit, undo, apply, yes, save)
+        show_running(wish, settings, json_wanted=as_json)
+        return
     plan_module.show(asked, settings, json_wanted=as_json, save_to=save)
 
 

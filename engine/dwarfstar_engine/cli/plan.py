@@ -27,9 +27,10 @@ from dwarfstar_engine.plan.cluster import Cluster, Device, Kind, Link, Measured,
 from dwarfstar_engine.plan.forecast import Job, Objective, Planned, Strategy, Wishes
 from dwarfstar_engine.plan.planner import plan_cluster
 from dwarfstar_engine.plan.remedy import DoesNotFitError, explained, tight
+from dwarfstar_engine.plan.shown import plan_view
 from dwarfstar_engine.plan.topology import MAX_BYTES, ModelShape, read_topology
 from dwarfstar_engine.settings import Settings
-from dwarfstar_engine.views import StatusView
+from dwarfstar_engine.views import PlanView, StatusView
 
 GIB = 1 << 30
 GPU_WORDS = ("nvidia", "geforce", "radeon", "cuda", "rocm", "metal", "vulkan", "gpu", "rtx", "apple")
@@ -75,7 +76,7 @@ def answer(asked: Asked, settings: Settings) -> Answer:
     if status is not None and name != served:  # what was measured was of another model
         cluster = replace(cluster, nodes=tuple(replace(node, measured=()) for node in cluster.nodes))
     cluster = replace(cluster, nodes=_lent(cluster.nodes, asked.lend))
-    wishes = Wishes(pins=_pins(asked.pin), excluded=frozenset(asked.exclude))
+    wishes = Wishes(pins=pins_of(asked.pin), excluded=frozenset(asked.exclude))
     try:
         planned = plan_cluster(cluster, job, asked.strategy, asked.objective, wishes)
     except PlanError as error:
@@ -187,7 +188,7 @@ def _lent(nodes: Sequence[Node], given: Sequence[str]) -> tuple[Node, ...]:
     )
 
 
-def _pins(given: Sequence[str]) -> dict[str, tuple[int, int]]:
+def pins_of(given: Sequence[str]) -> dict[str, tuple[int, int]]:
     """``NODE=0:12``: layers 0 … 11."""
     found = {}
     for text in given:
@@ -202,57 +203,14 @@ def _pins(given: Sequence[str]) -> dict[str, tuple[int, int]]:
 # --- what is told ---
 
 
-def as_json(told: Answer) -> dict[str, Any]:
+def view(told: Answer) -> PlanView:
     """The plan as design and docs describe it."""
-    planned, forecast = told.planned, told.planned.forecast
-    return {
-        "model": told.name,
-        "context": told.job.context,
-        "strategy": planned.strategy.value,
-        "objective": planned.objective.value,
-        "stages": [
-            {
-                "node": stage.node,
-                "layers": list(stage.layers),
-                "memory_gib": {
-                    "weights": _gib(stage.weights_bytes),
-                    "kv": _gib(stage.kv_bytes),
-                    "compute": _gib(stage.compute_bytes),
-                    "headroom": _gib(stage.headroom_bytes),
-                },
-                "ms": round(stage.ms, 3),
-            }
-            for stage in forecast.stages
-        ],
-        "predicted": {
-            "single_tok_s": round(forecast.single_tok_s, 2),
-            "aggregate_tok_s": round(forecast.aggregate_tok_s, 2),
-            "ttft_ms": round(forecast.ttft_ms, 1),
-            "prompt_tokens": forecast.prompt_tokens,
-            "lanes": forecast.lanes,
-            "batch": forecast.batch,
-            "hop_ms": [round(ms, 3) for ms in forecast.hop_ms],
-        },
-        "excluded": [{"node": node, "reason": reason} for node, reason in planned.plan.excluded],
-        "alternatives": [
-            {
-                "kind": one.kind.value,
-                "nodes": list(one.nodes),
-                "single_tok_s": round(one.single_tok_s, 2),
-                "aggregate_tok_s": round(one.aggregate_tok_s, 2),
-                "pipelines": [[{"node": s.node, "layers": list(s.layers)} for s in ring] for ring in one.rings],
-            }
-            for one in told.advice.alternatives
-        ],
-        "take": told.advice.take.kind.value,
-        "advice": told.advice.sentence,
-        "options": list(planned.options),
-        "bottleneck": forecast.bottleneck,
-    }
+    return plan_view(told.name, told.job, told.planned, told.advice)
 
 
-def _gib(size: int) -> float:
-    return round(size / GIB, 4)
+def as_json(told: Answer) -> dict[str, Any]:
+    """The same, without what only a running plan has."""
+    return view(told).model_dump(mode="json", exclude_none=True)
 
 
 def error_json(error: DwarfStarError) -> dict[str, Any]:
@@ -262,10 +220,10 @@ def error_json(error: DwarfStarError) -> dict[str, Any]:
     return {"error": told}
 
 
-def save(told: Answer, path: Path) -> None:
-    """Write the plan as TOML, whole or not at all. Raises SettingsError."""
-    stages = [{"node": stage.node, "layers": list(stage.layers)} for stage in told.planned.plan.stages]
-    kept = {"model": told.name, "context": told.job.context, "kv": told.job.kv_type, "stage": stages}
+def save(told: PlanView, kv: str, path: Path) -> None:
+    """Write a plan as TOML, whole or not at all. Raises SettingsError."""
+    stages = [{"node": stage.node, "layers": list(stage.layers)} for stage in told.stages]
+    kept = {"model": told.model, "context": told.context, "kv": kv, "stage": stages}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(tomli_w.dumps(kept).encode())
@@ -280,7 +238,7 @@ def show(asked: Asked, settings: Settings, *, json_wanted: bool, save_to: Path |
     try:
         told = answer(asked, settings)
         if save_to is not None:
-            save(told, save_to)
+            save(view(told), told.job.kv_type, save_to)
     except DwarfStarError as error:
         if not json_wanted:
             raise
@@ -294,5 +252,5 @@ def show(asked: Asked, settings: Settings, *, json_wanted: bool, save_to: Path |
     from dwarfstar_engine.cli.plan_view import render
 
     console = Console(file=sys.stdout, highlight=False)
-    for part in render(told, console.width):
+    for part in render(view(told), console.width):
         console.print(part)

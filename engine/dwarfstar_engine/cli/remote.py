@@ -11,7 +11,7 @@ import grpc
 
 from dwarfstar_engine.cli import running
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.views import EventsView, StatusView
+from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlStub
@@ -20,6 +20,7 @@ from dwarfstar_engine.wire.trust import NodeFiles
 CALL_S = 5.0
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.FAILED_PRECONDITION)  # with a sentence for people
 DRAIN_S = 600.0  # a node's layers may have to be loaded from slow disks
+PLAN_S = 60.0  # a search over many nodes
 STOP_S = 15.0  # until a stopped engine's process is gone
 
 
@@ -38,8 +39,13 @@ def said(error: grpc.RpcError, engine: running.Running) -> DwarfStarError:
     if not isinstance(error, grpc.Call):
         return DwarfStarError(f"the engine at {engine.control} does not answer: {error}")
     if error.code() in REFUSED:
-        return DwarfStarError(str(error.details()))
+        told = dict(error.trailing_metadata() or ())
+        return DwarfStarError(str(error.details()), code=_text(told.get(channel.CODE)))
     return DwarfStarError(f"the engine at {engine.control} does not answer: {error.details()}")
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else value
 
 
 def status(engine: running.Running, home: Path) -> StatusView:
@@ -92,3 +98,26 @@ def drain(engine: running.Running, home: Path, wanted: str, *, undo: bool) -> st
         return f"{reply.name} ({reply.node_id}) is planned for again"
     paused = "" if reply.loaded_first else "; streams waited while its layers were loaded elsewhere"
     return f"{reply.name} ({reply.node_id}) is drained and may leave{paused}"
+
+
+def plan(engine: running.Running, home: Path, request: PlanRequest) -> ProposalView:
+    """The plan that runs, and the one asked for. Raises DwarfStarError."""
+    reply = _call(engine, home, "Plan", pb.PlanRequest(json=request.model_dump_json().encode()), PLAN_S)
+    return ProposalView.model_validate_json(reply.json)
+
+
+def commit(engine: running.Running, home: Path, request: PlanRequest, base_epoch: int) -> CommitView:
+    """Carry a plan out; returns when it serves. Raises DwarfStarError, of code ``stale_epoch`` among others."""
+    asked = pb.PlanRequest(json=request.model_dump_json().encode(), base_epoch=base_epoch)
+    return CommitView.model_validate_json(_call(engine, home, "Commit", asked, DRAIN_S).json)
+
+
+def undo(engine: running.Running, home: Path) -> CommitView:
+    """Back to the plan before the last change. Raises DwarfStarError."""
+    return CommitView.model_validate_json(_call(engine, home, "Undo", pb.UndoRequest(), DRAIN_S).json)
+
+
+def override(engine: running.Running, home: Path, node: str, text: str, *, replan: bool) -> OverrideView:
+    """Set what a node lends; empty: as it was started. Raises DwarfStarError."""
+    request = pb.OverrideRequest(node=node, text=text, replan=replan)
+    return OverrideView.model_validate_json(_call(engine, home, "Override", request, DRAIN_S).json)

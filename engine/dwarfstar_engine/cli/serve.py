@@ -27,10 +27,11 @@ from dwarfstar_engine.cli.front import Front, forwarded_app, keys_of
 from dwarfstar_engine.cli.sockets import bind, port_of
 from dwarfstar_engine.cli.standby import control_server, serve_http
 from dwarfstar_engine.cluster.candidates import MAX_HOSTS, Advert, Interface
-from dwarfstar_engine.cluster.state import ClusterState
+from dwarfstar_engine.cluster.state import ClusterState, Scalar
 from dwarfstar_engine.errors import TrustError
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
+from dwarfstar_engine.node.bandwidth import known_gb_s
 from dwarfstar_engine.node.chair import Chair
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator
@@ -39,6 +40,7 @@ from dwarfstar_engine.node.discovery import Seek, cluster_id
 from dwarfstar_engine.node.drafter import Drafter, DraftOptions
 from dwarfstar_engine.node.facts import (
     GIB,
+    Facts,
     cores,
     default_threads,
     interfaces,
@@ -111,7 +113,8 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         }
     )
     found = settings.discovery and not is_loopback(settings.control_host)
-    lent_gib = _lent_gib(start, settings, source)
+    lent = _lent(start, settings, source)
+    lent_gib = measure(lent).override_bytes / GIB if lent else None
     for line in telling.opening(source, settings, local, lent_gib):
         say(line)
     listener = bind(settings.host, settings.port, "")
@@ -162,7 +165,8 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         # On this machine by loopback, where it listens there: the outward address may change.
         own = f"127.0.0.1:{port_of(coordinator.address)}" if is_any(settings.control_host) else coordinator.address
         running.announce(settings.home, own, door.url, join, door.certificate, found)
-        nodes = _local_nodes(local, pinned, settings, lent_gib, coordinator.address, admission)
+        ram_gb_s = await asyncio.to_thread(known_gb_s, settings.home)  # once, and before anything computes
+        nodes = _local_nodes(local, pinned, settings, lent, ram_gb_s, coordinator.address, admission)
         for node in nodes:
             stack.push_async_callback(node.stop)
             await node.start()
@@ -170,7 +174,8 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         tasks = [asyncio.create_task(lead.run(), name="lead")]
         if not local:
             _issue_own(settings, admission)
-            tasks.append(asyncio.create_task(_own_node(settings, Led(lead, lambda: own)), name="node"))
+            facts = measure(settings.effective_vram, ram_gb_s)
+            tasks.append(asyncio.create_task(_own_node(settings, facts, Led(lead, lambda: own)), name="node"))
         if found:
             tasks.append(asyncio.create_task(advertiser.run(), name="adverts"))
         renew = renewal.by_authority(authority, lifetime, utc_now)
@@ -200,14 +205,18 @@ def _chair(coordinator: Coordinator, settings: Settings, source: Source) -> Chai
     wishes = shared.wishes_of(settings, source)
 
     async def make(state: ClusterState) -> Coordinator:
-        return coordinator
+        return shared.restore(coordinator, state)
 
     def describe(state: ClusterState, now: Coordinator) -> Mapping[str, Any]:
         told: dict[str, Any] = {"model": source.name, "wishes": shared.with_plan(wishes, state.wishes, now)}
+        told["overrides"] = shared.with_lent(state.overrides, now)
         with contextlib.suppress(TrustError):  # a damaged file is told of where it is used; what was kept stays
             told["keys"] = keys = keys_of(store.read())
             told["revoked"] = (state.revoked | state.keys.keys()) - keys.keys()
-            told["overrides"] = {node.id: {REMOVED: True} for node in roster.read().nodes if node.removed}
+            removed: Mapping[str, Mapping[str, Scalar]] = {
+                node.id: {REMOVED: True} for node in roster.read().nodes if node.removed
+            }
+            told["overrides"] = shared.with_lent(removed, now)
         return told
 
     return Chair(make, describe, forwarded_app(settings))
@@ -271,16 +280,21 @@ def _check_cuts(source: Source, cuts: Sequence[int]) -> None:
     with_cuts(source.costs, source.cuts, Need(cells=0, reserve_bytes=0), boundless, cuts)
 
 
-def _lent_gib(start: Start, settings: Settings, source: Source) -> float | None:
+def _lent(start: Start, settings: Settings, source: Source) -> str | None:
     """What each local node lends: what was asked for; in the demo, too little for the whole model; else its share."""
     if settings.effective_vram is not None:
         return settings.effective_vram
     if not start.demo:
-        return measure(None).usable_bytes / start.local_nodes / GIB if start.local_nodes else None
+        share = measure(None).usable_bytes / start.local_nodes if start.local_nodes else 0
+        return _gib(share) if share else None
     context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
     kv = kv_cells(settings, context) * sum(source.costs.kv_bytes_per_token)
     whole = sum(source.costs.layer_bytes) + source.costs.head_bytes + kv
-    return (whole * DEMO_SHARE + reserve_bytes(source, settings)) / GIB
+    return _gib(whole * DEMO_SHARE + reserve_bytes(source, settings))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.4f}"
 
 
 def _sayer(out: TextIO) -> Callable[[str], None]:
@@ -343,7 +357,13 @@ def _pin(wanted: bool, nodes: int) -> tuple[int, ...]:
 
 
 def _local_nodes(
-    count: int, pinned: tuple[int, ...], settings: Settings, lent_gib: float | None, address: str, admission: Admission
+    count: int,
+    pinned: tuple[int, ...],
+    settings: Settings,
+    lent: str | None,
+    ram_gb_s: float,
+    address: str,
+    admission: Admission,
 ) -> list[LocalNode]:
     """Node processes on this machine, each with a home, a certificate and a share of the cores of its own."""
     nodes = []
@@ -357,7 +377,8 @@ def _local_nodes(
                 home=home,
                 coordinator=address,
                 threads=settings.threads or default_threads(count),
-                effective_vram=lent_gib,
+                effective_vram=lent,
+                ram_gb_s=ram_gb_s,
                 cpus=pinned[index : index + 1],
                 models=settings.models_dir,
             )
@@ -372,7 +393,7 @@ def _issue_own(settings: Settings, admission: Admission) -> None:
     issue_local(admission.authority, files, node_id, utc_now(), admission.lifetime)
 
 
-async def _own_node(settings: Settings, where: Seek) -> None:
+async def _own_node(settings: Settings, facts: Facts, where: Seek) -> None:
     """This process as a node of whoever leads."""
     files = NodeFiles(settings.home / "node" / "trust")
     options = NodeOptions(
@@ -380,7 +401,7 @@ async def _own_node(settings: Settings, where: Seek) -> None:
         listen=settings.control_host,
         models=settings.models_dir,
         trust=files,
-        facts=measure(settings.effective_vram),
+        facts=facts,
         threads=settings.threads or default_threads(1),
         gpu_layers=settings.gpu_layers,
         split_mode=settings.split_mode,

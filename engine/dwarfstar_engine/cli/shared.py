@@ -19,8 +19,12 @@ from dwarfstar_engine.settings import Settings
 
 SHARED = (
     "context", "slots", "kv", "chunk", "prefix_cache", "speculation", "queue", "request_timeout_s", "flash_attention",
-    "batching", "wire", "rejoin_s", "on_loss", "rescue_s", "replan", "frame_deadline_s",
+    "batching", "wire", "rejoin_s", "on_loss", "rescue_s", "replan", "frame_deadline_s", "strategy", "objective",
+    "auto_balance",
 )  # fmt: skip
+
+OWNER_PLAN = "owner_plan"  # of the state's wishes
+LENT = "effective_vram"  # of the state's overrides
 
 
 def wishes_of(settings: Settings, source: Source) -> dict[str, Scalar]:
@@ -36,7 +40,25 @@ def with_plan(
     """The wishes with the plan that the coordinator has made; with the one before while it has made none."""
     made = kept_plan.to_text(coordinator.planned)
     same = before.get("fingerprint") == wishes.get("fingerprint")
-    return {**wishes, "plan": made or (before.get("plan", "") if same else "")}
+    plan = made or (before.get("plan", "") if same else "")
+    return {**wishes, "plan": plan, OWNER_PLAN: coordinator.steering.owner_text}
+
+
+def with_lent(
+    overrides: Mapping[str, Mapping[str, Scalar]], coordinator: Coordinator
+) -> dict[str, Mapping[str, Scalar]]:
+    """The overrides with what the owner has set nodes to lend."""
+    bare = {node: {key: one for key, one in said.items() if key != LENT} for node, said in overrides.items()}
+    lent = coordinator.steering.lent
+    merged = {node: {**bare.get(node, {}), LENT: text} for node, text in lent.items()}
+    return {node: said for node, said in {**bare, **merged}.items() if said}
+
+
+def restore(coordinator: Coordinator, state: ClusterState) -> Coordinator:
+    """With what its owner has decided."""
+    lent = {node: said[LENT] for node, said in state.overrides.items() if LENT in said}
+    coordinator.steering.restore(state.wishes.get(OWNER_PLAN), lent)
+    return coordinator
 
 
 def settings_of(own: Settings, state: ClusterState) -> Settings:

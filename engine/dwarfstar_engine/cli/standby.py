@@ -118,7 +118,9 @@ class Understudy:
         if not state.model:
             raise ClusterError("no engine has told this node what to serve: start the engine first", code="no_state")
         ready = await self._prepare(state)
-        return Coordinator(shared.settings_of(self._settings, state), ready.source, ready.vocab, self._files, self._me)
+        settings = shared.settings_of(self._settings, state)
+        made = Coordinator(settings, ready.source, ready.vocab, self._files, self._me)
+        return shared.restore(made, state)
 
     async def _drop(self) -> None:
         ready, self._ready = self._ready, None
@@ -130,8 +132,11 @@ class Understudy:
 
 
 def _describe(state: ClusterState, coordinator: Coordinator) -> Mapping[str, Any]:
-    """A stand-in changes the plan only."""
-    return {"wishes": shared.with_plan(state.wishes, state.wishes, coordinator)}
+    """A stand-in changes the plan and what nodes lend only."""
+    return {
+        "wishes": shared.with_plan(state.wishes, state.wishes, coordinator),
+        "overrides": shared.with_lent(state.overrides, coordinator),
+    }
 
 
 @contextlib.asynccontextmanager

@@ -24,6 +24,7 @@ def status_text(view: StatusView, width: int) -> str:
         "",
         *_table(view, wide=width >= WIDE),
         *([] if view.nodes else ["(no node has joined)"]),
+        *(["* as it was set"] if any(node.override for node in view.nodes) else []),
         *(f"! {warning}" for warning in view.warnings),
     ]
     return "\n".join(lines)
@@ -51,7 +52,8 @@ def _table(view: StatusView, *, wide: bool) -> Iterator[str]:
 
 
 def _node(node: NodeView, name: int, *, wide: bool) -> str:
-    row = f"{node.name[: name - 1]:{name}}{node.state:>7}{node.heartbeat_age_s:7.1f}{node.effective_vram_gib:10.2f}"
+    row = f"{node.name[: name - 1]:{name}}{node.state:>7}{node.heartbeat_age_s:7.1f}"
+    row += f"{node.effective_vram_gib:9.2f}{'*' if node.override else ' '}"
     if wide:
         load = None if node.load is None else f"{node.load:.0%}"
         row += f"{_known(node.free_gib, '.2f'):>9}{load or UNKNOWN:>6}"

@@ -8,6 +8,7 @@ once when leading ends; nodes that come meanwhile are told so and come again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from dwarfstar_engine.cluster.leadership import TICK_S
 from dwarfstar_engine.cluster.state import ClusterState
 from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.node import kept_plan, tunnel
@@ -28,6 +30,7 @@ from dwarfstar_engine.wire.trust import OWNER
 
 log = logging.getLogger("dwarfstar.lead")
 
+KEEP_S = 3.0  # a few ticks of leadership and a file
 AWAIT_S = 3.0  # for the nodes of the plan before: they come as soon as their leases have changed hands
 
 Make = Callable[[ClusterState], Awaitable[Coordinator]]
@@ -130,6 +133,18 @@ class Chair:
             self._forwarded = coordinator, self._app(coordinator)
         app = self._forwarded[1] if coordinator is not None and self._forwarded is not None else None
         await tunnel.answer(app, context)
+
+    async def kept(self) -> None:
+        """Have what was changed kept; returns when it is, or after KEEP_S."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(KEEP_S):
+                while True:
+                    state = self.lead.state
+                    wanted = await asyncio.to_thread(self.wanted, state)
+                    if all(getattr(state, name) == value for name, value in wanted.items()):
+                        return
+                    self.lead.keep_soon()
+                    await asyncio.sleep(TICK_S)
 
     def status(self) -> StatusView:
         leader = self.lead.leader

@@ -10,21 +10,23 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, Protocol
 from urllib.parse import unquote
 
 import grpc
 import grpc.aio
+from pydantic import ValidationError
 
-from dwarfstar_engine.errors import ClusterError, DwarfStarError, Overloaded, PeerError, TrustError
+from dwarfstar_engine.errors import ClusterError, DwarfStarError, Overloaded, PeerError, PlanError, TrustError
 from dwarfstar_engine.node.admission import Gatekeeper
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.moves import find
 from dwarfstar_engine.node.roster import REMOVED
-from dwarfstar_engine.views import StatusView
+from dwarfstar_engine.node.steering import Steering
+from dwarfstar_engine.views import CommitView, PlanRequest, StatusView
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlServicer
@@ -48,6 +50,8 @@ class Duties(Protocol):
     ) -> AsyncIterator[pb.LeadMessage]: ...
     async def answer(self, context: grpc.aio.ServicerContext[Any, Any]) -> None: ...
     def status(self) -> StatusView: ...
+    async def kept(self) -> None:
+        """What has just been changed is kept by the cluster."""
 
 
 class ControlService(ControlServicer):
@@ -192,6 +196,70 @@ class ControlService(ControlServicer):
         except DwarfStarError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
         return pb.DrainReply(node_id=member.id, name=member.name, loaded_first=prepared)
+
+    async def Plan(self, request: pb.PlanRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PlanReply:
+        await _owner_only(context)
+        try:
+            view = await self._coordinator.steering.propose(_asked(request))
+        except DwarfStarError as error:
+            await _refuse(context, error)
+        return pb.PlanReply(json=view.model_dump_json().encode())
+
+    async def Commit(self, request: pb.PlanRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PlanReply:
+        await _owner_only(context)
+        return await self._change(context, lambda: self._steering.commit(_asked(request), request.base_epoch))
+
+    async def Undo(self, request: pb.UndoRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PlanReply:
+        await _owner_only(context)
+        return await self._change(context, lambda: self._steering.undo(request.base_epoch))
+
+    async def Override(
+        self, request: pb.OverrideRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.OverrideReply:
+        await _owner_only(context)
+        try:
+            view = await self._steering.override(request.node, request.text, replan=request.replan)
+        except (DwarfStarError, TimeoutError) as error:
+            await _refuse(context, error)
+        await self._keep()
+        return pb.OverrideReply(json=view.model_dump_json().encode())
+
+    @property
+    def _steering(self) -> Steering:
+        return self._coordinator.steering
+
+    async def _change(
+        self, context: grpc.aio.ServicerContext[Any, Any], change: Callable[[], Awaitable[CommitView]]
+    ) -> pb.PlanReply:
+        try:
+            view = await change()
+        except (DwarfStarError, TimeoutError) as error:
+            await _refuse(context, error)
+        await self._keep()
+        return pb.PlanReply(json=view.model_dump_json().encode())
+
+    async def _keep(self) -> None:
+        if self._duties is not None:
+            await self._duties.kept()
+
+
+def _asked(request: pb.PlanRequest) -> PlanRequest:
+    """Raises PlanError: it is no request."""
+    try:
+        return PlanRequest.model_validate_json(request.json or b"{}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PlanError(f"the request's {where or 'JSON'} is not usable: {first['msg']}", code="bad_request") from None
+
+
+async def _refuse(context: grpc.aio.ServicerContext[Any, Any], error: DwarfStarError | TimeoutError) -> NoReturn:
+    """End a call with the error's sentence, its code beside it."""
+    code, message = "timeout", "layers were not loaded in time: look at the events"
+    if isinstance(error, DwarfStarError):
+        code, message = error.code, error.message
+    context.set_trailing_metadata(((channel.CODE, code),))
+    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, message)
 
 
 async def _owner_only(context: grpc.aio.ServicerContext[Any, Any]) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.node.balancer import Balancer
 from dwarfstar_engine.node.beside import CRASHED, loaded
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
@@ -40,6 +41,7 @@ from dwarfstar_engine.node.news import News
 from dwarfstar_engine.node.nodes import Nodes
 from dwarfstar_engine.node.planner import WAITING, Planner, served_context
 from dwarfstar_engine.node.source import Source
+from dwarfstar_engine.node.steering import Steering
 from dwarfstar_engine.node.streams import MAX_RESCUES, Stream, WaitingRoom
 from dwarfstar_engine.node.vocab import Vocab
 from dwarfstar_engine.plan.proportional import (
@@ -111,6 +113,8 @@ class Coordinator:
         self._ran: frozenset[tuple[str, int]] = frozenset()  # node and process of the stages that served last
         self._crashed = False  # one of them ended by its own doing
         self.moves = Moves(self)
+        self.steering = self.planner.owner = Steering(self)
+        self._balancer = Balancer(self.steering, self.journal, self.warn)
         self._reviving = False  # a pipeline that served is being brought up again
         self._reason = "starting"
         self._code = "starting"
@@ -191,6 +195,7 @@ class Coordinator:
 
     def joined(self, member: Member) -> None:
         """See ``nodes.Host``."""
+        self.steering.joined(member)
         self.moves.came(member)
         self._floor = max(self._floor, min(member.epoch_seen, MAX_EPOCH_SEEN))
         self.gossip.changed()
@@ -244,10 +249,15 @@ class Coordinator:
         self.moves.beside.heard(member, event)
         self._news.stage(member, event, self._ring)
         self._crashed |= event.code == CRASHED and (member.id, event.pid) in self._ran
-        stage = self._ring.stage(member, (event.layers.begin, event.layers.end))
+        layers = (event.layers.begin, event.layers.end)
+        stage = self._ring.stage(member, layers)
+        if event.HasField("profile") and (stage is None or event.profile != stage.expected_profile()):
+            self.steering.surveyor.heard(self.source, member.id, layers, event.profile)
         if event.epoch != self.epoch or event.standby or stage is None:
             return
         stage.heard(event)
+        if event.HasField("link") and (after := self._ring.after(stage)) is not None:
+            self.steering.surveyor.linked(member, after.member, event.link)
         if event.HasField("profile"):
             member.profile, member.profiled = event.profile, event.layers.end - event.layers.begin
         if event.state == pb.STAGE_STATE_BROKEN and event.code == HOP_FAILED:
@@ -353,6 +363,7 @@ class Coordinator:
                 try:
                     await self._use(source)
                     self.planner.planned = plan
+                    self.steering.made(plan)
                     await self._bring_up(plan)
                     await self._broken.wait()
                     await self._settle()
@@ -433,6 +444,15 @@ class Coordinator:
     @property
     def serving(self) -> bool:
         return self._dispatcher is not None
+
+    @property
+    def tok_s(self) -> float:
+        return self._dispatcher.tok_s(time.monotonic()) if self._dispatcher is not None else 0.0
+
+    @property
+    def measured_ms(self) -> tuple[float, ...]:
+        dispatcher = self._dispatcher
+        return tuple(one.ms_per_token for one in self._ring.views(dispatcher.stages if dispatcher else None, 0.0))
 
     def idle_s(self, now: float) -> float:
         return now - self._idle_since
@@ -621,6 +641,7 @@ class Coordinator:
                 self._idle_since = now
             self._return_to_main(now)
             self.moves.tick(now)
+            self._balancer.tick(self, now)
             deadline_s = settings.frame_deadline_s
             if self._dispatcher is not None and self._dispatcher.oldest_age_s(now) > deadline_s:
                 hangs = f"a frame has been in the ring for more than {deadline_s:.0f} s: a stage hangs"

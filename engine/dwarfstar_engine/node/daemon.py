@@ -180,6 +180,8 @@ class NodeDaemon:
                 memory_total_bytes=facts.memory_bytes,
                 memory_usable_bytes=facts.usable_bytes,
                 effective_vram_bytes=facts.override_bytes,
+                override=facts.override,
+                bandwidth_gb_s=facts.bandwidth_gb_s,
                 threads=self._options.threads,
             ),
         )
@@ -245,6 +247,8 @@ class NodeDaemon:
                 self._stages.release(message.release)
             case "drained":
                 self._drained(message.drained)
+            case "lend":
+                self._stages.lent_bytes = message.lend.bytes
             case "refused":
                 if message.refused.code == VersionMismatch.code:
                     raise VersionMismatch(message.refused.message)

@@ -34,10 +34,12 @@ class Stage:
     link: pb.LinkProfile = field(default_factory=pb.LinkProfile)  # to the next stage
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)
     report: pb.StageReport = field(default_factory=pb.StageReport)  # its live figures
+    read_bytes: int = 0  # from disks, when it was loaded
     cells: dict[int, Cells] = field(default_factory=dict)  # by slot: what it kept when it joined the ring
 
     def heard(self, event: pb.StageEvent) -> None:
         self.event = event
+        self.read_bytes = event.read_bytes or self.read_bytes
         if event.state == pb.STAGE_STATE_LINKED:
             self.cells = {one.slot: Cells(one.held, one.floor, one.recorded) for one in event.slots}
         if event.HasField("profile"):
@@ -96,6 +98,11 @@ class Epoch:
 
     def stage(self, member: Member, layers: Layers) -> Stage | None:
         return next((one for one in self.stages if one.member is member and one.plan.layers == layers), None)
+
+    def after(self, stage: Stage) -> Stage | None:
+        """The next one; None behind the last."""
+        index = self.stages.index(stage)
+        return self.stages[index + 1] if index + 1 < len(self.stages) else None
 
     # --- what stages are told ---
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 
 from dwarfstar_engine.cluster.candidates import Interface
-from dwarfstar_engine.errors import PeerError
-from dwarfstar_engine.node.nvidia import Nvidia
+from dwarfstar_engine.errors import PeerError, SettingsError
+from dwarfstar_engine.node.nvidia import Gpus, Nvidia
+from dwarfstar_engine.plan.capacity import overridden, parse_override
 from dwarfstar_engine.wire.enrol import split_address
 
 log = logging.getLogger("dwarfstar.facts")
@@ -36,17 +37,20 @@ _DOCUMENTATION = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """kind: "cpu" or "cuda". usable_bytes: what would be lent. override_bytes: what its owner set instead, or 0."""
+    """kind: "cpu" or "cuda". usable_bytes: what would be lent. override_bytes: what its owner set instead, or 0, and
+    override the words for it. bandwidth_gb_s: 0: not known."""
 
     kind: str
     device: str
     memory_bytes: int
     usable_bytes: int
     override_bytes: int
+    override: str = ""
+    bandwidth_gb_s: float = 0.0
 
 
-def _gpu() -> tuple[str, int, int] | None:
-    """(name, total, free bytes) of the NVIDIA GPUs together, if llama.cpp was built for them; else None."""
+def _gpu() -> Gpus | None:
+    """The NVIDIA GPUs together, if llama.cpp was built for them; else None."""
     spec = importlib.util.find_spec("llama_cpp")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not any(any((Path(folder) / "lib").glob("*ggml-cuda*")) for folder in folders):
@@ -57,21 +61,35 @@ def _gpu() -> tuple[str, int, int] | None:
             "llama.cpp is built for NVIDIA GPUs and none can be looked at, so this machine's RAM is lent: check the "
             "driver, and install the extra `nvidia`"
         )
-        return None
-    return gpus.name, gpus.total_bytes, gpus.free_bytes
+    return gpus
 
 
-def measure(override_gib: float | None) -> Facts:
-    """Look at this machine. ``override_gib`` replaces the derived effective VRAM."""
+def measure(override: str | None, ram_gb_s: float = 0.0) -> Facts:
+    """Look at this machine. override: what its owner set. ram_gb_s: measured bandwidth, where its RAM is lent; 0: not
+    known. Raises SettingsError."""
     gpu = _gpu()
     if gpu is not None:
-        device, total, free = gpu
-        kind, usable = "cuda", int(free * VRAM_SHARE)
+        kind, device, gb_s = "cuda", gpu.name, gpu.bandwidth_gb_s or 0.0
+        total, usable = gpu.total_bytes, int(gpu.free_bytes * VRAM_SHARE)
     else:
+        kind, device, gb_s = "cpu", platform.processor() or platform.machine(), ram_gb_s
         total, available = memory()
-        kind, device = "cpu", platform.processor() or platform.machine()
         usable = int(available * RAM_SHARE)
-    return Facts(kind, device, total, usable, int((override_gib or 0) * GIB))
+    return Facts(kind, device, total, usable, lent_bytes(override or "", total, usable), override or "", gb_s)
+
+
+def lent_bytes(override: str, total_bytes: int, usable_bytes: int) -> int:
+    """What an owner's words (18, 50% or -2) come to on a machine; empty: 0. Raises SettingsError: they are none, or
+    leave nothing."""
+    if not override:
+        return 0
+    said = parse_override(override)
+    lent = overridden(said, usable_bytes, max(total_bytes, usable_bytes))
+    if lent <= 0:
+        raise SettingsError(
+            f"{override} leaves nothing to lend of {usable_bytes / GIB:.2f} GiB: give another effective VRAM"
+        )
+    return lent
 
 
 def memory() -> tuple[int, int]:

@@ -57,6 +57,9 @@ class Kind(StrEnum):
     STREAMS_RESUMED = "streams_resumed"
     STREAMS_GIVEN_UP = "streams_given_up"
     SETTINGS = "settings"
+    OWNER_PLAN = "owner_plan"  # committed, set aside, or back
+    OVERRIDE = "override"
+    BALANCE = "balance"
     LEADER = "leader"  # kept for leadership
 
 

@@ -159,6 +159,10 @@ class Lead:
     def own_peer(self) -> Peer:
         return self._own()
 
+    def keep_soon(self) -> None:
+        """Look at the next tick at what its coordinator wants kept."""
+        self._look_at = 0.0
+
     def resign(self) -> None:
         """Let another node lead."""
         self._put(lease.Resign())

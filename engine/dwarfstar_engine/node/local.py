@@ -28,7 +28,8 @@ class LocalNode:
     coordinator: str
     threads: int
     models: Path
-    effective_vram: float | None = None
+    effective_vram: str | None = None
+    ram_gb_s: float = 0.0  # measured by whoever starts several of them
     cpus: tuple[int, ...] = ()
     _keeper: asyncio.Task[None] | None = field(default=None, init=False)
     _process: asyncio.subprocess.Process | None = field(default=None, init=False)
@@ -42,7 +43,9 @@ class LocalNode:
         arguments = ["node", "--attach", self.coordinator, "--home", str(self.home), "--name", self.name]
         arguments += ["--threads", str(self.threads), "--models", str(self.models), "--parent"]
         if self.effective_vram is not None:
-            arguments += ["--effective-vram", str(self.effective_vram)]
+            arguments.append(f"--effective-vram={self.effective_vram}")  # it may begin with a minus
+        if self.ram_gb_s:
+            arguments += ["--ram-gb-s", f"{self.ram_gb_s:.2f}"]
         if self.cpus:
             arguments += ["--cpus", ",".join(map(str, self.cpus))]
         self._trim_log()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dwarfstar_engine.cluster.ids import InstanceId
 from dwarfstar_engine.cluster.membership import Known, State
 from dwarfstar_engine.errors import PeerError
+from dwarfstar_engine.plan.capacity import overridden, parse_override
 from dwarfstar_engine.plan.proportional import Capacity
 from dwarfstar_engine.views import NodeView
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -24,7 +25,8 @@ END = pb.CoordinatorMessage()  # in an outbox: close the control stream
 class Member:
     """One attached node. ``host``: where its stages are reached. held: the last event of each of its stages, by layers.
 
-    drained: it gets no layers. tidied: the epoch under which it was last told which stages to keep.
+    drained: it gets no layers. tidied: the epoch under which it was last told which stages to keep. lent: what the
+    cluster's owner set it to lend while it runs, in their words; empty: what it was started with counts.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Member:
     held: dict[tuple[int, int], pb.StageEvent] = field(default_factory=dict)
     drained: bool = False
     tidied: int = 0
+    lent: str = ""
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # of the stage that was measured here last
     profiled: int = 0  # its layers
     hosts: tuple[str, ...] = ()  # all its machine's addresses, for its peers
@@ -47,8 +50,19 @@ class Member:
 
     @property
     def usable_bytes(self) -> int:
-        """Effective VRAM, its owner's override applied."""
-        return self.device.effective_vram_bytes or self.device.memory_usable_bytes
+        """What its stages may take, its owner's override applied."""
+        device = self.device
+        if self.lent:
+            usable = device.memory_usable_bytes or device.effective_vram_bytes
+            built_in = max(device.memory_total_bytes, usable, device.effective_vram_bytes)
+            return overridden(parse_override(self.lent), usable, built_in)
+        return device.effective_vram_bytes or device.memory_usable_bytes
+
+    @property
+    def override(self) -> str:
+        """What its owner set, in their words; empty: nothing."""
+        set_there = self.device.effective_vram_bytes
+        return self.lent or self.device.override or (f"{set_there / GIB:.4g}" if set_there else "")
 
     @property
     def capacity(self) -> Capacity:
@@ -82,4 +96,7 @@ class Member:
             load=round(live.load, 3) if live.number else None,
             temperature_c=round(live.temperature_c, 1) if live.HasField("temperature_c") else None,
             power_w=round(live.power_w, 1) if live.HasField("power_w") else None,
+            bandwidth_gb_s=round(self.device.bandwidth_gb_s, 2) or None,
+            usable_gib=round(self.device.memory_usable_bytes / GIB, 3),
+            override=self.override,
         )

@@ -259,6 +259,37 @@ class Moves:
         if takes(both) > member.usable_bytes or len(both) > MAX_STAGES:
             self.beside.release(member, own, pipeline.term, pipeline.epoch)
 
+    async def change(self, plan: Plan, why: str, *, beside_only: bool = False) -> bool:
+        """Switch to a plan; whether it was loaded first. Returns when it serves. beside_only: or not at all.
+
+        Raises DwarfStarError: what served goes on, or another plan has taken its place.
+        """
+        pipeline = self._pipeline
+        async with self._order:
+            self.stop()
+            epoch, prepared = pipeline.epoch, True
+            try:
+                await self._prepare(plan)
+            except StageError as error:
+                if error.code != NO_ROOM or beside_only:
+                    raise
+                log.warning("streams wait while layers are loaded: %s", error.message)
+                prepared = False
+            if pipeline.epoch != epoch or not pipeline.serving:
+                raise PlanError("the pipeline has changed meanwhile: look at the plan again", code="stale_epoch")
+            self._settled.clear()
+            self._switched_at = time.monotonic()
+            pipeline.switch(plan, why)
+            async with asyncio.timeout(LOAD_S):
+                while not pipeline.serving:
+                    await self._settled.wait()
+                    self._settled.clear()
+                    if self._no_plan is not None:
+                        raise self._no_plan
+            if pipeline.planned is None or pipeline.planned.stages != plan.stages:
+                raise PlanError("that plan could not be brought up: another one serves", code="not_brought_up")
+            return prepared
+
     # --- leaving ---
 
     async def drain(self, member: Member) -> bool:

@@ -13,13 +13,15 @@ MAX_GPUS = 64  # of one machine
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """All GPUs of this machine together. temperature_c: of the hottest one. None: not known."""
+    """All GPUs of this machine together. temperature_c: of the hottest one. bandwidth_gb_s: of memory, at which they
+    read their layers one after another, 1e9 bytes. None: not known."""
 
     name: str
     total_bytes: int
     free_bytes: int
     temperature_c: float | None
     power_w: float | None
+    bandwidth_gb_s: float | None = None
 
 
 class Nvidia:
@@ -57,7 +59,21 @@ class Nvidia:
             sum(int(one.free) for one in memory),
             max(known_c) if known_c else None,
             sum(known_mw) / 1000 if known_mw else None,
+            self._bandwidth_gb_s([int(one.total) for one in memory]),
         )
+
+    def _bandwidth_gb_s(self, sizes: list[int]) -> float | None:
+        """By the memory's highest clock, MHz, and the bus's width, bits: two transfers a clock. Of several GPUs the
+        harmonic mean, by size."""
+        assert self._library is not None
+        took = 0.0
+        for handle, size in zip(self._handles, sizes, strict=True):
+            mhz = self._ask("nvmlDeviceGetMaxClockInfo", handle, self._library.NVML_CLOCK_MEM)
+            bits = self._ask("nvmlDeviceGetMemoryBusWidth", handle)
+            if not mhz or not bits:
+                return None
+            took += size / (2 * mhz * bits / 8 / 1000)
+        return sum(sizes) / took if took else None
 
     def _ask(self, call: str, *arguments: Any) -> float | None:
         """A figure that not every GPU has."""

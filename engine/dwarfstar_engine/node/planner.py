@@ -8,7 +8,8 @@ serves (``moves``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 from dwarfstar_engine.errors import IllegalCutError, PlanError
 from dwarfstar_engine.node.beside import loaded
@@ -18,7 +19,7 @@ from dwarfstar_engine.node.members import Member
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.room import MAX_STAGES
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
-from dwarfstar_engine.plan.proportional import Need, Plan, proportional, with_cuts
+from dwarfstar_engine.plan.proportional import Need, Plan, with_cuts
 from dwarfstar_engine.plan.standby import Layers, moved, without_loading
 from dwarfstar_engine.settings import Settings
 
@@ -30,6 +31,19 @@ def served_context(settings: Settings, source: Source) -> int:
     return min(settings.context or DEFAULT_CONTEXT, source.train_context)
 
 
+class Owner(Protocol):
+    """What the owner has decided, and the planner proper (``steering``)."""
+
+    def owned(self, source: Source, here: Sequence[Member]) -> Plan | None:
+        """The owner's plan, if these nodes can have it."""
+
+    def find(self, source: Source, here: Sequence[Member]) -> Plan:
+        """The planner's. Raises PlanError."""
+
+    def awaited_s(self, now: float) -> float:
+        """How long nodes of the owner's plan are waited for before the first plan; 0.0: none is."""
+
+
 class Planner:
     """See the module. Times are monotonic, s. main: the model that is wanted; fallbacks: smaller ones. planned: the
     plan that was brought up last; sound: it served. served: one has. kept: nodes' slices, under another leader.
@@ -39,6 +53,7 @@ class Planner:
         self.settings, self.members, self.main = settings, members, main
         self.fallbacks: tuple[Source, ...] = ()
         self.hops = Hops()
+        self.owner: Owner | None = None  # set before anything is planned
         self.planned: Plan | None = None
         self.kept: KeptPlan | None = None
         self.begin(None)
@@ -76,6 +91,8 @@ class Planner:
         wanted = self.settings.wait_nodes
         if here < wanted and not self.served:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
+        if not self.served and self.owner is not None and (left := self.owner.awaited_s(now)):
+            raise PlanError("nodes of the owner's plan have not joined yet", code=WAITING, retry_after_s=left)
         if self.kept is not None and not self.served and (plan := self._kept_plan(self.kept, source, now)) is not None:
             return source, plan
         try:
@@ -108,16 +125,18 @@ class Planner:
 
     def of(self, source: Source, now: float, without: Collection[str] = ()) -> Plan:
         """The best plan of a model for the nodes that are here. Raises PlanError."""
-        costs, room = source.costs, self._need(source)
         nodes = sorted(self.members.values(), key=lambda m: (m.name, m.id))
-        capacities = [member.capacity for member in nodes if not member.drained and member.id not in without]
+        here = [member for member in nodes if not member.drained and member.id not in without]
+        assert self.owner is not None
+        if (own := self.owner.owned(source, here)) is not None:
+            return own
         if self.settings.cuts:
-            return with_cuts(costs, source.cuts, room, capacities, self.settings.cuts)
+            capacities = [member.capacity for member in here]
+            return with_cuts(source.costs, source.cuts, self._need(source), capacities, self.settings.cuts)
         if avoided := self.hops.avoided(now):
             with contextlib.suppress(PlanError):  # then those that were not reached are tried again
-                others = [capacity for capacity in capacities if capacity.node not in avoided]
-                return proportional(costs, source.cuts, room, others)
-        return proportional(costs, source.cuts, room, capacities)
+                return self.owner.find(source, [member for member in here if member.id not in avoided])
+        return self.owner.find(source, here)
 
     def _need(self, source: Source) -> Need:
         return need(self.settings, source, served_context(self.settings, source))

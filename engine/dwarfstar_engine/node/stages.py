@@ -29,7 +29,7 @@ from dwarfstar_engine.node.child import Child
 from dwarfstar_engine.node.facts import Facts, is_loopback, shown_host
 from dwarfstar_engine.node.room import Held, given_up
 from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
-from dwarfstar_engine.node.vitals import reported
+from dwarfstar_engine.node.vitals import read_bytes, reported
 from dwarfstar_engine.stage.toy import PREFIX as TOY
 from dwarfstar_engine.wire.enrol import split_address
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -114,6 +114,7 @@ class Stages:
         self._connection = 0  # to the coordinator; a count
         self._newest = 0  # epoch of the newest assignment of this connection
         self.epoch_seen = 0  # of all
+        self.lent_bytes = 0  # as the coordinator says; 0: as this node was started
 
     # --- what the daemon tells ---
 
@@ -121,7 +122,7 @@ class Stages:
         """A connection begins. host: where stages listen."""
         self._host, self._coordinator = host, coordinator
         self._connection += 1
-        self._newest = 0
+        self._newest = self.lent_bytes = 0
         for stage in self._stages:
             stage.epoch = 0  # of this coordinator none has an assignment yet, and its numbers may begin anew
 
@@ -188,7 +189,8 @@ class Stages:
                 self._report(stage, stage.state)
                 return
             held = [Held(one.need_bytes, self._needed(one)) for one in self._stages]
-            lent = self._options.facts.override_bytes or self._options.facts.usable_bytes
+            facts = self._options.facts
+            lent = self.lent_bytes or facts.override_bytes or facts.usable_bytes
             victims = given_up(held, stage.need_bytes, lent, standby=stage.standby)
             if victims is None:
                 message = f"{self._options.name} has no room for layers {stage.layers[0]}–{stage.layers[1] - 1} as well"
@@ -421,6 +423,7 @@ class Stages:
                 link=stage.link if state == pb.STAGE_STATE_LINKED else None,
                 port=stage.port,
                 pid=stage.pid,
+                read_bytes=read_bytes(stage.pid) if state == pb.STAGE_STATE_READY else 0,
                 layers=stage.slice,
                 standby=stage.standby,
                 slots=slots,

@@ -92,3 +92,11 @@ def reported(stats: Mapping[str, Any]) -> dict[str, Any]:
         "wait_ms": stats.get("wait_ms", 0.0),
         "rows_s": stats.get("rows_s", 0.0),
     }
+
+
+def read_bytes(pid: int) -> int:
+    """What a process of ours has had read from disks: what the page cache gave it is not counted. 0: not known."""
+    try:
+        return int(psutil.Process(pid).io_counters().read_bytes)
+    except (psutil.Error, AttributeError, OSError):  # it is gone; macOS does not tell
+        return 0

@@ -45,7 +45,7 @@ def device_usable_bytes(device: Device) -> int:
 def usable_bytes(node: Node) -> int:
     """What stages on a node may take in all, its owner's override applied."""
     derived = sum(device_usable_bytes(device) for device in node.devices)
-    return derived if node.override is None else _overridden(node.override, derived, _built_in(node))
+    return derived if node.override is None else overridden(node.override, derived, _built_in(node))
 
 
 def effective_bytes(node: Node) -> int:
@@ -66,7 +66,8 @@ def _built_in(node: Node) -> int:
     return sum(max(device.memory_bytes, device.usable_bytes) for device in node.devices)
 
 
-def _overridden(override: Override, derived: int, built_in: int) -> int:
+def overridden(override: Override, derived: int, built_in: int) -> int:
+    """Bytes that an override comes to, where ``derived`` would be lent of those built in."""
     if override.lend_bytes:
         return min(override.lend_bytes, built_in)
     if override.share:

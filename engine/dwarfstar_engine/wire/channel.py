@@ -29,6 +29,7 @@ from dwarfstar_engine.wire.trust import SERVER_NAME, NodeFiles, NodeIdentity, ch
 
 log = logging.getLogger("dwarfstar.channel")
 
+CODE = "dwarfstar-code"  # trailing metadata of a call that was refused: the error's code
 MAX_CONTROL_BYTES = 1 << 20  # the largest control message is a status of a thousand nodes
 MAX_ENROLMENT_BYTES = 64 << 10  # certificates and signing requests have under 1500 bytes
 ENROLMENT_IDLE_MS = 10_000

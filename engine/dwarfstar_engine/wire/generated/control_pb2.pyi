@@ -236,6 +236,7 @@ class Device(_message.Message):
     EFFECTIVE_VRAM_BYTES_FIELD_NUMBER: _builtins.int
     BANDWIDTH_GB_S_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    OVERRIDE_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """cpu | cuda | metal | rocm | vulkan"""
     description: _builtins.str
@@ -248,6 +249,8 @@ class Device(_message.Message):
     """measured, 1e9 bytes; 0: not measured"""
     threads: _builtins.int
     """physical cores"""
+    override: _builtins.str
+    """what its owner set, in their words: 18, 50% or -2; empty: nothing"""
     def __init__(
         self,
         *,
@@ -258,10 +261,11 @@ class Device(_message.Message):
         effective_vram_bytes: _builtins.int = ...,
         bandwidth_gb_s: _builtins.float = ...,
         threads: _builtins.int = ...,
+        override: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_gb_s", b"bandwidth_gb_s", "description", b"description", "effective_vram_bytes", b"effective_vram_bytes", "kind", b"kind", "memory_total_bytes", b"memory_total_bytes", "memory_usable_bytes", b"memory_usable_bytes", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_gb_s", b"bandwidth_gb_s", "description", b"description", "effective_vram_bytes", b"effective_vram_bytes", "kind", b"kind", "memory_total_bytes", b"memory_total_bytes", "memory_usable_bytes", b"memory_usable_bytes", "override", b"override", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -472,6 +476,7 @@ class StageEvent(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     STANDBY_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
@@ -485,6 +490,8 @@ class StageEvent(_message.Message):
     """memory of the process"""
     share: _builtins.float
     """of loading, 0 … 1"""
+    read_bytes: _builtins.int
+    """with READY: what its process has read from the disk; 0: not known, or nothing"""
     standby: _builtins.bool
     """it is in no ring"""
     @_builtins.property
@@ -517,12 +524,13 @@ class StageEvent(_message.Message):
         profile: Global___StageProfile | None = ...,
         link: Global___LinkProfile | None = ...,
         slots: _abc.Iterable[Global___SlotCells] | None = ...,
+        read_bytes: _builtins.int = ...,
         layers: Global___Slice | None = ...,
         standby: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "link", b"link", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "detail", b"detail", "epoch", b"epoch", "layers", b"layers", "link", b"link", "pid", b"pid", "port", b"port", "profile", b"profile", "share", b"share", "slots", b"slots", "standby", b"standby", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "detail", b"detail", "epoch", b"epoch", "layers", b"layers", "link", b"link", "pid", b"pid", "port", b"port", "profile", b"profile", "read_bytes", b"read_bytes", "share", b"share", "slots", b"slots", "standby", b"standby", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -733,6 +741,7 @@ class CoordinatorMessage(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    LEND_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -752,6 +761,10 @@ class CoordinatorMessage(_message.Message):
         """the stream ends after it"""
 
     @_builtins.property
+    def lend(self) -> Global___Lend:
+        """after the welcome, and when it changes"""
+
+    @_builtins.property
     def peers(self) -> Global___Peers:
         """after the welcome, and with a heartbeat when it has changed"""
 
@@ -766,18 +779,41 @@ class CoordinatorMessage(_message.Message):
         release: Global___Release | None = ...,
         shutdown: Global___Shutdown | None = ...,
         refused: Global___Refused | None = ...,
+        lend: Global___Lend | None = ...,
         peers: Global___Peers | None = ...,
         drained: Global___Drained | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "lend", b"lend", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "lend", b"lend", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "peers", "drained"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "lend", "peers", "drained"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___CoordinatorMessage: _TypeAlias = CoordinatorMessage  # noqa: Y015
+
+@_typing.final
+class Lend(_message.Message):
+    """What the node's stages may take in all, as the cluster's owner has set it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    """0: what the node itself was started with"""
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lend: _TypeAlias = Lend  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -1409,6 +1445,118 @@ class DrainReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015
+
+@_typing.final
+class PlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_FIELD_NUMBER: _builtins.int
+    BASE_EPOCH_FIELD_NUMBER: _builtins.int
+    json: _builtins.bytes
+    """views.PlanRequest"""
+    base_epoch: _builtins.int
+    """of a Commit: the epoch that it was proposed for"""
+    def __init__(
+        self,
+        *,
+        json: _builtins.bytes = ...,
+        base_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_epoch", b"base_epoch", "json", b"json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_FIELD_NUMBER: _builtins.int
+    json: _builtins.bytes
+    """of Plan: views.ProposalView; of Commit and Undo: views.CommitView"""
+    def __init__(
+        self,
+        *,
+        json: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanReply: _TypeAlias = PlanReply  # noqa: Y015
+
+@_typing.final
+class UndoRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_EPOCH_FIELD_NUMBER: _builtins.int
+    base_epoch: _builtins.int
+    """0: whatever serves"""
+    def __init__(
+        self,
+        *,
+        base_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_epoch", b"base_epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndoRequest: _TypeAlias = UndoRequest  # noqa: Y015
+
+@_typing.final
+class OverrideRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    REPLAN_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """its id, or its name if one node only has it"""
+    text: _builtins.str
+    """18, 50% or -2; empty: reset"""
+    replan: _builtins.bool
+    """move layers if that is needed"""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        text: _builtins.str = ...,
+        replan: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "replan", b"replan", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OverrideRequest: _TypeAlias = OverrideRequest  # noqa: Y015
+
+@_typing.final
+class OverrideReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_FIELD_NUMBER: _builtins.int
+    json: _builtins.bytes
+    """views.OverrideView"""
+    def __init__(
+        self,
+        *,
+        json: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OverrideReply: _TypeAlias = OverrideReply  # noqa: Y015
 
 @_typing.final
 class LeadMessage(_message.Message):

@@ -190,6 +190,26 @@ class ControlStub:
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/dwarfstar.v1.Control/Plan',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.FromString,
+                _registered_method=True)
+        self.Commit = channel.unary_unary(
+                '/dwarfstar.v1.Control/Commit',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.FromString,
+                _registered_method=True)
+        self.Undo = channel.unary_unary(
+                '/dwarfstar.v1.Control/Undo',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.UndoRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.FromString,
+                _registered_method=True)
+        self.Override = channel.unary_unary(
+                '/dwarfstar.v1.Control/Override',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideReply.FromString,
+                _registered_method=True)
         self.Lead = channel.stream_stream(
                 '/dwarfstar.v1.Control/Lead',
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.SerializeToString,
@@ -253,6 +273,34 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Plan(self, request, context):
+        """The plan that runs, and one that is proposed. Nothing changes. Of the owner only, as the three below.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Commit(self, request, context):
+        """Carry a plan out: what is missing is loaded beside what serves. Answered when it serves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undo(self, request, context):
+        """Back to the plan before the last Commit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Override(self, request, context):
+        """What a node lends, from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Lead(self, request_iterator, context):
         """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it.
         """
@@ -304,6 +352,26 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.SerializeToString,
+            ),
+            'Commit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Commit,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.SerializeToString,
+            ),
+            'Undo': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undo,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.UndoRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.SerializeToString,
+            ),
+            'Override': grpc.unary_unary_rpc_method_handler(
+                    servicer.Override,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideReply.SerializeToString,
             ),
             'Lead': grpc.stream_stream_rpc_method_handler(
                     servicer.Lead,
@@ -506,6 +574,114 @@ class Control:
             '/dwarfstar.v1.Control/Drain',
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainRequest.SerializeToString,
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/Plan',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Commit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/Commit',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/Undo',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.UndoRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Override(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/Override',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideReply.FromString,
             options,
             channel_credentials,
             insecure,

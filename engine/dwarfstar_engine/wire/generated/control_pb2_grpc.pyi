@@ -96,6 +96,14 @@ class ControlStub:
     """What happened in the cluster, and why."""
     Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainReply]
     """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
+    Plan: _grpc.UnaryUnaryMultiCallable[_control_pb2.PlanRequest, _control_pb2.PlanReply]
+    """The plan that runs, and one that is proposed. Nothing changes. Of the owner only, as the three below."""
+    Commit: _grpc.UnaryUnaryMultiCallable[_control_pb2.PlanRequest, _control_pb2.PlanReply]
+    """Carry a plan out: what is missing is loaded beside what serves. Answered when it serves."""
+    Undo: _grpc.UnaryUnaryMultiCallable[_control_pb2.UndoRequest, _control_pb2.PlanReply]
+    """Back to the plan before the last Commit."""
+    Override: _grpc.UnaryUnaryMultiCallable[_control_pb2.OverrideRequest, _control_pb2.OverrideReply]
+    """What a node lends, from now on."""
     Lead: _grpc.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]
     """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
     Forward: _grpc.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]
@@ -118,6 +126,14 @@ class ControlAsyncStub(ControlStub):
     """What happened in the cluster, and why."""
     Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainReply]  # type: ignore[assignment]
     """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
+    Plan: _aio.UnaryUnaryMultiCallable[_control_pb2.PlanRequest, _control_pb2.PlanReply]  # type: ignore[assignment]
+    """The plan that runs, and one that is proposed. Nothing changes. Of the owner only, as the three below."""
+    Commit: _aio.UnaryUnaryMultiCallable[_control_pb2.PlanRequest, _control_pb2.PlanReply]  # type: ignore[assignment]
+    """Carry a plan out: what is missing is loaded beside what serves. Answered when it serves."""
+    Undo: _aio.UnaryUnaryMultiCallable[_control_pb2.UndoRequest, _control_pb2.PlanReply]  # type: ignore[assignment]
+    """Back to the plan before the last Commit."""
+    Override: _aio.UnaryUnaryMultiCallable[_control_pb2.OverrideRequest, _control_pb2.OverrideReply]  # type: ignore[assignment]
+    """What a node lends, from now on."""
     Lead: _aio.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]  # type: ignore[assignment]
     """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
     Forward: _aio.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]  # type: ignore[assignment]
@@ -179,6 +195,38 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.DrainReply, _abc.Awaitable[_control_pb2.DrainReply]]:
         """A node's layers move to the others, or it is planned for again. Answered when that is done. Of the owner only."""
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _control_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.PlanReply, _abc.Awaitable[_control_pb2.PlanReply]]:
+        """The plan that runs, and one that is proposed. Nothing changes. Of the owner only, as the three below."""
+
+    @_abc_1.abstractmethod
+    def Commit(
+        self,
+        request: _control_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.PlanReply, _abc.Awaitable[_control_pb2.PlanReply]]:
+        """Carry a plan out: what is missing is loaded beside what serves. Answered when it serves."""
+
+    @_abc_1.abstractmethod
+    def Undo(
+        self,
+        request: _control_pb2.UndoRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.PlanReply, _abc.Awaitable[_control_pb2.PlanReply]]:
+        """Back to the plan before the last Commit."""
+
+    @_abc_1.abstractmethod
+    def Override(
+        self,
+        request: _control_pb2.OverrideRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.OverrideReply, _abc.Awaitable[_control_pb2.OverrideReply]]:
+        """What a node lends, from now on."""
 
     @_abc_1.abstractmethod
     def Lead(

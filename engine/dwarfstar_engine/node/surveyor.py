@@ -1,0 +1,144 @@
+"""What the planner is told of the cluster that runs: its nodes, what slices took on them, and its links.
+
+Nodes are called by their names, as people read what the planner says; where a name is not one node's only, by id. What
+was measured outlives a node's connection, as its machine stays what it is; it is forgotten when another model is
+served. Machines are told apart by the address that their stages are reached at.
+
+Bounds. MAX_SLICES of a node, the newest; MAX_NODES nodes; MAX_LINKS links.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dwarfstar_engine.cluster.membership import MAX_NODES
+from dwarfstar_engine.native import WireType
+from dwarfstar_engine.node.members import Member
+from dwarfstar_engine.node.needs import need
+from dwarfstar_engine.node.source import Source
+from dwarfstar_engine.plan.capacity import parse_override
+from dwarfstar_engine.plan.cluster import Cluster, Device, Kind, Link, Measured, Node, Override
+from dwarfstar_engine.plan.forecast import F32_BYTES, Job
+from dwarfstar_engine.plan.proportional import Plan
+from dwarfstar_engine.plan.standby import Layers
+from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.wire.generated import control_pb2 as pb
+
+MAX_SLICES = 8  # a few cuts that were tried; older ones say nothing about the machine as it is now
+MAX_LINKS = 1024
+TOGETHER = 4  # rows that a stage's profile has run as one
+ELEMENT_BYTES = {
+    WireType.F32.name: 4.0,
+    WireType.F16.name: 2.0,
+    WireType.Q8.name: 1.125,
+}  # with scales and the largest values
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """ids: node ids by the names that cluster and plans use."""
+
+    cluster: Cluster
+    job: Job
+    ids: Mapping[str, str]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The other way round."""
+        return {node: name for name, node in self.ids.items()}
+
+    def with_ids(self, plan: Plan) -> Plan:
+        stages = tuple(replace(stage, node=self.ids[stage.node]) for stage in plan.stages)
+        return Plan(stages, tuple((self.ids.get(name, name), why) for name, why in plan.excluded))
+
+
+class Surveyor:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._fingerprint = ""
+        self._slices: dict[str, dict[Layers, Measured]] = {}  # by node id, oldest first
+        self._links: dict[tuple[str, str], Link] = {}
+
+    def heard(self, source: Source, node: str, layers: Layers, profile: pb.StageProfile) -> None:
+        """What a slice took on a node, measured there when it was loaded."""
+        if source.fingerprint != self._fingerprint:
+            self._fingerprint, self._slices = source.fingerprint, {}
+        if profile.step_ms <= 0:
+            return
+        slices = self._slices.pop(node, {})
+        slices.pop(layers, None)
+        slices[layers] = Measured(
+            layers,
+            profile.step_ms,
+            last=layers[1] == source.layers,
+            batches=((TOGETHER, profile.together_ms),) if profile.batched and profile.together_ms > 0 else (),
+            prompt=tuple((cost.rows, cost.ms) for cost in profile.prompt if cost.ms > 0),
+        )
+        while len(slices) > MAX_SLICES:
+            del slices[next(iter(slices))]
+        self._slices[node] = slices
+        while len(self._slices) > MAX_NODES:
+            del self._slices[next(iter(self._slices))]
+
+    def linked(self, source: Member, target: Member, link: pb.LinkProfile) -> None:
+        """A hop between two nodes, measured when it was opened."""
+        if source.host == target.host or link.mb_s <= 0:
+            return
+        pair = (source.host, target.host)
+        self._links.pop(pair, None)
+        self._links[pair] = Link(link.mb_s * 8 / 1000, link.round_trip_ms / 2)
+        while len(self._links) > MAX_LINKS:
+            del self._links[next(iter(self._links))]
+
+    def survey(
+        self,
+        members: Sequence[Member],
+        source: Source,
+        settings: Settings,
+        context: int,
+        lent: Mapping[str, str] | None = None,
+    ) -> Survey:
+        """lent: overrides by node id that count instead of those that members have; empty: none."""
+        measured = self._slices if source.fingerprint == self._fingerprint else {}
+        times = Counter(member.name for member in members)
+        names = {member.id: member.name if times[member.name] == 1 else member.id for member in members}
+        nodes = tuple(
+            _node(names[member.id], member, tuple(measured.get(member.id, {}).values()), (lent or {}).get(member.id))
+            for member in members
+        )
+        links = list(self._links.values())
+        slowest = min(links, key=lambda link: link.gbit_s) if links else Link()
+        job = Job(
+            source.costs,
+            source.cuts,
+            need(settings, source, context),
+            context,
+            kv_type=settings.kv,
+            wire_bytes=ELEMENT_BYTES.get(settings.wire.upper(), F32_BYTES),
+        )
+        job = replace(job, depth=min(job.depth, context))
+        return Survey(Cluster(nodes, slowest, dict(self._links)), job, {name: node for node, name in names.items()})
+
+
+def _node(name: str, member: Member, measured: tuple[Measured, ...], lent: str | None) -> Node:
+    told = member.device
+    usable = told.memory_usable_bytes
+    device = Device(
+        Kind.CPU if told.kind in ("", "cpu") else Kind.GPU,
+        max(told.memory_total_bytes, usable, told.effective_vram_bytes),
+        told.bandwidth_gb_s,
+        usable or told.effective_vram_bytes,
+    )
+    return Node(name, (device,), _override(member, lent), measured, member.host)
+
+
+def _override(member: Member, lent: str | None) -> Override | None:
+    """lent None: as it is now."""
+    live = member.lent if lent is None else lent
+    if live:
+        return parse_override(live)
+    set_there = member.device.effective_vram_bytes
+    return Override(lend_bytes=set_there) if set_there else None
