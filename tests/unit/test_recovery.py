@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.node import coordinator as module
+from dwarfstar_engine.node import pipeline as module
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.source import open_source
@@ -85,7 +85,7 @@ class Player:
             elif what == "link":
                 self.say(pb.STAGE_STATE_LINKED)
                 if self.returns and not message.link.next_hop:
-                    self._coordinator._on_open(message.link.epoch)
+                    self._coordinator.pipelines[0].on_open(message.link.epoch)
 
     def say(self, state: pb.StageState.ValueType, code: str = "") -> None:
         event = pb.StageEvent(
@@ -150,7 +150,7 @@ async def test_a_stage_that_dies_before_the_ring_is_closed_is_not_waited_for(
         a.say(pb.STAGE_STATE_BROKEN)
         await until(lambda: coordinator.epoch == 2 and b.told[-1] == "link")
         a.say(pb.STAGE_STATE_BROKEN)
-        coordinator._on_open(2)  # too late
+        coordinator.pipelines[0].on_open(2)  # too late
         b.returns = True
         await until(lambda: coordinator.epoch == 3 and serves(coordinator))
         await until(lambda: coordinator.status().throughput.active == 1)  # the stream is there
@@ -254,6 +254,6 @@ async def test_stages_keep_the_sequences_of_the_epoch_that_served(
         a.say(pb.STAGE_STATE_BROKEN)
         await until(lambda: coordinator.epoch == 3 and serves(coordinator))
         fault = frames.encode(frames.FaultFrame(3, 0, "stage_failed", "it cannot"))
-        await coordinator._on_frame(fault)
+        await coordinator.pipelines[0].on_frame(fault)
         await until(lambda: coordinator.epoch == 4 and serves(coordinator))
         assert a.keeps == b.keeps == [(1, 0), (2, 1), (3, 1), (4, 0)]

@@ -137,7 +137,7 @@ async def test_a_plan_whose_node_is_gone_is_set_aside_until_it_is_back(monkeypat
         coordinator.nodes.attach(b.member)
         assert {node for node, _ in slices(coordinator)} == {"id-a"}
         assert [stage.layers for stage in coordinator.plan().stages] == [(0, 6), (6, 8)]
-        coordinator.switch(coordinator.plan(), "it is back")
+        coordinator.pipelines[0].switch(coordinator.plan(), "it is back")
         await until(lambda: coordinator.serving and {node for node, _ in slices(coordinator)} == {"id-a", "id-b"})
         assert said(coordinator, "owner_plan")[-1] == "the owner's plan counts again"
 
@@ -224,7 +224,7 @@ async def test_unequal_stages_are_told_of_or_made_equal(
         balancer = Balancer(coordinator.steering, coordinator.journal, told.__setitem__)
         report(coordinator, 0.9, 0.3)
         for second in range(0, int(GAP_S) + 10, 5):
-            balancer.tick(coordinator, 1000.0 + second)
+            balancer.tick(coordinator.pipelines[0], 1000.0 + second)
         if mode == "off":
             assert not told and not said(coordinator, "balance")
             return
@@ -246,5 +246,5 @@ async def test_an_owners_plan_is_not_changed_by_itself(monkeypatch: Any, tmp_pat
         balancer = Balancer(coordinator.steering, coordinator.journal, told.__setitem__)
         report(coordinator, 0.9, 0.3)
         for second in range(0, int(GAP_S) + 10, 5):
-            balancer.tick(coordinator, 1000.0 + second)
+            balancer.tick(coordinator.pipelines[0], 1000.0 + second)
         assert "--commit" in told["balance"] and coordinator.epoch == 2

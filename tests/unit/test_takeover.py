@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dwarfstar_engine.errors import PlanError
-from dwarfstar_engine.node import coordinator as coordinator_module
+from dwarfstar_engine.node import pipeline as pipeline_module
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.epoch import Epoch, Stage
 from dwarfstar_engine.node.members import Member
@@ -39,7 +39,7 @@ def broken(tmp_path: Path) -> Coordinator:
     coordinator.planner.planned = plan = coordinator.plan()
     stages = plan.stages
     members = [coordinator.members[stage.node] for stage in stages]
-    coordinator._ring = Epoch(
+    coordinator.pipelines[0]._ring = Epoch(
         1, 0, "coordinator", tuple(Stage(plan, node) for plan, node in zip(stages, members, strict=True))
     )
     for index, stage in enumerate(stages):
@@ -54,51 +54,51 @@ def nodes(plan: Plan) -> list[str]:
 
 
 async def test_a_dead_stages_copy_follows_it_and_its_death_is_waited_for(broken: Coordinator) -> None:
-    settling = asyncio.create_task(broken._settle())
+    settling = asyncio.create_task(broken.pipelines[0]._settle())
     await asyncio.sleep(0)
     assert not settling.done()
     assert broken.planned is not None
     say(broken, "b", broken.planned.stages[1].layers, pb.STAGE_STATE_EXITED)
     await asyncio.wait_for(settling, DEADLINE_S)
-    _, plan = broken._next_plan()
+    _, plan = broken.pipelines[0]._next_plan()
     assert nodes(plan) == ["a", "a", "c"]
     assert [stage.layers for stage in plan.stages] == [stage.layers for stage in broken.planned.stages]
 
 
 async def test_so_does_that_of_a_lost_node(broken: Coordinator) -> None:
     broken.nodes.broken(broken.members["c"])
-    await asyncio.wait_for(broken._settle(), DEADLINE_S)
-    assert nodes(broken._next_plan()[1]) == ["a", "b", "b"]
+    await asyncio.wait_for(broken.pipelines[0]._settle(), DEADLINE_S)
+    assert nodes(broken.pipelines[0]._next_plan()[1]) == ["a", "b", "b"]
 
 
 async def test_a_lost_connection_leaves_all_stages_where_they_are(
     broken: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator_module, "SETTLE_S", 0.01)
-    await asyncio.wait_for(broken._settle(), DEADLINE_S)
-    assert nodes(broken._next_plan()[1]) == ["a", "b", "c"]
+    monkeypatch.setattr(pipeline_module, "SETTLE_S", 0.01)
+    await asyncio.wait_for(broken.pipelines[0]._settle(), DEADLINE_S)
+    assert nodes(broken.pipelines[0]._next_plan()[1]) == ["a", "b", "c"]
 
 
 async def test_a_take_over_that_failed_is_not_tried_again(broken: Coordinator) -> None:
     broken.nodes.broken(broken.members["c"])
     broken.planner.sound = False
-    assert nodes(broken._next_plan()[1]) == ["a", "b"]
+    assert nodes(broken.pipelines[0]._next_plan()[1]) == ["a", "b"]
 
 
 async def test_a_prepared_plan_comes_first_unless_a_node_of_it_is_gone(broken: Coordinator) -> None:
     prepared = broken.plan(without=("b",))
-    broken.switch(prepared, "it is loaded")
-    assert nodes(broken._next_plan()[1]) == ["a", "c"]
-    broken._next = prepared
+    broken.pipelines[0].switch(prepared, "it is loaded")
+    assert nodes(broken.pipelines[0]._next_plan()[1]) == ["a", "c"]
+    broken.pipelines[0]._next = prepared
     broken.nodes.broken(broken.members["c"])
-    assert nodes(broken._next_plan()[1]) == ["a", "b", "b"]
+    assert nodes(broken.pipelines[0]._next_plan()[1]) == ["a", "b", "b"]
 
 
 async def test_drained_nodes_take_nothing_over(broken: Coordinator) -> None:
     broken.members["a"].drained = True
     assert broken.planned is not None
     say(broken, "b", broken.planned.stages[1].layers, pb.STAGE_STATE_EXITED)
-    assert nodes(broken._next_plan()[1]) == ["c", "b", "c"]
+    assert nodes(broken.pipelines[0]._next_plan()[1]) == ["c", "b", "c"]
     for node in broken.members.values():
         node.drained = True
     with pytest.raises(PlanError):

@@ -14,7 +14,7 @@ import itertools
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from dwarfstar_engine.batch.restore import Kept
@@ -61,7 +61,10 @@ class _Flight:
 
 
 class Dispatcher:
-    """Puts frames into the ring by ``send`` and ``flush``; a fault frame goes to ``on_fault``, which calls ``fail``."""
+    """Puts frames into the ring by ``send`` and ``flush``; a fault frame goes to ``on_fault``, which calls ``fail``.
+
+    sequences: where their ids come from, if others use the drafter, too.
+    """
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Dispatcher:
         flush: Callable[[], Awaitable[None]],
         on_fault: Callable[[str], None],
         drafter: Drafter | None = None,
+        sequences: Iterator[int] | None = None,
     ) -> None:
         self.scheduler, self.epoch = scheduler, epoch
         self.stages = [StageTimes() for _ in range(stages)]
@@ -79,7 +83,7 @@ class Dispatcher:
         self._drafter = drafter
         self._trial = Trial()
         self._streams: dict[int, Stream] = {}
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(1) if sequences is None else sequences
         self._flights: dict[int, _Flight] = {}
         self._drawn: deque[tuple[float, int]] = deque(maxlen=RATE_TOKENS)  # when, and how many
         self._error: DwarfStarError | None = None

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Collection, Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable, Mapping
 from typing import Any, Protocol
 
 from dwarfstar_engine.cluster.membership import MAX_NODES
@@ -42,13 +42,16 @@ IDLE_LOOK_S = 0.2
 
 
 class Pipeline(Protocol):
-    """The coordinator, as it is seen from here."""
+    """A pipeline, as it is seen from here."""
 
-    settings: Settings
-    term: int
     epoch: int
-    members: dict[str, Member]
 
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def term(self) -> int: ...
+    @property
+    def members(self) -> Mapping[str, Member]: ...
     @property
     def planned(self) -> Plan | None: ...
     @property

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dwarfstar_engine.cluster.state import MAX_ENTRIES
@@ -51,15 +52,18 @@ LEAST_GIB = 0.01  # steps in which a smallest value is told
 
 
 class Host(Protocol):
-    """The coordinator, as it is seen from here."""
+    """A pipeline, as it is seen from here."""
 
-    settings: Settings
-    source: Source
-    members: dict[str, Member]
     epoch: int
     journal: Journal
     moves: Moves
 
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def source(self) -> Source: ...
+    @property
+    def members(self) -> Mapping[str, Member]: ...
     @property
     def planned(self) -> Plan | None: ...
     @property
@@ -79,17 +83,24 @@ class Host(Protocol):
     def need(self) -> Need: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What all pipelines have in common. lent: overrides by node id. surveyor: what was measured."""
+
+    lent: dict[str, str] = field(default_factory=dict)
+    surveyor: Surveyor = field(default_factory=Surveyor)
+
+
 class Steering:
     """See the module. All calls come from the event loop."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, decided: Decided) -> None:
         self._host = host
-        self.surveyor = Surveyor()
+        self.surveyor, self.lent = decided.surveyor, decided.lent
         self._owned: OwnedPlan | None = None
         self._coming: OwnedPlan | None = None  # the owner's next one, while it is brought up
         self._undo: list[tuple[OwnedPlan | None, Plan]] = []
         self._aside = False
-        self.lent: dict[str, str] = {}  # overrides by node id
         self._order = asyncio.Lock()
         self._found: list[tuple[object, Plan | PlanError]] = []
         self._awaited_until = math.inf
@@ -99,7 +110,7 @@ class Steering:
     def restore(self, owner_text: object, overrides: Mapping[str, object]) -> None:
         """As the cluster has kept it."""
         self._owned, self._aside, self._undo = from_text(owner_text), False, []
-        self.lent = {}
+        self.lent.clear()
         for node, text in overrides.items():
             with contextlib.suppress(SettingsError):  # another release wrote it
                 if isinstance(text, str) and text:

@@ -92,16 +92,21 @@ class RingReceiver:
         self._epoch.changed.set()
         self._epoch.changed = asyncio.Event()
 
+    @property
+    def epoch(self) -> int:
+        """Whose hops are accepted."""
+        return self._epoch.value
+
     def handler(self) -> grpc.GenericRpcHandler:
         """The service, for ``grpc.aio.Server.add_generic_rpc_handlers``."""
-        method: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(
-            self._ring
-        )  # no serialisers: bytes in, bytes out
-        return grpc.method_handlers_generic_handler(DATA_SERVICE, {RING_METHOD: method})
+        return _handler(self._ring)
 
     async def _ring(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         # ``read`` and ``write`` and not iteration: fewer steps of the event loop for each frame.
-        first = await context.read()
+        await self.take(await context.read(), context)
+
+    async def take(self, first: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Serve a hop. first: its first message."""
         hello = data_pb2.RingHello()
         try:
             hello.ParseFromString(first if isinstance(first, bytes) else b"")
@@ -143,6 +148,40 @@ class RingReceiver:
             raise PeerError(
                 f"{self._name} serves epoch {self._epoch.value} and was offered epoch {epoch}", code="stale_epoch"
             )
+
+
+class RingReceivers:
+    """The receiving ends of several rings behind one service: a hop belongs to the one that awaits its epoch, and else
+    to the first, which refuses it."""
+
+    def __init__(self) -> None:
+        self._receivers: list[RingReceiver] = []
+
+    def add(self, receiver: RingReceiver) -> None:
+        self._receivers.append(receiver)
+
+    def remove(self, receiver: RingReceiver) -> None:
+        self._receivers.remove(receiver)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """As ``RingReceiver.handler``."""
+        return _handler(self._ring)
+
+    async def _ring(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        first, hello = await context.read(), data_pb2.RingHello()
+        with contextlib.suppress(DecodeError):  # whoever takes it refuses it
+            hello.ParseFromString(first if isinstance(first, bytes) else b"")
+        awaited = (one for one in self._receivers if one.epoch == hello.epoch)
+        await next(awaited, self._receivers[0]).take(first, context)
+
+
+def _handler(
+    serve: Callable[[object, grpc.aio.ServicerContext[bytes, bytes]], Awaitable[None]],
+) -> grpc.GenericRpcHandler:
+    method: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(
+        serve
+    )  # no serialisers: bytes in, bytes out
+    return grpc.method_handlers_generic_handler(DATA_SERVICE, {RING_METHOD: method})
 
 
 def _welcome(answer: object) -> data_pb2.RingWelcome:
