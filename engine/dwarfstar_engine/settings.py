@@ -23,6 +23,7 @@ ENV_PREFIX = "DWARFSTAR_"
 
 _LENT = re.compile(r"(\d+(?:\.\d+)?)(%?)|-\d+(?:\.\d+)?", re.ASCII)
 MAX_LENT_GIB = 1 << 20
+MAX_PIPELINES = 64  # each has a coordinator's share of one process; more requests than that need another coordinator
 
 
 def _lent(value: object) -> str:
@@ -117,6 +118,11 @@ class Settings(BaseModel):
     auto_balance: Literal["off", "advise", "on"] = "advise"
     """When stages stay unequally busy under load: say which layers should move, or move them if that needs no pause
     for loading."""
+    pipelines: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_PIPELINES)] = 1
+    """Pipelines that share no node, each with the whole model, behind the one endpoint; ``slots`` and ``queue`` are of
+    each. ``auto``: one, several or copies, whatever promises most."""
+    replicas: int = Field(default=0, ge=0, le=MAX_PIPELINES)
+    """Nodes that each hold the whole model and serve beside one another; others are spare. 0: as ``pipelines`` says."""
     wait_nodes: int = Field(default=1, ge=1, le=1024)
     """Nodes to wait for before the first plan."""
     heartbeat_s: float = Field(default=1.0, ge=0.05, le=10)
@@ -150,6 +156,14 @@ class Settings(BaseModel):
     def _kv_and_attention(self) -> Self:
         if self.kv != "f16" and self.flash_attention == "off":
             raise ValueError(f"with flash_attention off llama.cpp has no {self.kv} cache: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _pipelines_and_replicas(self) -> Self:
+        if self.replicas and self.pipelines != 1:
+            raise ValueError("replicas are pipelines of one node each: give --replicas or --pipelines, not both")
+        if self.cuts and (self.replicas > 1 or self.pipelines != 1):
+            raise ValueError("--cuts are of one pipeline: leave them or --pipelines and --replicas out")
         return self
 
     @model_validator(mode="after")

@@ -68,6 +68,7 @@ class StageView(View):
     state: str  # loading | ready | failed
     rss_gib: float | None = None  # memory of its process; None here and below: not known
     rows_s: float | None = None  # tokens that passed it in the last second, guesses and prompts among them
+    pipeline: int = 0  # the number of its pipeline, where there are several
 
 
 class StandbyView(View):

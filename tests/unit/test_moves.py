@@ -44,6 +44,8 @@ class Played:
         self.best: dict[frozenset[str], Plan] = {}
         self.switches: list[Plan] = []
         self.stirred = 0
+        self.dispensable = False
+        self.handed_over: list[str] = []
         self.moves = Moves(self)
 
     def add(self, name: str, lends: int = 1000, instance: str = "1") -> Member:
@@ -91,6 +93,11 @@ class Played:
 
     def stir(self) -> None:
         self.stirred += 1
+
+    def hand_over(self, why: str) -> None:
+        self.handed_over.append(why)
+        self.serving = False
+        self.ring = Epoch(1, self.epoch, "coordinator")
 
 
 def sent(member: Member) -> list[pb.CoordinatorMessage]:

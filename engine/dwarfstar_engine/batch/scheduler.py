@@ -200,6 +200,15 @@ class Scheduler:
 
     # --- requests ---
 
+    def cached(self, prompt: list[int]) -> int:
+        """Rows of a prompt that need not be read, but for those that exactness has read again."""
+        return self._slots.cached(prompt)
+
+    @property
+    def unstarted(self) -> tuple[int, ...]:
+        """Sequences that wait for a slot, in the order of arrival."""
+        return tuple(self._waiting)
+
     def submit(
         self,
         sequence: int,

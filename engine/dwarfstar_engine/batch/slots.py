@@ -55,6 +55,10 @@ class Slots:
     def free(self) -> int:
         return sum(slot.owner < 0 for slot in self.slots)
 
+    def cached(self, prompt: list[int]) -> int:
+        """Rows of a prompt that some slot holds."""
+        return max(common_prefix(slot.tokens, prompt) for slot in self.slots) if self._cache else 0
+
     def find(self, prompt: list[int], *, cache: bool = True) -> Place:
         """The place for a prompt. There must be a free slot."""
         oldest = min((s for s in self.slots if s.owner < 0), key=lambda s: (len(s.tokens) > 0, s.used))

@@ -113,6 +113,10 @@ def start(
     threads: Annotated[int | None, typer.Option(help="Threads of each stage.")] = None,
     cuts: Annotated[str | None, typer.Option(help="Layer boundaries by hand, as in 10,20.")] = None,
     wait_nodes: Annotated[int | None, typer.Option(help="Nodes to wait for before the first plan.")] = None,
+    pipelines: Annotated[
+        str | None, typer.Option(help="Pipelines over different nodes, each with the whole model: a number, or auto.")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(help="Nodes that each hold the whole model.")] = None,
     host: Annotated[str | None, typer.Option(help="Address of the HTTP API.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the HTTP API; 0 takes a free one.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate of the HTTP API, PEM: makes it HTTPS.")] = None,
@@ -192,7 +196,7 @@ def start(
         standby=standby, record_mib=record_mib, replan=replan,
         effective_vram=effective_vram, strategy=strategy, objective=objective, auto_balance=auto_balance,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
-        wait_nodes=wait_nodes, discovery=discovery, home=home, models=models,
+        wait_nodes=wait_nodes, pipelines=pipelines, replicas=replicas, discovery=discovery, home=home, models=models,
     )  # fmt: skip
     if model is None and not demo and serve:
         raise SettingsError("--serve needs a model: give a GGUF file, or --demo to try a small one")

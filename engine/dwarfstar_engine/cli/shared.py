@@ -20,7 +20,7 @@ from dwarfstar_engine.settings import Settings
 SHARED = (
     "context", "slots", "kv", "chunk", "prefix_cache", "speculation", "queue", "request_timeout_s", "flash_attention",
     "batching", "wire", "rejoin_s", "on_loss", "rescue_s", "replan", "frame_deadline_s", "strategy", "objective",
-    "auto_balance",
+    "auto_balance", "pipelines", "replicas",
 )  # fmt: skip
 
 OWNER_PLAN = "owner_plan"  # of the state's wishes
@@ -41,6 +41,8 @@ def with_plan(
     made = kept_plan.to_text(coordinator.planned)
     same = before.get("fingerprint") == wishes.get("fingerprint")
     plan = made or (before.get("plan", "") if same else "")
+    if coordinator.dealer.wanted.several:
+        plan = ""  # nodes are dealt out anew; one that is asked for the slice it has keeps it
     return {**wishes, "plan": plan, OWNER_PLAN: coordinator.steering.owner_text}
 
 

@@ -15,14 +15,16 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from dwarfstar_engine.batch.router import route
 from dwarfstar_engine.errors import Unavailable
+from dwarfstar_engine.node.dealer import Dealer, Seen
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import Epoch
 from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.journal import Journal
 from dwarfstar_engine.node.kept_plan import KeptPlan
 from dwarfstar_engine.node.members import GIB, Member
-from dwarfstar_engine.node.moves import Moves
+from dwarfstar_engine.node.moves import REPLAN_IDLE_S, Moves
 from dwarfstar_engine.node.news import News
 from dwarfstar_engine.node.nodes import Nodes
 from dwarfstar_engine.node.pipeline import RETRY_AFTER_S, Pipeline
@@ -31,6 +33,7 @@ from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.node.steering import Decided, Steering
 from dwarfstar_engine.node.vocab import Vocab
 from dwarfstar_engine.plan.proportional import TOO_LARGE, Plan
+from dwarfstar_engine.plan.shares import SPARE
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, ThroughputView
@@ -42,6 +45,7 @@ from dwarfstar_engine.wire.trust import NodeFiles
 log = logging.getLogger("dwarfstar.coordinator")
 
 WATCH_S = 0.5
+CARRY_S = 1.0  # a pipeline that is down for so long may be loading: what waits for it goes where slots become free
 WARNINGS = 8  # shown in the status at one time, each for WARNING_S
 WARNING_S = 600.0
 MAX_EPOCH_SEEN = 1 << 31  # what a node says to have seen is believed up to here
@@ -57,7 +61,7 @@ class Coordinator:
         self.drafter: Drafter | None = None
         self.address = self.api_url = ""
         self.term = 1
-        self._main = source
+        self.main = source
         self.open_vocab: Callable[[Source], Awaitable[Vocab]] | None = None
         self.journal = Journal()
         self.nodes = Nodes(settings, self, self.journal)
@@ -74,12 +78,19 @@ class Coordinator:
         self._floor = 0  # epochs begin above it: nodes have seen it
         self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
-        self.pipelines = [self._pipeline(0)]
+        self.dealer = Dealer(self, self.decided.surveyor)
+        self._group: asyncio.TaskGroup | None = None  # while it runs
+        self.pipelines: list[Pipeline] = []
+        self._add_pipelines()
 
-    def _pipeline(self, number: int) -> Pipeline:
-        pipeline = Pipeline(self, number, self.members)
-        self.receiver.add(pipeline.receiver)
-        return pipeline
+    def _add_pipelines(self) -> None:
+        """Have as many as nodes are dealt out to."""
+        for number in range(len(self.pipelines), self.dealer.count):
+            pipeline = Pipeline(self, number, self.dealer.share(number))
+            self.receiver.add(pipeline.receiver)
+            self.pipelines.append(pipeline)
+            if self._group is not None:
+                self._group.create_task(pipeline.run(), name=f"pipeline-{number}")
 
     # --- the first pipeline, which is the only one mostly ---
 
@@ -147,13 +158,26 @@ class Coordinator:
     def generate(self, request: Request, sink: Sink) -> Generation:
         if request.model not in ("", self.source.name):  # it changed since the prompt was made tokens
             raise Unavailable(f"{self.source.name} is served now: send the request again", retry_after_s=RETRY_AFTER_S)
-        pipeline = self.pipelines[0]
-        if pipeline.dispatcher is not None:
+        pipeline = self._route([one for one in self.pipelines if one.serving], request)
+        if pipeline is not None and pipeline.dispatcher is not None:
             return pipeline.dispatcher.generate(request, sink)
-        if pipeline.takes_in:
-            return pipeline.wait(request, sink)
-        told = f"the model is not being served: {pipeline.reason}"
-        raise Unavailable(told, code=pipeline.code, retry_after_s=RETRY_AFTER_S)
+        for one in self.pipelines:
+            if one.takes_in:
+                return one.wait(request, sink)
+        first = self.pipelines[0]
+        told = f"the model is not being served: {first.reason}"
+        raise Unavailable(told, code=first.code, retry_after_s=RETRY_AFTER_S)
+
+    def _route(
+        self, among: Sequence[Pipeline], request: Request, answer: Sequence[int] = (), *, waits: bool = True
+    ) -> Pipeline | None:
+        """The one of these, all of which serve, that is to take a request; see ``batch.router``."""
+        if len(among) == 1 and waits:
+            return among[0]
+        prompt = [*request.prompt, *answer] if request.cache else None
+        loads = [one.load(prompt) for one in among]
+        number = route(loads, waits=waits)
+        return None if number is None else self.pipelines[number]
 
     # --- terms ---
 
@@ -166,7 +190,7 @@ class Coordinator:
             if goes_on:
                 pipeline.break_up(f"term {term} begins")
             else:
-                pipeline.begin(kept)
+                pipeline.begin(None if self.dealer.wanted.several else kept)
         self.term = term
 
     def retire(self, cause: str) -> None:
@@ -187,18 +211,33 @@ class Coordinator:
         self._floor = max(self._floor, min(member.epoch_seen, MAX_EPOCH_SEEN))
         self.gossip.changed()
         self.gossip.tell(member, self.members.values())
-        self._of(member).joined(member)
+        changed = self.dealer.joined(member, on_main=self.source is self.main)
+        self._dealt(changed)
+        if member.id not in changed:
+            self._of(member).joined(member)
 
     def gone(self, member: Member) -> None:
         """See ``nodes.Host``."""
         self.gossip.forget(member)
         self.news.forget(member)
         self.gossip.changed()
+        self.dealer.gone()
         self._of(member).gone(member)
 
     def _of(self, member: Member) -> Pipeline:
-        """The pipeline a node is dealt to."""
-        return self.pipelines[0]
+        """The pipeline a node is dealt to; the first hears what spare ones say."""
+        return self.pipelines[max(0, self.dealer.dealt.get(member.id, 0))]
+
+    def _dealt(self, changed: Mapping[str, int]) -> None:
+        """Nodes are in other pipelines now."""
+        if not changed:
+            return
+        self._add_pipelines()
+        for pipeline in self.pipelines:
+            pipeline.redealt()
+        for node, number in changed.items():
+            if number != SPARE and (member := self.members.get(node)) is not None:
+                self.pipelines[number].joined(member)
 
     def warn(self, about: str, sentence: str) -> None:
         """Show the owner something in the status, for WARNING_S. It replaces what was said about the same."""
@@ -234,9 +273,29 @@ class Coordinator:
     def stopping(self) -> bool:
         return self._stopping
 
-    @property
-    def on_main(self) -> bool:
-        return self.source is self._main
+    def others_serve(self, pipeline: Pipeline) -> bool:
+        return any(one.serving for one in self.pipelines if one is not pipeline)
+
+    def alone(self, pipeline: Pipeline) -> bool:
+        return len(self.dealer.share(pipeline.number)) == len(self.members)
+
+    def expected(self, pipeline: Pipeline) -> int:
+        return self.dealer.expected(pipeline.number)
+
+    def broke(self, pipeline: Pipeline, *, for_good: bool) -> None:
+        others = [one for one in self.pipelines if one is not pipeline and one.serving]
+        if not others:
+            return
+        pipeline.judge()
+        carried = 0
+        while (stream := pipeline.waiting.first()) is not None:
+            target = self._route(others, stream.request, stream.answer, waits=for_good)
+            if target is None:
+                break
+            pipeline.waiting.release(stream)
+            target.carry(stream)
+            carried += 1
+        self.news.carried_over(carried)
 
     @property
     def context(self) -> int:
@@ -274,21 +333,25 @@ class Coordinator:
         for watcher in watchers:
             watcher.add_done_callback(_tell_fault)
         self.news.settings(self.settings)
-        tasks = [asyncio.create_task(one.run(), name=f"pipeline-{one.number}") for one in self.pipelines]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()  # a fault of ours
+            async with asyncio.TaskGroup() as self._group:
+                for pipeline in self.pipelines:
+                    self._group.create_task(pipeline.run(), name=f"pipeline-{pipeline.number}")
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self._group = None
+                    self._end(watchers)
         finally:
-            self._stopping = self.nodes.stopping = True
-            self.journal.release()
-            for pipeline in self.pipelines:
-                pipeline.end("the engine is stopping")
-            for task in (*watchers, *tasks):
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await self.spare.close()
+
+    def _end(self, watchers: Sequence[asyncio.Task[None]]) -> None:
+        for watcher in watchers:
+            watcher.cancel()
+        self._stopping = self.nodes.stopping = True
+        self.journal.release()
+        for pipeline in self.pipelines:
+            pipeline.end("the engine is stopping")
 
     async def _watch(self) -> None:
         """Have the pipelines look for what does not announce itself."""
@@ -297,6 +360,23 @@ class Coordinator:
             now = time.monotonic()
             for pipeline in self.pipelines:
                 pipeline.tick(now)
+                if not pipeline.serving and len(pipeline.waiting) and now - pipeline.broke_at > CARRY_S:
+                    self.broke(pipeline, for_good=False)
+            if len(self.pipelines) > 1:
+                self._level()
+            seen = [Seen(one.serving, one.gone_at, one.idle_s(now) >= REPLAN_IDLE_S) for one in self.pipelines]
+            self._dealt(self.dealer.look(now, seen))
+
+    def _level(self) -> None:
+        """Requests that wait for a slot go where one has become free."""
+        for pipeline in self.pipelines:
+            others = [one for one in self.pipelines if one is not pipeline and one.serving]
+            if pipeline.dispatcher is None or not others or pipeline.load(None).free:
+                continue
+            for stream in pipeline.dispatcher.recall(sum(one.load(None).free for one in others)):
+                target = self._route(others, stream.request, stream.answer, waits=True)
+                assert target is not None
+                target.carry(stream)
 
     # --- what front ends see ---
 
@@ -329,7 +409,7 @@ class Coordinator:
                 queued=sum(one.scheduler.queued for one in serving),
             ),
             last_event=self.journal.last,
-            standbys=first.moves.views(),
+            standbys=tuple(view for one in self.pipelines for view in one.moves.views()),
             warnings=tuple(text for told, text in self._warnings.values() if now - told < WARNING_S),
         )
 

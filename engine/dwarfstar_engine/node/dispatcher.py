@@ -127,6 +127,16 @@ class Dispatcher:
             self.scheduler.cancel(sequence)
             self._pump_apart()
 
+    def recall(self, most: int) -> list[Stream]:
+        """Take back streams that wait for a slot, those that came last; they are carried no more."""
+        recalled = []
+        for sequence in self.scheduler.unstarted[::-1][:most]:
+            stream = self._streams.pop(sequence)
+            stream.leave = None
+            self.scheduler.cancel(sequence)
+            recalled.append(stream)
+        return recalled[::-1]
+
     def _pump_apart(self) -> None:
         """Send what may be sent, soon and apart from the caller: requests that come together are dealt out together,
         and a caller may be cancelled, where a cancelled write would end the hop."""

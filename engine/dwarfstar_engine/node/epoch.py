@@ -174,6 +174,12 @@ class Epoch:
             drafts=drafts,
         )
 
+    @property
+    def speed(self) -> float:
+        """Tokens a second, about, with the ring full; 0.0: a stage was not measured."""
+        steps_ms = [stage.profile.step_ms for stage in self.stages]
+        return 1000 / max(steps_ms) if steps_ms and min(steps_ms) > 0 else 0.0
+
     def costs(self) -> RingCosts:
         profiles = [stage.profile for stage in self.stages]
         stages = tuple(StageCost(one.step_ms, one.together_ms if one.batched else 0.0) for one in profiles)
@@ -189,16 +195,16 @@ class Epoch:
             parts.append(f"{stage.member.name} {100 if done else round(100 * event.share) if event else 0} %")
         return ", ".join(parts)
 
-    def views(self, times: list[StageTimes] | None, tok_s: float) -> tuple[StageView, ...]:
+    def views(self, times: list[StageTimes] | None, tok_s: float, pipeline: int = 0) -> tuple[StageView, ...]:
         """times: of each stage, once it serves."""
         last = len(self.stages) - 1
         return tuple(
-            _view(stage, times[index] if times else None, tok_s, index == last)
+            _view(stage, times[index] if times else None, tok_s, index == last, pipeline)
             for index, stage in enumerate(self.stages)
         )
 
 
-def _view(stage: Stage, times: StageTimes | None, tok_s: float, last: bool) -> StageView:
+def _view(stage: Stage, times: StageTimes | None, tok_s: float, last: bool, pipeline: int) -> StageView:
     member, plan, report = stage.member, stage.plan, stage.report
     wire = WireType(stage.link.wire_type).name.lower() if stage.link.wire_type else ""
     return StageView(
@@ -215,6 +221,7 @@ def _view(stage: Stage, times: StageTimes | None, tok_s: float, last: bool) -> S
         link_mb_s=round(stage.link.mb_s, 1),
         pid=stage.event.pid if stage.event else 0,
         state="ready" if times else "loading",
+        pipeline=pipeline,
         rss_gib=round(report.rss_bytes / GIB, 4) if report.rss_bytes else None,
         rows_s=round(report.rows_s, 1) if report.rss_bytes else None,
     )

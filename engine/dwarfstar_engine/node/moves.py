@@ -77,6 +77,13 @@ class Pipeline(Protocol):
     def stir(self) -> None:
         """What can be planned with has changed."""
 
+    @property
+    def dispensable(self) -> bool:
+        """Whether other pipelines serve without it."""
+
+    def hand_over(self, why: str) -> None:
+        """Go down for them: they carry its streams."""
+
 
 class Moves:
     """See the module. All calls come from the event loop."""
@@ -306,6 +313,8 @@ class Moves:
             plan = self._plan_without(member) if used else None
             self._mark(member)
             try:
+                if used and plan is None:
+                    pipeline.hand_over(f"{member.name} is drained")
                 prepared = plan is None or await self._move(member, plan)
             except BaseException:
                 self.undo(member)
@@ -316,10 +325,13 @@ class Moves:
             log.info("node %s is drained", member.name)
             return prepared
 
-    def _plan_without(self, member: Member) -> Plan:
+    def _plan_without(self, member: Member) -> Plan | None:
+        """None: there is none, and none is needed."""
         try:
             return self._pipeline.plan(without=(member.id,))
         except PlanError as error:
+            if self._pipeline.dispensable:
+                return None
             raise PlanError(
                 f"{member.name} cannot be drained, as the others cannot take its layers: {error.message}",
                 code=error.code,
@@ -341,7 +353,7 @@ class Moves:
                 prepared = True
             except StageError as error:
                 log.warning("streams wait while the layers of %s are loaded elsewhere: %s", member.name, error.message)
-                plan = self._plan_without(member)
+                plan = self._pipeline.plan(without=(member.id,))
         self._settled.clear()
         if pipeline.ring.has(member):
             pipeline.switch(plan, f"{member.name} is drained")

@@ -117,6 +117,11 @@ class News:
         if count:
             self._journal.add(Kind.STREAMS_RESUMED, f"{_streams(count, 'go')} on", details={"streams": count})
 
+    def carried_over(self, count: int) -> None:
+        if count:
+            text = f"{_streams(count, 'go')} on in another pipeline"
+            self._journal.add(Kind.STREAMS_RESUMED, text, details={"streams": count})
+
     def given_up(self, count: int, why: str) -> None:
         if count:
             self._journal.add(Kind.STREAMS_GIVEN_UP, f"{_streams(count, 'end')}: {why}", details={"streams": count})

@@ -20,6 +20,7 @@ import time
 from collections.abc import Collection, Coroutine, Iterator, Mapping
 from typing import Any, Protocol
 
+from dwarfstar_engine.batch.router import Load
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
@@ -68,9 +69,11 @@ MAX_BRIEF = 2  # such failures pause no longer than this many: the model did loa
 
 
 class Host(Protocol):
-    """The coordinator, as it is seen from here: what all its pipelines have in common. sequences: their ids."""
+    """The coordinator, as it is seen from here: what all its pipelines have in common. main: the model that is wanted.
+    source: the one that is served. sequences: their ids."""
 
     settings: Settings
+    main: Source
     source: Source
     vocab: Vocab
     drafter: Drafter | None
@@ -86,10 +89,6 @@ class Host(Protocol):
 
     @property
     def stopping(self) -> bool: ...
-    @property
-    def on_main(self) -> bool:
-        """Whether the model that is wanted is served, not a smaller one."""
-
     def next_epoch(self) -> int: ...
     def warn(self, about: str, sentence: str) -> None: ...
     async def use(self, source: Source) -> None:
@@ -97,6 +96,16 @@ class Host(Protocol):
 
     def serves(self) -> None:
         """A pipeline is up."""
+
+    def broke(self, pipeline: Pipeline, *, for_good: bool) -> None:
+        """It is down, and why is known: others may carry its streams. for_good: they need not wait for it."""
+
+    def others_serve(self, pipeline: Pipeline) -> bool: ...
+    def alone(self, pipeline: Pipeline) -> bool:
+        """Whether all nodes are dealt to it."""
+
+    def expected(self, pipeline: Pipeline) -> int:
+        """Nodes that its plan waits for."""
 
 
 class Pipeline:
@@ -106,7 +115,8 @@ class Pipeline:
         self.host, self.number, self.members = host, number, members
         self.journal = host.journal
         self.epoch = 0
-        self.planner = Planner(host.settings, members, host.source)
+        self.planner = Planner(host.settings, members, host.main)
+        self.planner.wanted, self.planner.alone = lambda: host.expected(self), lambda: host.alone(self)
         self.receiver = RingReceiver(host.build, "the coordinator", self.on_frame, self.on_open, self._on_hop_lost)
         self._ring = Epoch(host.term, self.epoch, host.name)
         self._dispatcher: Dispatcher | None = None
@@ -158,6 +168,14 @@ class Pipeline:
         if self._ring.has(member):
             self.break_up(f"node {member.name} was lost")
         self._changed.set()
+
+    def redealt(self) -> None:
+        """Nodes were dealt out anew, perhaps its own to others."""
+        if all(stage.member.id in self.members for stage in self._ring.stages):
+            return
+        self.planner.sound, self.planner.planned = False, None
+        self.break_up("its nodes are dealt out anew", planned=True)
+        self.stir()
 
     def reported(self, member: Member, report: pb.StageReport) -> None:
         """Live figures of a stage."""
@@ -268,6 +286,47 @@ class Pipeline:
         """Whether a request may wait until it serves."""
         return self.reviving and len(self.waiting) < self.settings.queue + self.settings.slots
 
+    def judge(self) -> None:
+        """Of the streams that wait, give up those under which it broke too often."""
+        error = StageError("stages broke during this request, again and again", retry_after_s=RETRY_AFTER_S)
+        lost = self.waiting.judge(self._crashed, error)
+        self.host.news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
+        self._crashed = False
+
+    def carry(self, stream: Stream) -> None:
+        """Go on with a stream of another pipeline. While this one serves."""
+        assert self._dispatcher is not None
+        stream.slot = -1
+        try:
+            self._dispatcher.carry(stream)
+        except DwarfStarError as error:
+            stream.sink.fail(error)
+
+    def load(self, prompt: list[int] | None) -> Load:
+        """While it serves: as the router sees it, for a prompt; None: for one that takes nothing from a cache."""
+        assert self._dispatcher is not None
+        scheduler = self._dispatcher.scheduler
+        cached = scheduler.cached(prompt) if prompt else 0
+        return Load(
+            self.number, scheduler.limits.slots, scheduler.active, scheduler.queued, cached, self._ring.speed or 1.0
+        )
+
+    def hand_over(self, why: str) -> None:
+        """Go down for others, which carry its streams."""
+        self.break_up(why, planned=True)
+        self.epoch = self.host.next_epoch()  # its stages are of an older one, and may be released
+        self.host.broke(self, for_good=True)
+
+    @property
+    def dispensable(self) -> bool:
+        """Whether others serve without it."""
+        return self.host.others_serve(self)
+
+    @property
+    def broke_at(self) -> float:
+        """Monotonic time, s."""
+        return self._broke_at
+
     def wait(self, request: Request, sink: Sink) -> Generation:
         """Have a request wait until it serves."""
         stream = Stream(request, sink, secrets.randbits(64))
@@ -297,6 +356,8 @@ class Pipeline:
                     await self._bring_up(plan)
                     await self._broken.wait()
                     await self._settle()
+                    if self._next is None:
+                        self.host.broke(self, for_good=False)
                     brief = self._next is None and time.monotonic() - self._served_at < STEADY_S
                     failures = min(failures + 1, MAX_BRIEF) if brief else 0
                 except DwarfStarError as error:
@@ -313,6 +374,7 @@ class Pipeline:
             self.host.news.no_plan(error.code, error.message)
         self.reason, self.code = error.message, error.code
         self.moves.no_plan(error)
+        self.host.broke(self, for_good=True)
         if error.code != WAITING:
             self.give_up(Unavailable(error.message, code=error.code, retry_after_s=RETRY_AFTER_S))
 
@@ -327,9 +389,11 @@ class Pipeline:
             await asyncio.wait_for(self._changed.wait(), at_most_s)
 
     async def _settle(self) -> None:
-        """Where copies wait, hear which stage was lost: the next plan leaves the others where they are."""
+        """Where copies wait, hear which stage was lost: the next plan leaves the others where they are. And where
+        others may carry the streams, whether it crashed: perhaps one of them did it."""
         until = time.monotonic() + SETTLE_S
-        while self._next is None and self.settings.standby and (left := until - time.monotonic()) > 0:
+        listens = self.settings.standby or self.host.others_serve(self)
+        while self._next is None and listens and (left := until - time.monotonic()) > 0:
             present = (stage for stage in self._ring.stages if self.members.get(stage.member.id) is stage.member)
             if sum(stage.plan.layers in loaded(stage.member) for stage in present) < len(self._ring.stages):
                 return
@@ -338,6 +402,9 @@ class Pipeline:
     def _next_plan(self) -> tuple[Source, Plan]:
         """What to serve, and a plan. Raises PlanError, as ``Planner.now``."""
         prepared, self._next = self._next, None
+        if self.source is not self.host.main and not self.host.alone(self):
+            told = f"{self.source.name} is served in the place of {self.host.main.name}, by another pipeline"
+            raise PlanError(told, code=WAITING, retry_after_s=RETRY_AFTER_S)
         return self.planner.next(prepared, self.source, time.monotonic())
 
     # --- moves.Pipeline and steering.Host ---
@@ -490,7 +557,7 @@ class Pipeline:
     def _serve(self, sender: RingSender) -> None:
         assert not self._broken.is_set()  # or nobody would tell the streams that are taken on now
         ring, settings = self._ring, self.settings
-        drafter = self.host.drafter if self.host.on_main else None
+        drafter = self.host.drafter if self.source is self.host.main else None
         limits = ring.limits(settings, self.context, drafts=drafter is not None)
         speculation = Speculation(settings.speculation, ring.costs())
         self._dispatcher = Dispatcher(
@@ -508,11 +575,8 @@ class Pipeline:
         self.planner.hops.closed()
         self.reviving = False
         self.host.news.epoch_up(ring, self.source, self.context)
-        error = StageError("stages broke during this request, again and again", retry_after_s=RETRY_AFTER_S)
-        lost = self.waiting.judge(self._crashed, error)
-        self.host.news.given_up(lost, f"they were carried over {MAX_RESCUES} times already")
+        self.judge()
         self._ran = frozenset((one.member.id, one.event.pid) for one in ring.stages if one.event is not None)
-        self._crashed = False
         streams, lost, whole = self.waiting.take(), 0, 0
         for stream in streams:
             kept = ring.kept(stream.slot, stream.through) if stream.slot >= 0 and self._keep else None
@@ -578,9 +642,9 @@ class Pipeline:
 
     def _return_to_main(self, now: float) -> None:
         """Serve the model that is wanted again when it fits and nobody is served: its streams would end."""
-        if self.host.on_main or self.idle_s(now) < REPLAN_IDLE_S or not self.serving:
+        main = self.host.main
+        if self.source is main or self.idle_s(now) < REPLAN_IDLE_S or not self.serving:
             return
-        main = self.planner.main
         with contextlib.suppress(PlanError):
             self.planner.of(main, now)
             self.break_up(f"{main.name} fits again", planned=True)
@@ -589,7 +653,7 @@ class Pipeline:
 
     def views(self) -> tuple[StageView, ...]:
         """Its stages."""
-        return self._ring.views(self._dispatcher.stages if self._dispatcher else None, self.tok_s)
+        return self._ring.views(self._dispatcher.stages if self._dispatcher else None, self.tok_s, self.number)
 
     def loading(self) -> str:
         """How far the stages are, for people; empty when nothing is being loaded."""

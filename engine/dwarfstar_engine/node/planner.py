@@ -8,7 +8,7 @@ serves (``moves``).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from dwarfstar_engine.errors import IllegalCutError, PlanError
@@ -47,13 +47,16 @@ class Owner(Protocol):
 class Planner:
     """See the module. Times are monotonic, s. main: the model that is wanted; fallbacks: smaller ones. planned: the
     plan that was brought up last; sound: it served. served: one has. kept: nodes' slices, under another leader.
-    gone_at: the last node was lost."""
+    gone_at: the last node was lost. wanted: nodes that are waited for. alone: no others serve the model that is wanted;
+    then a smaller one may be served."""
 
     def __init__(self, settings: Settings, members: Mapping[str, Member], main: Source) -> None:
         self.settings, self.members, self.main = settings, members, main
         self.fallbacks: tuple[Source, ...] = ()
         self.hops = Hops()
         self.owner: Owner | None = None  # set before anything is planned
+        self.wanted: Callable[[], int] = lambda: settings.wait_nodes
+        self.alone: Callable[[], bool] = lambda: True
         self.planned: Plan | None = None
         self.kept: KeptPlan | None = None
         self.begin(None)
@@ -88,7 +91,7 @@ class Planner:
         ``rejoin_s`` if no model fits those left; or none fits.
         """
         here = sum(not member.drained for member in self.members.values())
-        wanted = self.settings.wait_nodes
+        wanted = self.wanted()
         if here < wanted and not self.served:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
         if not self.served and self.owner is not None and (left := self.owner.awaited_s(now)):
@@ -98,7 +101,7 @@ class Planner:
         try:
             return self.main, self.of(self.main, now)
         except PlanError as error:
-            for smaller in self.fallbacks:
+            for smaller in self.fallbacks if self.alone() else ():
                 with contextlib.suppress(PlanError):
                     return smaller, self.of(smaller, now)
             left = self.gone_at + self.settings.rejoin_s - now

@@ -119,6 +119,15 @@ class WaitingRoom:
         self._rescued.clear()
         return streams
 
+    def first(self) -> Stream | None:
+        """The one that waits longest; it still does."""
+        return next(iter(self._streams), None)
+
+    def release(self, stream: Stream) -> None:
+        """It waits no more: somebody carries it."""
+        self._forget(stream)
+        stream.leave = None
+
     def fail(self, error: DwarfStarError, older_than: float | None = None) -> int:
         """Give up those that came before ``older_than``, or all; how many."""
         lost = [stream for stream, since in self._streams.items() if older_than is None or since < older_than]

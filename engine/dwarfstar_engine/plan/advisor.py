@@ -81,7 +81,7 @@ def _best(own: Alternative, found: Sequence[Alternative], objective: Objective) 
 
 
 def _others(costs: Costs, cluster: Cluster, job: Job, planned: Planned, wishes: Wishes) -> Iterator[Alternative]:
-    alone = _alone(costs)
+    alone = alone_on(costs)
     if alone:
         yield _alternative(Kind.SINGLE, [max(alone, key=lambda one: _value(one[1], planned.objective))])
     if len(alone) > 1:
@@ -108,7 +108,7 @@ def _value(forecast: Forecast, objective: Objective) -> float:
     return forecast.single_tok_s if objective is Objective.SINGLE else forecast.aggregate_tok_s
 
 
-def _alone(costs: Costs) -> list[Ring]:
+def alone_on(costs: Costs) -> list[Ring]:
     """The whole model on each node that holds it."""
     layers, found = costs.job.layers, list[Ring]()
     for name, there in costs.nodes.items():
@@ -135,7 +135,7 @@ def _pipelines(costs: Costs) -> Alternative | None:
     least = min((costs.stage_bytes(name, 0, costs.job.layers) for name in costs.nodes), default=0)
     best: Alternative | None = None
     for count in range(2, min(MAX_PIPELINES, len(costs.nodes), room // max(1, least)) + 1):
-        rings = [ring for group in _dealt(costs, count) if (ring := _ring(costs, group)) is not None]
+        rings = [ring for group in dealt(costs, count) if (ring := _ring(costs, group)) is not None]
         if len(rings) < count or all(len(stages) == 1 for stages, _ in rings):
             continue
         found = _alternative(Kind.PIPELINES, rings)
@@ -144,7 +144,7 @@ def _pipelines(costs: Costs) -> Alternative | None:
     return best
 
 
-def _dealt(costs: Costs, count: int) -> list[list[str]]:
+def dealt(costs: Costs, count: int) -> list[list[str]]:
     """The nodes in groups of about equal room: the largest first, each to the group that has least."""
     groups: list[list[str]] = [[] for _ in range(count)]
     have = [0] * count
