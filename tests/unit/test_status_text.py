@@ -28,7 +28,7 @@ def node(name: str, **live: Any) -> NodeView:
     )  # fmt: skip
 
 
-def stage(name: str, **live: float) -> StageView:
+def stage(name: str, **live: Any) -> StageView:
     return StageView(
         node=name, layers=(100, 128), weights_gib=1.0, kv_gib=1.0, ms_per_token=1234.56, tok_s=12.0, busy=1.0,
         wait=0.0, wire="f32", link_ms=0.1, link_mb_s=900.0, pid=4194304, state="ready", **live,

@@ -75,10 +75,12 @@ async def tell(coordinator: Told, say: Callable[[str], None], started: float, ho
 def _line(status: StatusView, loading: str, *, served: bool) -> str:
     """Where the engine is now; empty when there is nothing to say yet."""
     if status.state == "serving":
-        stages = " → ".join(
-            f"{stage.node} layers {stage.layers[0]}–{stage.layers[1] - 1} ({stage.weights_gib + stage.kv_gib:.2f} GiB)"
-            for stage in status.stages
-        )
+        rings: dict[int, list[str]] = {}
+        for stage in status.stages:
+            a, b = stage.layers
+            told = f"{stage.node} layers {a}–{b - 1} ({stage.weights_gib + stage.kv_gib:.2f} GiB)"
+            rings.setdefault(stage.pipeline, []).append(told)
+        stages = "; ".join(" → ".join(ring) for ring in rings.values())
         return f"serving on {status.coordinator.api_url}: {stages}"
     if loading:
         return f"loading: {loading}"

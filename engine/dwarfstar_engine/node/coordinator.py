@@ -238,6 +238,8 @@ class Coordinator:
         for node, number in changed.items():
             if number != SPARE and (member := self.members.get(node)) is not None:
                 self.pipelines[number].joined(member)
+        for pipeline in self.pipelines:
+            pipeline.stir()  # also those whose nodes stay: they may have waited for more
 
     def warn(self, about: str, sentence: str) -> None:
         """Show the owner something in the status, for WARNING_S. It replaces what was said about the same."""

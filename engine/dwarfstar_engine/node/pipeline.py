@@ -175,7 +175,6 @@ class Pipeline:
             return
         self.planner.sound, self.planner.planned = False, None
         self.break_up("its nodes are dealt out anew", planned=True)
-        self.stir()
 
     def reported(self, member: Member, report: pb.StageReport) -> None:
         """Live figures of a stage."""
@@ -370,7 +369,7 @@ class Pipeline:
             await self._take_down()
 
     def _no_plan(self, error: PlanError) -> None:
-        if self.reason != error.message:
+        if self.reason != error.message and (self.members or not self.number):
             self.host.news.no_plan(error.code, error.message)
         self.reason, self.code = error.message, error.code
         self.moves.no_plan(error)
