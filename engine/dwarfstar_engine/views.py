@@ -209,7 +209,8 @@ class PlanRequest(View):
 
     cuts: boundaries by hand. order: nodes along the ring, names or ids; with cuts, as many as stages. pins: a node has
     exactly these layers. excluded: a node gets none. context: of a proposal only. auto: forget what the owner has
-    committed, the planner decides again.
+    committed, the planner decides again. pipeline: which one is meant, where there are several; the nodes are its own.
+    take: of a commit: serve as that alternative of the advisor's, and nothing else of this counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -222,6 +223,8 @@ class PlanRequest(View):
     excluded: tuple[str, ...] = Field(default=(), max_length=MAX_STAGES)
     context: int | None = Field(default=None, ge=16, le=1 << 20)
     auto: bool = False
+    pipeline: int = Field(default=0, ge=0)
+    take: Literal["single", "replicas", "split", "pipelines"] | None = None
 
 
 class DeltaView(View):

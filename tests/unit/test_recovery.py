@@ -85,11 +85,11 @@ class Player:
             elif what == "link":
                 self.say(pb.STAGE_STATE_LINKED)
                 if self.returns and not message.link.next_hop:
-                    self._coordinator.pipelines[0].on_open(message.link.epoch)
+                    self._coordinator.pipeline_in(message.link.epoch).on_open(message.link.epoch)
 
     def say(self, state: pb.StageState.ValueType, code: str = "") -> None:
         event = pb.StageEvent(
-            epoch=self._coordinator.epoch,
+            epoch=self._coordinator.pipeline_of(self.member).epoch,
             state=state,
             port=1,
             detail="it died",
@@ -100,10 +100,10 @@ class Player:
         self._coordinator.heard(self.member, pb.NodeMessage(stage_event=event))
 
 
-def make(folder: Path) -> Coordinator:
+def make(folder: Path, **given: Any) -> Coordinator:
     files = NodeFiles(folder / "trust")
     trust.issue_local(trust.load_or_create_authority(folder / "trust", NOW), files, OWNER, NOW)
-    settings = Settings(home=folder, wait_nodes=2)
+    settings = Settings(**{"home": folder, "wait_nodes": 2, **given})
     return Coordinator(settings, open_source("toy:8", folder, settings.kv), ToyVocab(), files, "coordinator")
 
 

@@ -28,6 +28,7 @@ from dwarfstar_engine.cli.models import pull_model
 from dwarfstar_engine.cli.status_text import status_text
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.source import find_model
+from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.forecast import Objective, Strategy
 from dwarfstar_engine.settings import Settings, load_settings
 from dwarfstar_engine.views import PlanRequest
@@ -479,6 +480,9 @@ def plan(
     apply: Annotated[Path | None, typer.Option(help="Carry out a plan that --save wrote.")] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Back to the plan before.")] = False,
     auto: Annotated[bool, typer.Option("--auto", help="Let the planner decide again.")] = False,
+    take: Annotated[
+        Kind | None, typer.Option(help="Of the running engine: serve as this alternative of the advisor's.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: Home = None,
     models: Models = None,
@@ -505,7 +509,7 @@ def plan(
     )
     settings = _settings(home=home, models=models, context=context, slots=slots, kv=kv)
     described = topology or model or asked.shape or effective_vram or slots or kv
-    orders = commit or apply or undo or auto or cuts
+    orders = commit or apply or undo or auto or cuts or take
     if described and orders:
         raise SettingsError("a plan of the running engine takes no --topology, model, figures or --effective-vram")
     if not described and (orders or running.find(settings.home) is not None):
@@ -520,6 +524,7 @@ def plan(
             excluded=_names(exclude),
             context=context,
             auto=auto,
+            take=None if take is None else take.value,
         )
         wish = Wish(request, commit, undo, apply, yes, save)
         show_running(wish, settings, json_wanted=as_json)

@@ -81,6 +81,9 @@ def _show(wish: Wish, settings: Settings, *, json_wanted: bool) -> None:
         _done(remote.undo(engine, home), console, json_wanted=json_wanted)
         return
     request = wish.request
+    if request.take is not None:
+        _take(wish, request.take, engine, home, console, json_wanted=json_wanted)
+        return
     if wish.apply is not None:
         request = _applied(wish.apply, remote.status(engine, home).model)
     told = remote.plan(engine, home, request)
@@ -107,6 +110,23 @@ def _show(wish: Wish, settings: Settings, *, json_wanted: bool) -> None:
         print("dwarfstar: nothing was changed")
         return
     _done(remote.commit(engine, home, request, told.epoch), console, json_wanted=json_wanted)
+
+
+def _take(wish: Wish, kind: str, engine: running.Running, home: Path, console: Console, *, json_wanted: bool) -> None:
+    """Serve as one of the advisor's alternatives, if it has such a one. Raises DwarfStarError."""
+    told = remote.plan(engine, home, PlanRequest())
+    if told.present is None:
+        raise PlanError("nothing is served now: wait until it is", code="not_serving")
+    found = next((one for one in told.present.alternatives if one.kind == kind), None)
+    if found is not None and not json_wanted:
+        here, there = told.present.predicted.aggregate_tok_s, found.aggregate_tok_s
+        rings = "; ".join(", ".join(part.node for part in ring) for ring in found.pipelines)
+        console.print(f"{kind}: {rings}: {rate(there)} tok/s all, the plan that serves {rate(here)}", markup=False)
+        console.print("streams wait while layers are loaded", markup=False)
+    if not wish.yes and not _agreed():
+        print("dwarfstar: nothing was changed")
+        return
+    _done(remote.commit(engine, home, wish.request, told.epoch), console, json_wanted=json_wanted)
 
 
 def _as_json(told: ProposalView, *, asked: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.moves import find
 from dwarfstar_engine.node.roster import REMOVED
-from dwarfstar_engine.node.steering import Steering
+from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.views import CommitView, PlanRequest, StatusView
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -186,9 +186,10 @@ class ControlService(ControlServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.DrainReply:
         await _owner_only(context)
-        moves, prepared = self._coordinator.moves, True
+        prepared = True
         try:
             member = find(self._coordinator.members.values(), request.node)
+            moves = self._coordinator.pipeline_of(member).moves
             if request.undo:
                 moves.undo(member)
             else:
@@ -200,33 +201,43 @@ class ControlService(ControlServicer):
     async def Plan(self, request: pb.PlanRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PlanReply:
         await _owner_only(context)
         try:
-            view = await self._coordinator.steering.propose(_asked(request))
+            asked = _asked(request)
+            view = await self._coordinator.pipeline_at(asked.pipeline).steering.propose(asked)
         except DwarfStarError as error:
             await _refuse(context, error)
         return pb.PlanReply(json=view.model_dump_json().encode())
 
     async def Commit(self, request: pb.PlanRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PlanReply:
         await _owner_only(context)
-        return await self._change(context, lambda: self._steering.commit(_asked(request), request.base_epoch))
+
+        async def commit() -> CommitView:
+            asked = _asked(request)
+            if asked.take is not None:
+                return await self._coordinator.take(Kind(asked.take), request.base_epoch)
+            return await self._coordinator.pipeline_at(asked.pipeline).steering.commit(asked, request.base_epoch)
+
+        return await self._change(context, commit)
 
     async def Undo(self, request: pb.UndoRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PlanReply:
         await _owner_only(context)
-        return await self._change(context, lambda: self._steering.undo(request.base_epoch))
+
+        async def undo() -> CommitView:
+            return await self._coordinator.pipeline_in(request.base_epoch).steering.undo(request.base_epoch)
+
+        return await self._change(context, undo)
 
     async def Override(
         self, request: pb.OverrideRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.OverrideReply:
         await _owner_only(context)
         try:
-            view = await self._steering.override(request.node, request.text, replan=request.replan)
+            member = find(self._coordinator.members.values(), request.node)
+            steering = self._coordinator.pipeline_of(member).steering
+            view = await steering.override(member.id, request.text, replan=request.replan)
         except (DwarfStarError, TimeoutError) as error:
             await _refuse(context, error)
         await self._keep()
         return pb.OverrideReply(json=view.model_dump_json().encode())
-
-    @property
-    def _steering(self) -> Steering:
-        return self._coordinator.steering
 
     async def _change(
         self, context: grpc.aio.ServicerContext[Any, Any], change: Callable[[], Awaitable[CommitView]]

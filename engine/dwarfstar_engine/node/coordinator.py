@@ -16,27 +16,29 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from typing import Any
 
 from dwarfstar_engine.batch.router import route
-from dwarfstar_engine.errors import Unavailable
+from dwarfstar_engine.errors import PlanError, Unavailable
 from dwarfstar_engine.node.dealer import Dealer, Seen
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import Epoch
 from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.journal import Journal
+from dwarfstar_engine.node.journal import Kind as Happening
 from dwarfstar_engine.node.kept_plan import KeptPlan
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.moves import REPLAN_IDLE_S, Moves
 from dwarfstar_engine.node.news import News
 from dwarfstar_engine.node.nodes import Nodes
-from dwarfstar_engine.node.pipeline import RETRY_AFTER_S, Pipeline
+from dwarfstar_engine.node.pipeline import LOAD_DEADLINE_S, RETRY_AFTER_S, Pipeline
 from dwarfstar_engine.node.planner import Planner, served_context
 from dwarfstar_engine.node.source import Source
-from dwarfstar_engine.node.steering import Decided, Steering
+from dwarfstar_engine.node.steering import STALE, Decided, Steering
 from dwarfstar_engine.node.vocab import Vocab
+from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.proportional import TOO_LARGE, Plan
 from dwarfstar_engine.plan.shares import SPARE
 from dwarfstar_engine.serving import Generation, ModelInfo, Request, Sink
 from dwarfstar_engine.settings import Settings
-from dwarfstar_engine.views import CoordinatorView, ModelView, StatusView, ThroughputView
+from dwarfstar_engine.views import CommitView, CoordinatorView, ModelView, StatusView, ThroughputView
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.ring import RingReceivers, SpareChannels
@@ -79,6 +81,7 @@ class Coordinator:
         self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
         self.dealer = Dealer(self, self.decided.surveyor)
+        self._served = asyncio.Event()  # a pipeline began to
         self._group: asyncio.TaskGroup | None = None  # while it runs
         self.pipelines: list[Pipeline] = []
         self._add_pipelines()
@@ -214,7 +217,7 @@ class Coordinator:
         changed = self.dealer.joined(member, on_main=self.source is self.main)
         self._dealt(changed)
         if member.id not in changed:
-            self._of(member).joined(member)
+            self.pipeline_of(member).joined(member)
 
     def gone(self, member: Member) -> None:
         """See ``nodes.Host``."""
@@ -222,11 +225,41 @@ class Coordinator:
         self.news.forget(member)
         self.gossip.changed()
         self.dealer.gone()
-        self._of(member).gone(member)
+        self.pipeline_of(member).gone(member)
 
-    def _of(self, member: Member) -> Pipeline:
+    def pipeline_of(self, member: Member) -> Pipeline:
         """The pipeline a node is dealt to; the first hears what spare ones say."""
         return self.pipelines[max(0, self.dealer.dealt.get(member.id, 0))]
+
+    def pipeline_at(self, number: int) -> Pipeline:
+        """Raises PlanError: there is none of that number."""
+        if number < len(self.pipelines):
+            return self.pipelines[number]
+        count = len(self.pipelines)
+        raise PlanError(f"there is no pipeline {number}: there are {count}, from 0", code="no_such_pipeline")
+
+    def pipeline_in(self, epoch: int) -> Pipeline:
+        """The one that serves that epoch; the first if none does, which will say so."""
+        return next((one for one in self.pipelines if one.epoch == epoch), self.pipelines[0])
+
+    async def take(self, kind: Kind, base_epoch: int = 0) -> CommitView:
+        """Serve as one of the advisor's alternatives from now on; returns when all of it does. Streams wait meanwhile.
+        Raises DwarfStarError: that is not possible, or no more; TimeoutError: it is being loaded still."""
+        if base_epoch not in (0, self.pipelines[0].epoch):
+            raise PlanError("another plan serves than the one this was proposed for: look again", code=STALE)
+        before = self.steering.present_view()
+        changed = self.dealer.take(kind)
+        self._dealt(changed)
+        for number in {one for one in changed.values() if one != SPARE}:
+            pipeline = self.pipelines[number]
+            if pipeline.serving:  # it keeps what it has and gets more: what is missing is loaded first
+                await pipeline.moves.change(pipeline.plan(), f"its owner has taken: {kind}")
+        async with asyncio.timeout(LOAD_DEADLINE_S):
+            while not all(one.serving for one in self.pipelines if one.members):
+                self._served.clear()
+                await self._served.wait()
+        self.journal.add(Happening.OWNER_PLAN, f"its owner has taken: {kind}", details={"epoch": self.epoch})
+        return CommitView(epoch=self.epoch, loaded_first=False, before=before, after=self.steering.present_view())
 
     def _dealt(self, changed: Mapping[str, int]) -> None:
         """Nodes are in other pipelines now."""
@@ -236,8 +269,11 @@ class Coordinator:
         for pipeline in self.pipelines:
             pipeline.redealt()
         for node, number in changed.items():
-            if number != SPARE and (member := self.members.get(node)) is not None:
+            member = self.members.get(node)
+            if member is not None and number != SPARE:
                 self.pipelines[number].joined(member)
+            elif member is not None:
+                self.moves.beside.release(member, (), self.term, self.next_epoch())  # nothing it holds is needed
         for pipeline in self.pipelines:
             pipeline.stir()  # also those whose nodes stay: they may have waited for more
 
@@ -255,7 +291,7 @@ class Coordinator:
             self.nodes.heard(member, message.heartbeat.number)
         if self.members.get(member.id) is not member:
             return
-        pipeline = self._of(member)
+        pipeline = self.pipeline_of(member)
         match kind:
             case "heartbeat":
                 member.live = message.heartbeat
@@ -309,6 +345,7 @@ class Coordinator:
         return self._last_epoch
 
     def serves(self) -> None:
+        self._served.set()
         if not self._frozen:  # once: what is frozen is never collected, and later there are requests among it
             self._frozen = True
             gc.collect()

@@ -124,6 +124,17 @@ class Dealer:
         self.wanted = wanted or self.wanted
         return self._move(self._dealt_out(self._survey()))
 
+    def take(self, kind: Kind) -> dict[str, int]:
+        """Deal out as one of the advisor's alternatives has it: who changes the pipeline. Raises PlanError: there is no
+        such alternative, and nothing has changed."""
+        wanted, survey = taken(kind, len(self._here())), self._survey()
+        shares = deal(survey.cluster, survey.job, wanted, Objective(self._host.settings.objective))
+        alone = len(shares) == 1 and len(shares[0]) == len(survey.ids)
+        if alone and (kind in (Kind.REPLICAS, Kind.PIPELINES) or (kind is Kind.SINGLE and len(survey.ids) > 1)):
+            why = "the model does not fit the nodes so" if len(survey.ids) > 1 else "there is one node only"
+            raise PlanError(f"that cannot be taken ({kind}): {why}", code="not_possible")
+        return self.anew(wanted)
+
     def look(self, now: float, seen: Sequence[Seen]) -> dict[str, int]:
         """Nodes that are to change their pipeline, mostly none. now: monotonic, s."""
         if not self._stirred or not self._begun or now - self._looked_at < LOOK_S or not self._here():

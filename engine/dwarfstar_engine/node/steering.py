@@ -403,7 +403,7 @@ class Steering:
     ) -> CommitView:
         host = self._host
         before = self._serves(base_epoch)
-        was, before_view = self._owned, self._view()
+        was, before_view = self._owned, self.present_view()
         pids = {stage.event.pid for stage in host.ring.stages if stage.event is not None}
         loaded_first = True
         if plan.stages == before.stages:
@@ -426,12 +426,12 @@ class Steering:
             epoch=host.epoch,
             loaded_first=loaded_first,
             before=before_view,
-            after=self._view(),
+            after=self.present_view(),
             reads=self._reads(pids),
         )
 
-    def _view(self) -> PlanView:
-        """The plan that serves."""
+    def present_view(self) -> PlanView:
+        """The plan that serves. Raises PlanError: none does."""
         survey = self._survey()
         present = self._present(survey)
         if present is None:
