@@ -17,6 +17,7 @@ from dwarfstar_engine.node import pipeline as module
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.shares import SPARE
+from dwarfstar_engine.plan.standby import whole_bytes
 from dwarfstar_engine.serving import Request, Sampling
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from unit.test_recovery import Hop, Player, Sink, make, until
@@ -154,9 +155,10 @@ async def test_a_node_that_comes_later_is_a_replica_more_and_then_a_spare(
 async def test_what_two_broken_pipelines_left_serves_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = {"replicas": 0, "pipelines": 2, "rejoin_s": 0.0, "context": 16, "wait_nodes": 4}
     async with playing(monkeypatch, tmp_path, **given) as (coordinator, players):
-        whole = sum(coordinator.source.costs.layer_bytes) + coordinator.source.costs.head_bytes
+        first = coordinator.pipelines[0]
+        half, whole = (whole_bytes(first.stage_plan("x", (0, end)), first.need()) for end in (4, 8))
         for player in players.values():
-            player.member.device.effective_vram_bytes = whole * 3 // 4
+            player.member.device.effective_vram_bytes = (half + whole) // 2
             coordinator.nodes.attach(player.member)
         await until(lambda: sorted(map(len, rings(coordinator))) == [2, 2])
         sinks = ask(coordinator, 2)

@@ -35,6 +35,11 @@ class Load:
         return max(0, self.slots - self.active - self.queued)
 
     @property
+    def excess(self) -> int:
+        """Requests for which there is no slot."""
+        return max(0, self.active + self.queued - self.slots)
+
+    @property
     def burden(self) -> float:
         """What one request more would have to share."""
         return (self.active + self.queued + 1) / self.speed

@@ -351,6 +351,13 @@ class Coordinator:
             gc.collect()
             gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
 
+    def gave_up(self, pipeline: Pipeline) -> None:
+        heir = next((one for one in self.pipelines if one is not pipeline and one.reviving and one.members), None)
+        while heir is not None and (stream := pipeline.waiting.first()) is not None:
+            pipeline.waiting.release(stream)
+            stream.slot = -1  # where it was, another ring's stages held it
+            heir.waiting.put(stream, time.monotonic())
+
     async def use(self, source: Source) -> None:
         """Who waits has tokens of the old one. Raises ModelError."""
         if source is self.source:
@@ -410,9 +417,10 @@ class Coordinator:
         """Requests that wait for a slot go where one has become free."""
         for pipeline in self.pipelines:
             others = [one for one in self.pipelines if one is not pipeline and one.serving]
-            if pipeline.dispatcher is None or not others or pipeline.load(None).free:
+            if pipeline.dispatcher is None or not others:
                 continue
-            for stream in pipeline.dispatcher.recall(sum(one.load(None).free for one in others)):
+            free = sum(one.load(None).free for one in others)
+            for stream in pipeline.dispatcher.recall(min(free, pipeline.load(None).excess)):
                 target = self._route(others, stream.request, stream.answer, waits=True)
                 assert target is not None
                 target.carry(stream)

@@ -100,6 +100,9 @@ class Host(Protocol):
     def broke(self, pipeline: Pipeline, *, for_good: bool) -> None:
         """It is down, and why is known: others may carry its streams. for_good: they need not wait for it."""
 
+    def gave_up(self, pipeline: Pipeline) -> None:
+        """It will not serve soon: who waits for it may wait for another that will."""
+
     def others_serve(self, pipeline: Pipeline) -> bool: ...
     def alone(self, pipeline: Pipeline) -> bool:
         """Whether all nodes are dealt to it."""
@@ -335,10 +338,10 @@ class Pipeline:
     # --- bringing epochs up ---
 
     async def run(self) -> None:
-        """Keep an epoch up until cancelled."""
+        """Keep an epoch up until cancelled, or until the engine stops."""
         failures = 0
         try:
-            while True:
+            while not self.host.stopping:  # a cancellation at the moment of news is lost in ``wait_for``
                 longest = MAX_WAITED if len(self.waiting) else len(PAUSE_S) - 1
                 await self._pause(PAUSE_S[min(failures, longest)])
                 self._changed.clear()
@@ -375,6 +378,7 @@ class Pipeline:
         self.moves.no_plan(error)
         self.host.broke(self, for_good=True)
         if error.code != WAITING:
+            self.host.gave_up(self)
             self.give_up(Unavailable(error.message, code=error.code, retry_after_s=RETRY_AFTER_S))
 
     async def _pause(self, pause_s: float) -> None:
