@@ -267,6 +267,25 @@ async def test_streams_go_on_in_another_ring(seed: int) -> None:
         stream.cancel()  # it is over: nothing happens
 
 
+async def test_streams_that_wait_for_a_slot_can_be_taken_back() -> None:
+    """And carried elsewhere; those that run stay."""
+    first, second = Ring(0, slots=2), Ring(1)
+    sinks = [Queue() for _ in range(5)]
+    async with running(first) as dispatcher, running(second) as other:
+        streams = [dispatcher.generate(request([97 + n], 5), sink) for n, sink in enumerate(sinks)]
+        await until(lambda: dispatcher.scheduler.active == 2)
+        recalled = dispatcher.recall(2)
+        assert recalled == streams[3:] and dispatcher.scheduler.queued <= 1
+        assert dispatcher.recall(9) in ([], streams[2:3]), "it may have begun"
+        for stream in recalled:
+            other.carry(stream)
+        await until(second.idle)
+        await until(first.idle)
+    for number in (0, 1, 3, 4):
+        tokens = [sinks[number].items.get_nowait() for _ in range(sinks[number].items.qsize())]
+        assert [token.id for token in tokens if isinstance(token, Token)] == reference([97 + number], 5)[0]
+
+
 async def test_a_fault_frame_is_told() -> None:
     ring = Ring()
     async with running(ring) as dispatcher:

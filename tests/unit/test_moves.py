@@ -355,6 +355,16 @@ async def test_streams_wait_where_there_is_no_room_to_load_first() -> None:
     assert await asyncio.wait_for(task, DEADLINE_S) is False
 
 
+async def test_a_pipeline_that_others_can_replace_ends_for_a_drain() -> None:
+    played = Played()
+    node = played.add("a")
+    played.serve(plan_of(("a", 0, 8)))
+    played.dispensable = True
+    assert await played.moves.drain(node)
+    assert played.handed_over == ["a is drained"] and node.drained
+    assert [message.WhichOneof("message") for message in sent(node)] == ["release", "drained"]
+
+
 async def test_a_node_that_is_needed_keeps_its_layers() -> None:
     played = Played()
     for name in "ab":

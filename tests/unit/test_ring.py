@@ -28,6 +28,7 @@ from dwarfstar_engine.wire.ring import (
     SEND_QUEUE,
     SPARE,
     RingReceiver,
+    RingReceivers,
     RingSender,
     SpareChannels,
 )
@@ -115,6 +116,42 @@ async def test_frames_arrive_whole_and_in_order(identity: NodeIdentity) -> None:
         await sender.flush()
         assert [await soon(end.frames) for _ in frames] == frames
         assert end.opened == [EPOCH] and lost.empty() and end.lost.empty()
+
+
+async def test_several_rings_share_a_service_and_get_their_own_frames(identity: NodeIdentity) -> None:
+    found: list[tuple[int, bytes]] = []
+    both = RingReceivers()
+    lost: asyncio.Queue[int] = asyncio.Queue()
+
+    def receiver(epoch: int) -> None:
+        async def take(data: bytes) -> None:
+            found.append((epoch, data))
+
+        made = RingReceiver(local_build(), "the receiver", take, lambda _: None, lambda told, _: lost.put_nowait(told))
+        made.set_epoch(epoch, SENDERS)
+        both.add(made)
+
+    receiver(3)
+    receiver(5)
+    server = grpc.aio.server(options=channel.SERVER_OPTIONS)
+    server.add_generic_rpc_handlers((both.handler(),))
+    address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', channel.server_credentials(identity))}"
+    await server.start()
+    senders = [RingSender(lambda _: None) for _ in range(3)]
+    credentials = channel.channel_credentials(identity)
+    try:
+        for sender, epoch in zip(senders, (3, 5), strict=False):
+            await sender.open(address, credentials, local_build(), epoch, "n1")
+            sender.send(b"of %d" % epoch)
+            await sender.flush()
+        with pytest.raises(PeerError, match="serves epoch 3 and was offered epoch 2"):
+            await senders[2].open(address, credentials, local_build(), 2, "n1")
+        for sender in senders:
+            await sender.close()
+        assert {await soon(lost), await soon(lost)} == {3, 5}
+        assert sorted(found) == [(3, b"of 3"), (5, b"of 5")]
+    finally:
+        await server.stop(None)
 
 
 async def test_closing_tells_the_receiver_and_not_the_sender(identity: NodeIdentity) -> None:

@@ -84,3 +84,9 @@ def test_what_was_set_is_marked() -> None:
     marked, bare = (next(line for line in shown.splitlines() if line.startswith(name)) for name in ("a ", "b "))
     assert "123.45*" in marked and "*" not in bare and "* as it was set" in shown
     assert "*" not in status_text(view(node("b")), 80)
+
+
+def test_several_pipelines_are_told_of() -> None:
+    two = view(node("a"), node("b"), stages=(stage("a"), stage("b", pipeline=1)))
+    assert "· 2 pipelines ·" in status_text(two, 80).splitlines()[0]
+    assert "pipelines" not in status_text(view(node("a"), stages=(stage("a"),)), 80)

@@ -38,6 +38,18 @@ def test_streams_leave_in_the_order_they_came() -> None:
     assert len(room) == 4 and room.take() == streams and len(room) == 0
 
 
+def test_the_first_may_go_on_elsewhere() -> None:
+    room, streams = WaitingRoom(60.0), [stream()[0] for _ in range(2)]
+    for one in streams:
+        room.put(one, 1.0)
+    assert room.first() is streams[0]
+    room.release(streams[0])
+    streams[0].cancel()  # whoever carries it looks at ``left``
+    assert streams[0].left and room.first() is streams[1]
+    room.release(streams[1])
+    assert room.first() is None and room.expire(100.0, LATE) == 0
+
+
 def test_a_client_that_leaves_is_forgotten() -> None:
     room, (gone, sink), (stays, _) = WaitingRoom(60.0), stream(), stream()
     room.rescue([gone, stays], 0.0)

@@ -17,7 +17,7 @@ def status_text(view: StatusView, width: int) -> str:
         return f"{view.state}: term {view.coordinator.term} · {view.coordinator.api_url}\n  {view.reason}"
     model = f"{view.model.name}, {view.model.layers} layers" if view.model else "no model"
     lines = [
-        f"{view.state}: {model} · epoch {view.epoch} · {view.coordinator.api_url}",
+        f"{view.state}: {model} · {_epoch(view)} · {view.coordinator.api_url}",
         *([f"  {view.reason}"] if view.reason else []),
         f"  {view.throughput.tok_s:.1f} tok/s, {view.throughput.active} active, {view.throughput.queued} queued, "
         f"{view.last_event} event{'s' * (view.last_event != 1)}",
@@ -28,6 +28,12 @@ def status_text(view: StatusView, width: int) -> str:
         *(f"! {warning}" for warning in view.warnings),
     ]
     return "\n".join(lines)
+
+
+def _epoch(view: StatusView) -> str:
+    """And how many pipelines there are, if there are several."""
+    count = len({stage.pipeline for stage in view.stages if stage.state == "ready"})
+    return f"epoch {view.epoch}" + (f" · {count} pipelines" if count > 1 else "")
 
 
 def _table(view: StatusView, *, wide: bool) -> Iterator[str]:

@@ -160,9 +160,6 @@ class RingReceivers:
     def add(self, receiver: RingReceiver) -> None:
         self._receivers.append(receiver)
 
-    def remove(self, receiver: RingReceiver) -> None:
-        self._receivers.remove(receiver)
-
     def handler(self) -> grpc.GenericRpcHandler:
         """As ``RingReceiver.handler``."""
         return _handler(self._ring)
