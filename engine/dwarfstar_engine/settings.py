@@ -40,6 +40,19 @@ def _lent(value: object) -> str:
 Lent = Annotated[str, BeforeValidator(_lent)]
 
 
+def _pipelines(value: object) -> object:
+    """One error, where a union would have two."""
+    if value == "auto":
+        return value
+    said = str(value).strip()
+    if isinstance(value, bool | float) or not said.isdecimal() or len(said) > 9 or not 1 <= int(said) <= MAX_PIPELINES:
+        raise PydanticCustomError("pipelines", f"Input should be auto, or a number from 1 to {MAX_PIPELINES}")
+    return int(said)
+
+
+Pipelines = Annotated[Literal["auto"] | int, BeforeValidator(_pipelines)]
+
+
 class Settings(BaseModel):
     """Every setting, its bounds and its default."""
 
@@ -118,7 +131,7 @@ class Settings(BaseModel):
     auto_balance: Literal["off", "advise", "on"] = "advise"
     """When stages stay unequally busy under load: say which layers should move, or move them if that needs no pause
     for loading."""
-    pipelines: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_PIPELINES)] = 1
+    pipelines: Pipelines = 1
     """Pipelines that share no node, each with the whole model, behind the one endpoint; ``slots`` and ``queue`` are of
     each. ``auto``: one, several or copies, whatever promises most."""
     replicas: int = Field(default=0, ge=0, le=MAX_PIPELINES)

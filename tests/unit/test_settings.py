@@ -102,6 +102,8 @@ def test_an_error_names_key_value_and_source(
         ("max_body_mib", (1, 256), (0, 257)),
         ("effective_vram", ("0.01", "18", "50%", "-2"), ("0", "0%", "101%", "-2%", "lots", float("nan"))),
         ("wait_nodes", (1,), (0,)),
+        ("pipelines", (1, 64, "auto"), (0, 65, "some", True, 1.5, -1, "9" * 5000)),
+        ("replicas", (0, 64), (-1, 65)),
         ("wire", ("f32", "f16", "q8"), ("f64", "")),
         ("split_mode", ("none", "layer", "row", "tensor"), ("rows",)),
         ("flash_attention", ("auto", "on", "off"), ("yes",)),
@@ -140,6 +142,22 @@ def test_times_of_membership_must_increase(given: dict[str, float]) -> None:
     with pytest.raises(SettingsError, match="set them so that they increase"):
         load_settings(given, {}, Path("/nowhere"))
     assert load_settings({"heartbeat_s": 3.0, "late_s": 9.0, "lost_s": 20.0}, {}, Path("/nowhere")).late_s == 9.0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"pipelines": 2, "replicas": 2}, "not both"),
+        ({"pipelines": "auto", "replicas": 1}, "not both"),
+        ({"pipelines": 2, "cuts": (3,)}, "--cuts are of one pipeline"),
+        ({"replicas": 2, "cuts": (3,)}, "--cuts are of one pipeline"),
+        ({"pipelines": "x"}, "--pipelines must be auto, or a number from 1 to 64 .given: 'x'."),
+    ],
+)
+def test_pipelines_that_do_not_go_together(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        load_settings(given, {}, Path("/nowhere"))
+    assert load_settings({}, {"DWARFSTAR_PIPELINES": "3"}, Path("/nowhere")).pipelines == 3
 
 
 def test_lent_memory_in_a_file_may_be_a_number(tmp_path: Path) -> None:

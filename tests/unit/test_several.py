@@ -15,6 +15,8 @@ from dwarfstar_engine.node import coordinator as coordinator_module
 from dwarfstar_engine.node import dealer as dealer_module
 from dwarfstar_engine.node import pipeline as module
 from dwarfstar_engine.node.coordinator import Coordinator
+from dwarfstar_engine.node.source import Source, open_source
+from dwarfstar_engine.node.vocab import ToyVocab, Vocab
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.shares import SPARE
 from dwarfstar_engine.plan.standby import whole_bytes
@@ -155,11 +157,7 @@ async def test_a_node_that_comes_later_is_a_replica_more_and_then_a_spare(
 async def test_what_two_broken_pipelines_left_serves_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = {"replicas": 0, "pipelines": 2, "rejoin_s": 0.0, "context": 16, "wait_nodes": 4}
     async with playing(monkeypatch, tmp_path, **given) as (coordinator, players):
-        first = coordinator.pipelines[0]
-        half, whole = (whole_bytes(first.stage_plan("x", (0, end)), first.need()) for end in (4, 8))
-        for player in players.values():
-            player.member.device.effective_vram_bytes = (half + whole) // 2
-            coordinator.nodes.attach(player.member)
+        half_fits(coordinator, players)
         await until(lambda: sorted(map(len, rings(coordinator))) == [2, 2])
         sinks = ask(coordinator, 2)
         left = [ring[0] for ring in rings(coordinator)]
@@ -168,6 +166,40 @@ async def test_what_two_broken_pipelines_left_serves_together(monkeypatch: pytes
         await until(lambda: sorted(rings(coordinator)[0]) == sorted(left) and not rings(coordinator)[1])
         await until(lambda: sum(loads(coordinator)) == 2)
         assert not any(sink.errors for sink in sinks)
+
+
+async def test_a_smaller_model_is_served_only_when_all_nodes_are_one_pipeline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the one that is wanted, by several again, when the nodes are back."""
+    for one in (module, coordinator_module):
+        monkeypatch.setattr(one, "REPLAN_IDLE_S", 0.0)
+    given = {"replicas": 0, "pipelines": 2, "rejoin_s": 0.0, "context": 16, "wait_nodes": 4}
+    async with playing(monkeypatch, tmp_path, **given) as (coordinator, players):
+        main = coordinator.source
+        half_fits(coordinator, players)
+        coordinator.planner.fallbacks = (open_source("toy:2", tmp_path, "f16"),)
+        coordinator.open_vocab = open_toy
+        await until(lambda: sorted(map(len, rings(coordinator))) == [2, 2])
+        for name in "abc":
+            coordinator.nodes.broken(players[name].member)
+        await until(lambda: rings(coordinator) == ["d", ""] and coordinator.source is not main)
+        for name in "abc":
+            coordinator.nodes.attach(players[name].member)
+        await until(lambda: coordinator.source is main and sorted(map(len, rings(coordinator))) == [2, 2])
+
+
+async def open_toy(_: Source) -> Vocab:
+    return ToyVocab()
+
+
+def half_fits(coordinator: Coordinator, players: dict[str, Player]) -> None:
+    """All join, and any two hold the model."""
+    first = coordinator.pipelines[0]
+    half, whole = (whole_bytes(first.stage_plan("x", (0, end)), first.need()) for end in (4, 8))
+    for player in players.values():
+        player.member.device.effective_vram_bytes = (half + whole) // 2
+        coordinator.nodes.attach(player.member)
 
 
 async def test_the_advisor_may_decide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class Coordinator:
         self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
         self.dealer = Dealer(self, self.decided.surveyor)
+        self._taking = asyncio.Lock()
         self._served = asyncio.Event()  # a pipeline began to
         self._group: asyncio.TaskGroup | None = None  # while it runs
         self.pipelines: list[Pipeline] = []
@@ -245,19 +246,20 @@ class Coordinator:
     async def take(self, kind: Kind, base_epoch: int = 0) -> CommitView:
         """Serve as one of the advisor's alternatives from now on; returns when all of it does. Streams wait meanwhile.
         Raises DwarfStarError: that is not possible, or no more; TimeoutError: it is being loaded still."""
-        if base_epoch not in (0, self.pipelines[0].epoch):
-            raise PlanError("another plan serves than the one this was proposed for: look again", code=STALE)
-        before = self.steering.present_view()
-        changed = self.dealer.take(kind)
-        self._dealt(changed)
-        for number in {one for one in changed.values() if one != SPARE}:
-            pipeline = self.pipelines[number]
-            if pipeline.serving:  # it keeps what it has and gets more: what is missing is loaded first
-                await pipeline.moves.change(pipeline.plan(), f"its owner has taken: {kind}")
-        async with asyncio.timeout(LOAD_DEADLINE_S):
-            while not all(one.serving for one in self.pipelines if one.members):
-                self._served.clear()
-                await self._served.wait()
+        async with self._taking:
+            if base_epoch not in (0, self.pipelines[0].epoch):
+                raise PlanError("another plan serves than the one this was proposed for: look again", code=STALE)
+            before = self.steering.present_view()
+            changed = self.dealer.take(kind)
+            self._dealt(changed)
+            for number in {one for one in changed.values() if one != SPARE}:
+                pipeline = self.pipelines[number]
+                if pipeline.serving:  # it keeps what it has and gets more: what is missing is loaded first
+                    await pipeline.moves.change(pipeline.plan(), f"its owner has taken: {kind}")
+            async with asyncio.timeout(LOAD_DEADLINE_S):
+                while not all(one.serving for one in self.pipelines if one.members):
+                    self._served.clear()
+                    await self._served.wait()
         self.journal.add(Happening.OWNER_PLAN, f"its owner has taken: {kind}", details={"epoch": self.epoch})
         return CommitView(epoch=self.epoch, loaded_first=False, before=before, after=self.steering.present_view())
 
@@ -411,7 +413,7 @@ class Coordinator:
             if len(self.pipelines) > 1:
                 self._level()
             seen = [Seen(one.serving, one.gone_at, one.idle_s(now) >= REPLAN_IDLE_S) for one in self.pipelines]
-            self._dealt(self.dealer.look(now, seen))
+            self._dealt(self.dealer.look(now, seen, on_main=self.source is self.main))
 
     def _level(self) -> None:
         """Requests that wait for a slot go where one has become free."""

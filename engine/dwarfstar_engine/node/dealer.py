@@ -135,8 +135,11 @@ class Dealer:
             raise PlanError(f"that cannot be taken ({kind}): {why}", code="not_possible")
         return self.anew(wanted)
 
-    def look(self, now: float, seen: Sequence[Seen]) -> dict[str, int]:
-        """Nodes that are to change their pipeline, mostly none. now: monotonic, s."""
+    def look(self, now: float, seen: Sequence[Seen], *, on_main: bool) -> dict[str, int]:
+        """Nodes that are to change their pipeline, mostly none. now: monotonic, s. on_main: no smaller model is
+        served in the place of the one that is wanted."""
+        if not on_main:
+            return self._move({member.id: 0 for member in self._here()}) if self.wanted.several else {}
         if not self._stirred or not self._begun or now - self._looked_at < LOOK_S or not self._here():
             return {}
         self._looked_at = now
