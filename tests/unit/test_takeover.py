@@ -79,6 +79,12 @@ async def test_a_lost_connection_leaves_all_stages_where_they_are(
     assert nodes(broken.pipelines[0]._next_plan()[1]) == ["a", "b", "c"]
 
 
+async def test_a_node_that_joins_meanwhile_leaves_the_plan_as_it_is(broken: Coordinator) -> None:
+    broken.nodes.broken(broken.members["c"])
+    broken.nodes.attach(Member("d", "d", "127.0.0.1", pb.Device(effective_vram_bytes=1 << 30)))
+    assert nodes(broken.pipelines[0]._next_plan()[1]) == ["a", "b", "b"]
+
+
 async def test_a_take_over_that_failed_is_not_tried_again(broken: Coordinator) -> None:
     broken.nodes.broken(broken.members["c"])
     broken.planner.sound = False

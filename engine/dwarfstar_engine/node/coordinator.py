@@ -240,8 +240,8 @@ class Coordinator:
         raise PlanError(f"there is no pipeline {number}: there are {count}, from 0", code="no_such_pipeline")
 
     def pipeline_in(self, epoch: int) -> Pipeline:
-        """The one that serves that epoch; the first if none does, which will say so."""
-        return next((one for one in self.pipelines if one.epoch == epoch), self.pipelines[0])
+        """The one that serves that epoch; the first if none does, which will say so, or if it is 0."""
+        return next((one for one in self.pipelines if epoch and one.epoch == epoch), self.pipelines[0])
 
     async def take(self, kind: Kind, base_epoch: int = 0) -> CommitView:
         """Serve as one of the advisor's alternatives from now on; returns when all of it does. Streams wait meanwhile.
@@ -249,6 +249,8 @@ class Coordinator:
         async with self._taking:
             if base_epoch not in (0, self.pipelines[0].epoch):
                 raise PlanError("another plan serves than the one this was proposed for: look again", code=STALE)
+            if self.source is not self.main:
+                raise PlanError(f"{self.source.name} is served in the place of {self.main.name}", code="not_possible")
             before = self.steering.present_view()
             changed = self.dealer.take(kind)
             self._dealt(changed)
@@ -269,7 +271,7 @@ class Coordinator:
             return
         self._add_pipelines()
         for pipeline in self.pipelines:
-            pipeline.redealt()
+            pipeline.lose({node for node, number in changed.items() if number != pipeline.number})
         for node, number in changed.items():
             member = self.members.get(node)
             if member is not None and number != SPARE:

@@ -172,9 +172,9 @@ class Pipeline:
             self.break_up(f"node {member.name} was lost")
         self._changed.set()
 
-    def redealt(self) -> None:
-        """Nodes were dealt out anew, perhaps its own to others."""
-        if all(stage.member.id in self.members for stage in self._ring.stages):
+    def lose(self, nodes: Collection[str]) -> None:
+        """Nodes are dealt to others now; perhaps they were its own."""
+        if not self._ring.nodes & set(nodes):
             return
         self.planner.sound, self.planner.planned = False, None
         self.break_up("its nodes are dealt out anew", planned=True)
