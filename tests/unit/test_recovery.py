@@ -34,7 +34,7 @@ class Hop:
 
     gate: asyncio.Event
 
-    def __init__(self, on_lost: Callable[[str], None], _: object) -> None:
+    def __init__(self, on_lost: Callable[[str], None], _spare: object) -> None:
         self.on_lost = on_lost
 
     async def open(self, *_: Any) -> None:
@@ -83,6 +83,7 @@ class Player:
             if what == "link" and message.link.next_hop and not self.reaches():
                 self.say(pb.STAGE_STATE_BROKEN, "hop_failed")
             elif what == "link":
+                self.layers = message.link.layers  # it may have several
                 self.say(pb.STAGE_STATE_LINKED)
                 if self.returns and not message.link.next_hop:
                     self._coordinator._on_open(message.link.epoch)
