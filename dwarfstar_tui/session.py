@@ -178,7 +178,8 @@ class Session:
                 self._linked(LinkState.DOWN, error.message)
             assert self._hurry is not None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+                async with asyncio.timeout(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]):
+                    await self._hurry.wait()
             self._hurry.clear()
 
     async def _attached(self, engine: Engine, failures: int) -> int:
