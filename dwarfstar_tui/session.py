@@ -150,7 +150,8 @@ class Session:
         await asyncio.wait(waiting, timeout=STOP_S)
         if self._engine is not None:
             with contextlib.suppress(DwarfStarError, TimeoutError):
-                await asyncio.wait_for(self._engine.close(), STOP_S)
+                async with asyncio.timeout(STOP_S):
+                    await self._engine.close()
 
     def _say(self, text: str, severity: str = "information") -> None:
         self._mailbox.put(Notice(text, severity))

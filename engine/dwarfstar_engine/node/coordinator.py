@@ -390,7 +390,7 @@ class Coordinator:
         """Wait, but not longer than until a node comes: it may be what was missing."""
         self._came.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause_s):  # not wait_for: Python 3.11's may lose a cancellation
+            async with asyncio.timeout(pause_s):
                 await self._came.wait()
 
     async def _until_changed(self, at_most_s: float | None) -> None:

@@ -113,7 +113,8 @@ class LocalNode:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), KILL_AFTER_S)
+                async with asyncio.timeout(KILL_AFTER_S):
+                    await process.wait()
             except TimeoutError:
                 process.kill()
                 await process.wait()
