@@ -34,7 +34,7 @@ class Hop:
 
     gate: asyncio.Event
 
-    def __init__(self, on_lost: Callable[[str], None], _: object) -> None:
+    def __init__(self, on_lost: Callable[[str], None], _spare: object) -> None:
         self.on_lost = on_lost
 
     async def open(self, *_: Any) -> None:
@@ -83,6 +83,7 @@ class Player:
             if what == "link" and message.link.next_hop and not self.reaches():
                 self.say(pb.STAGE_STATE_BROKEN, "hop_failed")
             elif what == "link":
+                self.layers = message.link.layers  # it may have several
                 self.say(pb.STAGE_STATE_LINKED)
                 if self.returns and not message.link.next_hop:
                     self._coordinator.pipeline_in(message.link.epoch).on_open(message.link.epoch)
@@ -257,3 +258,18 @@ async def test_stages_keep_the_sequences_of_the_epoch_that_served(
         await coordinator.pipelines[0].on_frame(fault)
         await until(lambda: coordinator.epoch == 4 and serves(coordinator))
         assert a.keeps == b.keeps == [(1, 0), (2, 1), (3, 1), (4, 0)]
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_wait_that_ends_when_it_is_cancelled_is_cancelled(tmp_path: Path, turns: int) -> None:
+    """A coordinator that retires is woken and cancelled in one moment: it must not go on."""
+    pipeline = make(tmp_path).pipelines[0]
+    waiting = asyncio.create_task(pipeline._until_changed(SOON_S))
+    await asyncio.sleep(0.01)
+    pipeline._changed.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if not waiting.done():
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()

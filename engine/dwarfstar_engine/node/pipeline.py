@@ -338,10 +338,10 @@ class Pipeline:
     # --- bringing epochs up ---
 
     async def run(self) -> None:
-        """Keep an epoch up until cancelled, or until the engine stops."""
+        """Keep an epoch up until cancelled."""
         failures = 0
         try:
-            while not self.host.stopping:  # a cancellation at the moment of news is lost in ``wait_for``
+            while True:
                 longest = MAX_WAITED if len(self.waiting) else len(PAUSE_S) - 1
                 await self._pause(PAUSE_S[min(failures, longest)])
                 self._changed.clear()
@@ -385,11 +385,13 @@ class Pipeline:
         """Wait, but not longer than until a node comes: it may be what was missing."""
         self._came.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._came.wait(), pause_s)
+            async with asyncio.timeout(pause_s):
+                await self._came.wait()
 
     async def _until_changed(self, at_most_s: float | None) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), at_most_s)
+            async with asyncio.timeout(at_most_s):
+                await self._changed.wait()
 
     async def _settle(self) -> None:
         """Where copies wait, hear which stage was lost: the next plan leaves the others where they are. And where
@@ -617,7 +619,8 @@ class Pipeline:
                 return
             left = min(STALL_S, give_up - time.monotonic())
             try:
-                await asyncio.wait_for(self._changed.wait(), max(0.0, left))
+                async with asyncio.timeout(max(0.0, left)):
+                    await self._changed.wait()
             except TimeoutError:
                 raise StageError(f"{late[0]} did not {what} in time", code=SILENT) from None
 
