@@ -62,6 +62,11 @@ class Settings(BaseModel):
     """Folder of identity, certificates, logs and the running engine's address."""
     models: Path | None = None
     """Folder searched for GGUF files; default: ``models`` in the home folder."""
+    model: str | None = None
+    """Of a node: its file of the model that is served, a path or a name in the models folder; with ``mixed`` of the
+    engine perhaps another quantisation."""
+    mixed: bool = False
+    """Nodes without the file that is served may run their layers from another quantisation of the same model."""
     name: str | None = Field(default=None, max_length=64)
     """This node's name; default: the host's."""
 

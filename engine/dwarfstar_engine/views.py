@@ -69,6 +69,8 @@ class StageView(View):
     rss_gib: float | None = None  # memory of its process; None here and below: not known
     rows_s: float | None = None  # tokens that passed it in the last second, guesses and prompts among them
     pipeline: int = 0  # the number of its pipeline, where there are several
+    file: str = ""  # that its layers are from, which may be another quantisation of the model
+    quantisation: str = ""
 
 
 class StandbyView(View):
@@ -155,6 +157,8 @@ class PlannedStageView(View):
     memory_gib: MemoryView
     ms: float  # predicted, of one generated token
     measured_ms: float | None = None  # of the stage that runs
+    file: str = ""  # that its layers are from, which may be another quantisation of the model; empty: of figures
+    quantisation: str = ""
 
 
 class PredictedView(View):

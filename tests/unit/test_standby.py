@@ -104,6 +104,25 @@ def test_a_copy_is_used_before_a_slice_is_loaded() -> None:
     assert avoided is not None and [stage.node for stage in avoided.stages] == ["a"] * 3
 
 
+def test_a_slice_takes_what_the_file_of_its_new_node_does() -> None:
+    """d holds a quantisation of three times the size."""
+
+    def place(node: str, layers: tuple[int, int]) -> StagePlan:
+        return StagePlan(node, layers, 30 if node == "d" else 10, 0)
+
+    plan = Plan(tuple(place(node, layers) for node, layers in (("a", (0, 2)), ("b", (2, 4)))))
+    there = {"a": {(0, 2)}, "d": set[tuple[int, int]]()}
+    assert moved(plan, there, [Capacity("a", 99), Capacity("d", 32)], NEED, 1, place) is None, "30 and the reserve"
+    found = moved(plan, there, [Capacity("a", 99), Capacity("d", 33)], NEED, 1, place)
+    assert found is not None and found.stages == (place("a", (0, 2)), place("d", (2, 4)))
+    kept = without_loading(plan, {"a": {(0, 2)}, "d": {(2, 4)}}, place)
+    assert kept == found
+    nodes = [Capacity("a", 13), Capacity("b", 13), Capacity("d", 32)]
+    assert copies(plan.stages, nodes, NEED, 3, place=place) == ()
+    (copy,) = copies(plan.stages, [*nodes[:2], Capacity("d", 33)], NEED, 3, place=place)
+    assert copy.stage == place("d", (0, 2))
+
+
 HELD = st.lists(st.builds(Held, st.integers(0, 50), st.booleans()), max_size=MAX_STAGES)
 
 

@@ -90,3 +90,12 @@ def test_several_pipelines_are_told_of() -> None:
     two = view(node("a"), node("b"), stages=(stage("a"), stage("b", pipeline=1)))
     assert "· 2 pipelines ·" in status_text(two, 80).splitlines()[0]
     assert "pipelines" not in status_text(view(node("a"), stages=(stage("a"),)), 80)
+
+
+def test_files_are_told_where_there_are_several() -> None:
+    own = {"file": "m.Q4_K_M", "quantisation": "Q4_K_M"}
+    alike = view(node("a"), node("b"), stages=(stage("a", **own), stage("b", **own)))
+    assert "Q4_K_M" not in status_text(alike, 80)
+    mixed = view(node("a"), node("b"), stages=(stage("a", **own), stage("b", file="m.Q8_0", quantisation="Q8_0")))
+    shown = status_text(mixed, 80).splitlines()
+    assert "m.Q4_K_M (Q4_K_M): a 100–127" in shown and "m.Q8_0 (Q8_0): b 100–127" in shown

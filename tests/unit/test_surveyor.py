@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,24 @@ def test_devices_and_overrides(source: Source) -> None:
     tried = survey(Surveyor(), source, plain, gpu, lent={"1": "", "2": "-1"}).cluster.nodes
     assert [usable_bytes(node) for node in tried] == [4 * GIB, 3 * GIB]
     assert (plain.override, gpu.override) == ("50%", "1")
+
+
+def test_a_node_with_another_file_is_planned_with_its_bytes(source: Source) -> None:
+    costs = replace(source.costs, layer_bytes=tuple(2 * size for size in source.costs.layer_bytes))
+    file = replace(source, name="big", quantisation="Q8_0", fingerprint="b", costs=costs, stands_for=source.fingerprint)
+    plain, other, surveyor = member("1", "a"), member("2", "b"), Surveyor()
+    assert not survey(surveyor, source, plain, other).job.by_node
+    other.file = file
+    surveyor.heard(source, "1", (0, 4), profile(2.0))
+    surveyor.heard(source, "2", (0, 4), profile(2.0))  # before its owner gave it the other file
+    surveyor.heard(file, "2", (4, 8), profile(4.0))
+    found = survey(surveyor, source, plain, other)
+    assert found.job.by_node == {"a": source.costs, "b": costs} and found.job.costs == source.costs
+    assert [found.job.file_on(name) for name in ("a", "b", "b:1", "c")] == [
+        (source.name, ""), ("big", "Q8_0"), ("big", "Q8_0"), (source.name, "")
+    ]  # fmt: skip
+    assert [[one.layers for one in node.measured] for node in found.cluster.nodes] == [[(0, 4)], [(4, 8)]]
+    assert other.runs(open_source("toy:6", Path())) != file, "it stands for one model only"
 
 
 def test_what_slices_took_is_kept_by_slice_and_model(source: Source, tmp_path: Path) -> None:

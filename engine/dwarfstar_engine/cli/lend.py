@@ -45,6 +45,7 @@ from dwarfstar_engine.node.gossip import MAX_TEXT, Peer
 from dwarfstar_engine.node.kept import Kept
 from dwarfstar_engine.node.lead import Lead
 from dwarfstar_engine.node.led import Led
+from dwarfstar_engine.node.source import find_model
 from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.tokens import TokenStore
 from dwarfstar_engine.settings import Settings
@@ -99,7 +100,7 @@ async def lend(
 
     join: addresses given by hand; without any, the coordinator is looked for. timeout_s: how long, at most. ram_gb_s:
     of this machine's memory, where somebody has measured it already.
-    Raises SettingsError, TrustError, PeerError (nobody there to join), VersionMismatch.
+    Raises SettingsError, TrustError, PeerError (nobody there to join), VersionMismatch, ModelError (its own file).
     """
     joins = tuple(join_address(one) for one in join)
     files = NodeFiles(settings.home / ("trust" if attach else "member"))
@@ -133,6 +134,7 @@ async def lend(
             cpus=cpus,
             gpu_layers=settings.gpu_layers,
             split_mode=settings.split_mode,
+            file=find_model(settings.model, settings.models_dir) if settings.model else None,
         )
         daemon = NodeDaemon(certificate_node_id(identity.certificate_pem), options)
         await _until_stopped(daemon, _run(settings, files, options, finder, daemon), watch_parent, settings.drain_s)

@@ -165,6 +165,10 @@ def start(
     auto_balance: Annotated[
         str | None, typer.Option(help="When stages are unequally busy: off, advise, or on (move layers).")
     ] = None,
+    mixed: Annotated[
+        bool | None,
+        typer.Option("--mixed", help="Nodes may hold another quantisation of the model.", show_default=False),
+    ] = None,
     gpu_layers: Annotated[int | None, typer.Option(help="Layers of a stage on the GPU; -1: all.")] = None,
     split_mode: Annotated[
         str | None, typer.Option(help="llama.cpp's use of several GPUs: none, layer, row, tensor.")
@@ -195,7 +199,7 @@ def start(
         draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, on_loss=on_loss,
         fallback=_names(fallback) or None,
         standby=standby, record_mib=record_mib, replan=replan,
-        effective_vram=effective_vram, strategy=strategy, objective=objective, auto_balance=auto_balance,
+        effective_vram=effective_vram, strategy=strategy, objective=objective, auto_balance=auto_balance, mixed=mixed,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, pipelines=pipelines, replicas=replicas, discovery=discovery, home=home, models=models,
     )  # fmt: skip
@@ -238,6 +242,9 @@ def node(
     gpu_layers: Annotated[int | None, typer.Option(help="Layers on the GPU; -1: all.")] = None,
     split_mode: Annotated[str | None, typer.Option(help="llama.cpp's use of several GPUs.")] = None,
     listen: Annotated[str | None, typer.Option(help="Address other nodes reach this machine at.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Its file of the model; another quantisation if that is allowed.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of this node.")] = None,
     discovery: Discovery = None,
     timeout: Annotated[
@@ -257,7 +264,7 @@ def node(
     settings = _settings(
         effective_vram=effective_vram, threads=threads, gpu_layers=gpu_layers, split_mode=split_mode,
         control_host=listen, name=name, discovery=discovery, home=home, models=models,
-        can_lead=can_lead, host=host, port=port,
+        can_lead=can_lead, host=host, port=port, model=model,
     )  # fmt: skip
     _log_to_stderr(True)
     pinned = _numbers(cpus, "cpus") or ()

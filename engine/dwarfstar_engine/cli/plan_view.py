@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dwarfstar_engine.cli.status_text import files_text
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.planner import rate
 from dwarfstar_engine.views import MemoryView, PlannedStageView, PlanView, ProposalView
@@ -87,6 +88,8 @@ def _bars(told: PlanView, width: int) -> Iterator[Text]:
         yield Text(f"… and {len(told.stages) - MAX_ROWS} more stages", "dim")
     legend = Text("  ").join(Text.assemble((glyph, style), f" {word}") for glyph, style, word in PARTS)
     yield Text.assemble(" " * (name + 9), legend)
+    for line in files_text(told.stages[:MAX_ROWS]):
+        yield Text(line)
     if "→" in told.bottleneck:
         yield Text(f"bottleneck: the link {told.bottleneck}", "red")
 

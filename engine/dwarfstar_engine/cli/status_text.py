@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from dwarfstar_engine.views import NodeView, StageView, StatusView
+from dwarfstar_engine.views import NodeView, PlannedStageView, StageView, StatusView
 
 WIDE = 127  # columns from which live figures of the machines are shown beside the others
 NAME, WIDE_NAME = 15, 24
@@ -24,10 +24,22 @@ def status_text(view: StatusView, width: int) -> str:
         "",
         *_table(view, wide=width >= WIDE),
         *([] if view.nodes else ["(no node has joined)"]),
+        *files_text(view.stages),
         *(["* as it was set"] if any(node.override for node in view.nodes) else []),
         *(f"! {warning}" for warning in view.warnings),
     ]
     return "\n".join(lines)
+
+
+def files_text(stages: Sequence[StageView | PlannedStageView]) -> list[str]:
+    """A line for each file that stages run, if there are several: quantisations of one model."""
+    files: dict[tuple[str, str], list[str]] = {}
+    for stage in stages:
+        at = f"{stage.node} {stage.layers[0]}–{stage.layers[1] - 1}"
+        files.setdefault((stage.file, stage.quantisation), []).append(at)
+    if len(files) < 2:
+        return []
+    return [f"{name} ({types}): {', '.join(at)}" for (name, types), at in files.items()]
 
 
 def _epoch(view: StatusView) -> str:

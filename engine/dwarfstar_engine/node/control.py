@@ -18,13 +18,22 @@ import grpc
 import grpc.aio
 from pydantic import ValidationError
 
-from dwarfstar_engine.errors import ClusterError, DwarfStarError, Overloaded, PeerError, PlanError, TrustError
+from dwarfstar_engine.errors import (
+    ClusterError,
+    DwarfStarError,
+    ModelError,
+    Overloaded,
+    PeerError,
+    PlanError,
+    TrustError,
+)
 from dwarfstar_engine.node.admission import Gatekeeper
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.moves import find
 from dwarfstar_engine.node.roster import REMOVED
+from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.views import CommitView, PlanRequest, StatusView
 from dwarfstar_engine.wire import channel
@@ -36,6 +45,7 @@ from dwarfstar_engine.wire.trust import OWNER
 log = logging.getLogger("dwarfstar.control")
 
 HELLO_DEADLINE_S = 10.0
+OFFER_DEADLINE_S = 60.0  # for a node to look through its models folder, which may lie on a slow disk
 MAX_NAME = 64
 NOT_LEADING = "not_leading"
 
@@ -92,6 +102,9 @@ class ControlService(ControlServicer):
     ) -> AsyncIterator[pb.CoordinatorMessage]:
         try:
             member = await self._hello(request_iterator, context)
+            if (look := self._coordinator.files.look) is not None:
+                yield pb.CoordinatorMessage(look=look)
+                member.file = await self._offered(request_iterator, member, look)
         except DwarfStarError as error:
             if error.code != NOT_LEADING and self.coordinator is not None:
                 self.coordinator.nodes.refused(_peer(context), "", error.code, error.message)
@@ -134,6 +147,23 @@ class ControlService(ControlServicer):
         member.epoch_seen = hello.epoch_seen
         member.hosts, member.control_port = sound_hosts(hello.hosts), min(hello.control_port, 65535)
         return member
+
+    async def _offered(self, messages: AsyncIterator[pb.NodeMessage], member: Member, look: pb.Look) -> Source | None:
+        """What a node says that it has of the model, and what it is to run of that; None: the served file."""
+        try:
+            async with asyncio.timeout(OFFER_DEADLINE_S):
+                while (message := await anext(aiter(messages))).WhichOneof("message") != "offer":
+                    pass  # it was not welcomed yet: what it says of its stages is asked for again with each assignment
+        except StopAsyncIteration:
+            raise PeerError(f"{member.name} has gone", code="bad_offer") from None
+        except TimeoutError:
+            told = f"{member.name} does not say which files of the model it has: look whether its disk answers"
+            raise PeerError(told, code="bad_offer") from None
+        try:
+            return await self._coordinator.files.choose(look, message.offer, member.name)
+        except ModelError as error:
+            self._coordinator.warn(f"file {member.id}", error.message)
+            raise
 
     async def _read(self, coordinator: Coordinator, member: Member, messages: AsyncIterator[pb.NodeMessage]) -> None:
         async for message in messages:

@@ -20,6 +20,7 @@ from dwarfstar_engine.errors import PlanError, Unavailable
 from dwarfstar_engine.node.dealer import Dealer, Seen
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import Epoch
+from dwarfstar_engine.node.files import Files
 from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.journal import Journal
 from dwarfstar_engine.node.journal import Kind as Happening
@@ -70,6 +71,7 @@ class Coordinator:
         self.members = self.nodes.members
         self.news = News(self.journal)
         self.gossip = Gossip()
+        self.files = Files(self)
         self.build = local_build()
         self.receiver = RingReceivers()
         self.spare = SpareChannels()

@@ -31,6 +31,7 @@ from dwarfstar_engine.errors import PeerError, TrustError, VersionMismatch
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.discovery import FOREIGN, Fixed, Seek
 from dwarfstar_engine.node.facts import interfaces, is_any, local_host
+from dwarfstar_engine.node.files import offer
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.stages import SILENT_S, NodeOptions, Stages
 from dwarfstar_engine.node.vitals import Vitals
@@ -229,6 +230,13 @@ class NodeDaemon:
             log.warning("its layers were not moved within %.0f s: it leaves", within_s)
         self._post(leave=pb.Leave(reason="its owner ends it"))
 
+    async def _offer(self, look: pb.Look) -> None:
+        """Tell what this machine has of a model."""
+        outbox = self._outbox
+        told = await asyncio.to_thread(offer, look, self._options.models, self._options.file)
+        if outbox is self._outbox:  # else it was asked over another connection
+            self._post(offer=told)
+
     def _drained(self, told: pb.Drained) -> None:
         if told.code:
             log.warning("this node's layers cannot be moved: %s", told.message)
@@ -247,6 +255,8 @@ class NodeDaemon:
                 self._stages.link(message.link)
             case "release":
                 self._stages.release(message.release)
+            case "look":
+                self._spawn(self._offer(message.look))
             case "drained":
                 self._drained(message.drained)
             case "lend":

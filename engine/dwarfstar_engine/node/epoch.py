@@ -109,14 +109,12 @@ class Epoch:
     def assign(
         self, plan: StagePlan, settings: Settings, source: Source, context: int, ends: frozenset[int], standby: bool
     ) -> pb.Assign:
-        """What a node is to load. standby: it is to wait with it."""
+        """What a node is to load. source: the file that it runs. standby: it is to wait with it."""
         layers = plan.layers
         return pb.Assign(
             term=self.term,
             epoch=self.number,
-            model=pb.ModelRef(
-                name=source.name, fingerprint=source.fingerprint, path_hint=source.path, layers=source.layers
-            ),
+            model=source.ref,
             layer_begin=layers[0],
             layer_end=layers[1],
             first=layers[0] == 0,
@@ -195,16 +193,18 @@ class Epoch:
             parts.append(f"{stage.member.name} {100 if done else round(100 * event.share) if event else 0} %")
         return ", ".join(parts)
 
-    def views(self, times: list[StageTimes] | None, tok_s: float, pipeline: int = 0) -> tuple[StageView, ...]:
-        """times: of each stage, once it serves."""
+    def views(
+        self, source: Source, times: list[StageTimes] | None, tok_s: float, pipeline: int = 0
+    ) -> tuple[StageView, ...]:
+        """source: the model. times: of each stage, once it serves."""
         last = len(self.stages) - 1
         return tuple(
-            _view(stage, times[index] if times else None, tok_s, index == last, pipeline)
+            _view(stage, stage.member.runs(source), times[index] if times else None, tok_s, index == last, pipeline)
             for index, stage in enumerate(self.stages)
         )
 
 
-def _view(stage: Stage, times: StageTimes | None, tok_s: float, last: bool, pipeline: int) -> StageView:
+def _view(stage: Stage, file: Source, times: StageTimes | None, tok_s: float, last: bool, pipeline: int) -> StageView:
     member, plan, report = stage.member, stage.plan, stage.report
     wire = WireType(stage.link.wire_type).name.lower() if stage.link.wire_type else ""
     return StageView(
@@ -224,4 +224,6 @@ def _view(stage: Stage, times: StageTimes | None, tok_s: float, last: bool, pipe
         pipeline=pipeline,
         rss_gib=round(report.rss_bytes / GIB, 4) if report.rss_bytes else None,
         rows_s=round(report.rows_s, 1) if report.rss_bytes else None,
+        file=file.name,
+        quantisation=file.quantisation,
     )

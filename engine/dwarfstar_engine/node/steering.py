@@ -162,7 +162,8 @@ class Steering:
             return None
         room = need(self._host.settings, source, served_context(self._host.settings, source))
         stages = [
-            stage_plan(source.costs, room, node, a, b) for (node, b), a in zip(own.stages, ends[:-1], strict=True)
+            stage_plan(nodes[node].runs(source).costs, room, node, a, b)
+            for (node, b), a in zip(own.stages, ends[:-1], strict=True)
         ]
         if any(whole_bytes(stage, room) > nodes[stage.node].usable_bytes for stage in stages):
             return None

@@ -4,6 +4,9 @@ Nodes are called by their names, as people read what the planner says; where a n
 was measured outlives a node's connection, as its machine stays what it is; it is forgotten when another model is
 served. Machines are told apart by the address that their stages are reached at.
 
+A node may run its layers from another file of the model (``files``): it is planned with that one's bytes, and what
+was measured of it counts for as long as it runs that.
+
 Bounds. MAX_SLICES of a node, the newest; MAX_NODES nodes; MAX_LINKS links.
 """
 
@@ -59,16 +62,17 @@ class Surveyor:
 
     def __init__(self) -> None:
         self._fingerprint = ""
-        self._slices: dict[str, dict[Layers, Measured]] = {}  # by node id, oldest first
+        self._slices: dict[tuple[str, str], dict[Layers, Measured]] = {}  # by node id and file, oldest first
         self._links: dict[tuple[str, str], Link] = {}
 
     def heard(self, source: Source, node: str, layers: Layers, profile: pb.StageProfile) -> None:
-        """What a slice took on a node, measured there when it was loaded."""
-        if source.fingerprint != self._fingerprint:
-            self._fingerprint, self._slices = source.fingerprint, {}
+        """What a slice took on a node, measured there when it was loaded. source: the file it is of."""
+        model, key = source.stands_for or source.fingerprint, (node, source.fingerprint)
+        if model != self._fingerprint:
+            self._fingerprint, self._slices = model, {}
         if profile.step_ms <= 0:
             return
-        slices = self._slices.pop(node, {})
+        slices = self._slices.pop(key, {})
         slices.pop(layers, None)
         slices[layers] = Measured(
             layers,
@@ -79,7 +83,7 @@ class Surveyor:
         )
         while len(slices) > MAX_SLICES:
             del slices[next(iter(slices))]
-        self._slices[node] = slices
+        self._slices[key] = slices
         while len(self._slices) > MAX_NODES:
             del self._slices[next(iter(self._slices))]
 
@@ -105,10 +109,12 @@ class Surveyor:
         measured = self._slices if source.fingerprint == self._fingerprint else {}
         times = Counter(member.name for member in members)
         names = {member.id: member.name if times[member.name] == 1 else member.id for member in members}
+        files = {member.id: member.runs(source) for member in members}
+        ran = {node: tuple(measured.get((node, file.fingerprint), {}).values()) for node, file in files.items()}
         nodes = tuple(
-            _node(names[member.id], member, tuple(measured.get(member.id, {}).values()), (lent or {}).get(member.id))
-            for member in members
+            _node(names[member.id], member, ran[member.id], (lent or {}).get(member.id)) for member in members
         )
+        mixed = any(file is not source for file in files.values())
         links = list(self._links.values())
         slowest = min(links, key=lambda link: link.gbit_s) if links else Link()
         job = Job(
@@ -118,6 +124,9 @@ class Surveyor:
             context,
             kv_type=settings.kv,
             wire_bytes=ELEMENT_BYTES.get(settings.wire.upper(), F32_BYTES),
+            by_node={names[node]: file.costs for node, file in files.items()} if mixed else {},
+            file=(source.name, source.quantisation),
+            files={names[node]: (file.name, file.quantisation) for node, file in files.items()} if mixed else {},
         )
         job = replace(job, depth=min(job.depth, context))
         return Survey(Cluster(nodes, slowest, dict(self._links)), job, {name: node for node, name in names.items()})

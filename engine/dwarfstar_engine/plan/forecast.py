@@ -14,6 +14,7 @@ from dwarfstar_engine.model.costs import ModelCosts
 from dwarfstar_engine.plan.proportional import Need, Plan
 
 F32_BYTES = 4.0
+File = tuple[str, str]  # its name, its quantisation
 
 
 class Strategy(StrEnum):
@@ -34,7 +35,8 @@ class Job:
 
     legal: layers at which it may be cut. context: tokens of one request. depth: tokens that a step's attention reads.
     kv_type: of costs' KV bytes. wire_bytes: of one element of a hidden state between stages.
-    by_node: costs on nodes that hold another file of the model (other quantisation).
+    by_node: costs on nodes, or machines, that hold another file of the model (other quantisation).
+    file: its name and quantisation, where it has them; files: those of the others, by the same names.
     """
 
     costs: ModelCosts
@@ -45,6 +47,8 @@ class Job:
     kv_type: str = "f16"
     wire_bytes: float = F32_BYTES
     by_node: Mapping[str, ModelCosts] = field(default_factory=dict)
+    file: File = ("", "")
+    files: Mapping[str, File] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -55,8 +59,12 @@ class Job:
         """Where slices may begin and end."""
         return (0, *self.legal, self.layers)
 
-    def costs_on(self, node: str) -> ModelCosts:
-        return self.by_node.get(node, self.costs)
+    def costs_on(self, node: str, machine: str = "") -> ModelCosts:
+        return self.by_node.get(node) or self.by_node.get(machine, self.costs)
+
+    def file_on(self, node: str) -> File:
+        """What a node, or a device of it, runs its layers from."""
+        return self.files.get(node) or self.files.get(node.rpartition(":")[0], self.file)
 
 
 @dataclass(frozen=True, slots=True)

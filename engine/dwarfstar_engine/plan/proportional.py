@@ -76,19 +76,26 @@ def stage_plan(costs: ModelCosts, need: Need, node: str, a: int, b: int) -> Stag
 
 
 def with_cuts(
-    costs: ModelCosts, legal: Sequence[int], need: Need, nodes: Sequence[Capacity], cuts: Sequence[int]
+    costs: ModelCosts,
+    legal: Sequence[int],
+    need: Need,
+    nodes: Sequence[Capacity],
+    cuts: Sequence[int],
+    by_node: Mapping[str, ModelCosts] | None = None,
 ) -> Plan:
     """The plan whose boundaries are ``cuts``, on the first len(cuts)+1 nodes.
 
+    by_node: costs on nodes that hold another file of the model.
     Raises IllegalCutError for a boundary the model may not be divided at, PlanError if nodes are missing or too small.
     """
     layers = len(costs.layer_bytes)
     check_cut(layers, legal, cuts)
     if len(nodes) < len(cuts) + 1:
         raise PlanError(f"{len(cuts) + 1} stages need as many nodes, and there are {len(nodes)}")
-    bounds = [0, *cuts, layers]
+    bounds, there = [0, *cuts, layers], by_node or {}
     stages = tuple(
-        stage_plan(costs, need, node.node, a, b) for node, a, b in zip(nodes, bounds[:-1], bounds[1:], strict=False)
+        stage_plan(there.get(node.node, costs), need, node.node, a, b)
+        for node, a, b in zip(nodes, bounds[:-1], bounds[1:], strict=False)
     )
     for stage, node in zip(stages, nodes, strict=False):
         _check_fits(stage, node, need)

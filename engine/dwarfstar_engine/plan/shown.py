@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dwarfstar_engine.plan.advisor import Advice
 from dwarfstar_engine.plan.cost import Costs
 from dwarfstar_engine.plan.delta import NodeDelta, delta
-from dwarfstar_engine.plan.forecast import Job, Planned, StageForecast
+from dwarfstar_engine.plan.forecast import File, Job, Planned, StageForecast
 from dwarfstar_engine.plan.proportional import GIB, Plan
 from dwarfstar_engine.views import (
     AlternativeView,
@@ -39,7 +39,9 @@ def plan_view(
         context=job.context,
         strategy=strategy or planned.strategy.value,
         objective=planned.objective.value,
-        stages=tuple(_stage(stage, ms) for stage, ms in zip(forecast.stages, ran, strict=False)),
+        stages=tuple(
+            _stage(stage, job.file_on(stage.node), ms) for stage, ms in zip(forecast.stages, ran, strict=False)
+        ),
         predicted=PredictedView(
             single_tok_s=round(forecast.single_tok_s, 2),
             aggregate_tok_s=round(forecast.aggregate_tok_s, 2),
@@ -58,7 +60,7 @@ def plan_view(
     )
 
 
-def _stage(stage: StageForecast, measured_ms: float) -> PlannedStageView:
+def _stage(stage: StageForecast, file: File, measured_ms: float) -> PlannedStageView:
     memory = MemoryView(
         weights=_gib(stage.weights_bytes),
         kv=_gib(stage.kv_bytes),
@@ -67,7 +69,13 @@ def _stage(stage: StageForecast, measured_ms: float) -> PlannedStageView:
     )
     measured = round(measured_ms, 3) if measured_ms else None
     return PlannedStageView(
-        node=stage.node, layers=stage.layers, memory_gib=memory, ms=round(stage.ms, 3), measured_ms=measured
+        node=stage.node,
+        layers=stage.layers,
+        memory_gib=memory,
+        ms=round(stage.ms, 3),
+        measured_ms=measured,
+        file=file[0],
+        quantisation=file[1],
     )
 
 

@@ -165,6 +165,7 @@ class NodeMessage(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     STAGE_EVENT_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
     LEAVE_WISH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___NodeHello:
@@ -177,6 +178,10 @@ class NodeMessage(_message.Message):
     @_builtins.property
     def leave(self) -> Global___Leave: ...
     @_builtins.property
+    def offer(self) -> Global___Offer:
+        """answers look"""
+
+    @_builtins.property
     def leave_wish(self) -> Global___LeaveWish: ...
     def __init__(
         self,
@@ -185,13 +190,14 @@ class NodeMessage(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         stage_event: Global___StageEvent | None = ...,
         leave: Global___Leave | None = ...,
+        offer: Global___Offer | None = ...,
         leave_wish: Global___LeaveWish | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "stage_event", b"stage_event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "offer", b"offer", "stage_event", b"stage_event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "stage_event", b"stage_event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "offer", b"offer", "stage_event", b"stage_event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "stage_event", "leave", "leave_wish"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "stage_event", "leave", "offer", "leave_wish"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -708,6 +714,120 @@ class Leave(_message.Message):
 Global___Leave: _TypeAlias = Leave  # noqa: Y015
 
 @_typing.final
+class Offer(_message.Message):
+    """What a node could run layers of a model from. Whether a file is the same model is the coordinator's to decide."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAME_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    same: _builtins.bool
+    """the very file that is served"""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___OtherFile]:
+        """else: the one its owner has named; or those it has found, of the same architecture"""
+
+    def __init__(
+        self,
+        *,
+        same: _builtins.bool = ...,
+        files: _abc.Iterable[Global___OtherFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "same", b"same"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Offer: _TypeAlias = Offer  # noqa: Y015
+
+@_typing.final
+class OtherFile(_message.Message):
+    """A file's directory, as far as it is compared and planned with; the bytes are those of model.costs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FactsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PATH_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    QUANTISATION_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    VOCABULARY_FIELD_NUMBER: _builtins.int
+    NORMS_FIELD_NUMBER: _builtins.int
+    LAYER_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVE_BYTES_FIELD_NUMBER: _builtins.int
+    HEAD_BYTES_FIELD_NUMBER: _builtins.int
+    EMBEDDING_BYTES_FIELD_NUMBER: _builtins.int
+    SHARED_BYTES_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    fingerprint: _builtins.str
+    quantisation: _builtins.str
+    problem: _builtins.str
+    """why it cannot be used at all; then nothing follows"""
+    architecture: _builtins.str
+    tokens: _builtins.int
+    vocabulary: _builtins.str
+    norms: _builtins.str
+    head_bytes: _builtins.int
+    embedding_bytes: _builtins.int
+    shared_bytes: _builtins.int
+    @_builtins.property
+    def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """as model.same_base has them, and the next three"""
+
+    @_builtins.property
+    def layer_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def active_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        quantisation: _builtins.str = ...,
+        problem: _builtins.str = ...,
+        architecture: _builtins.str = ...,
+        facts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        tokens: _builtins.int = ...,
+        vocabulary: _builtins.str = ...,
+        norms: _builtins.str = ...,
+        layer_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        active_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        head_bytes: _builtins.int = ...,
+        embedding_bytes: _builtins.int = ...,
+        shared_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_bytes", b"active_bytes", "architecture", b"architecture", "embedding_bytes", b"embedding_bytes", "facts", b"facts", "fingerprint", b"fingerprint", "head_bytes", b"head_bytes", "layer_bytes", b"layer_bytes", "norms", b"norms", "path", b"path", "problem", b"problem", "quantisation", b"quantisation", "shared_bytes", b"shared_bytes", "tokens", b"tokens", "vocabulary", b"vocabulary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OtherFile: _TypeAlias = OtherFile  # noqa: Y015
+
+@_typing.final
 class LeaveWish(_message.Message):
     """The node is asked to end: move its layers to the others. Answered by drained."""
 
@@ -743,6 +863,7 @@ class CoordinatorMessage(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     LEND_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
@@ -769,6 +890,10 @@ class CoordinatorMessage(_message.Message):
         """after the welcome, and with a heartbeat when it has changed"""
 
     @_builtins.property
+    def look(self) -> Global___Look:
+        """before the welcome, where nodes may run layers from other files of the model"""
+
+    @_builtins.property
     def drained(self) -> Global___Drained: ...
     def __init__(
         self,
@@ -781,17 +906,45 @@ class CoordinatorMessage(_message.Message):
         refused: Global___Refused | None = ...,
         lend: Global___Lend | None = ...,
         peers: Global___Peers | None = ...,
+        look: Global___Look | None = ...,
         drained: Global___Drained | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "lend", b"lend", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "lend", b"lend", "link", b"link", "look", b"look", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "lend", b"lend", "link", b"link", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "lend", b"lend", "link", b"link", "look", b"look", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "lend", "peers", "drained"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "lend", "peers", "look", "drained"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___CoordinatorMessage: _TypeAlias = CoordinatorMessage  # noqa: Y015
+
+@_typing.final
+class Look(_message.Message):
+    """Which files of a model has the node? Answered by offer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    architecture: _builtins.str
+    @_builtins.property
+    def model(self) -> Global___ModelRef:
+        """that is served"""
+
+    def __init__(
+        self,
+        *,
+        model: Global___ModelRef | None = ...,
+        architecture: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Look: _TypeAlias = Look  # noqa: Y015
 
 @_typing.final
 class Lend(_message.Message):
