@@ -16,6 +16,7 @@ import pytest
 
 from dwarfstar_engine.cluster.membership import COPIED, REMOVED
 from dwarfstar_engine.errors import PeerError, TrustError
+from dwarfstar_engine.node import control as control_module
 from dwarfstar_engine.node import journal as journal_module
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
@@ -34,6 +35,7 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated import control_pb2_grpc
 from dwarfstar_engine.wire.handshake import local_build
 from dwarfstar_engine.wire.trust import OWNER, NodeFiles
+from support import gguf_bytes as g
 
 DEADLINE_S = 20.0
 NOW = trust.utc_now()  # TLS looks at the real clock
@@ -318,3 +320,104 @@ async def test_connections_that_end_leave_no_task_behind(cluster: Cluster) -> No
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert tasks == [1, 1, 1]
+
+
+# --- files of one model in several quantisations ---------------------------------------------------------------------
+
+
+def model_file(path: Path, kind: int, layers: int = 4) -> Path:
+    tensors = [
+        g.Tensor(one.name, one.shape, kind if len(one.shape) == 2 else one.kind) for one in g.llama_tensors(layers)
+    ]
+    return g.write(path, g.llama_pairs(layers), tensors)
+
+
+@asynccontextmanager
+async def of_two_files(cluster: Cluster, settings: Settings, named: Path) -> AsyncIterator[NodeDaemon]:
+    """A coordinator that serves a file which no other machine has; and a node whose owner has named another."""
+    coordinator = cluster.coordinator
+    path = model_file(cluster.folder / "served.Q8_0.gguf", g.TENSOR_Q8_0)
+    source = open_source(str(path), cluster.folder)
+    coordinator.settings, coordinator.source, coordinator.main = settings, source, source
+    if settings.mixed:
+        await coordinator.files._base_of(source)
+    path.unlink()
+    facts = Facts("cpu", "x", 8 << 30, 4 << 30, 0)
+    files = cluster.machine("attic")
+    options = NodeOptions("attic", "", cluster.folder / "models", files, facts, threads=1, file=named)
+    daemon = NodeDaemon(files.key_id(), options)
+    running = asyncio.create_task(daemon.run(cluster.address))
+    yield daemon
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.fixture
+def mixed(cluster: Cluster) -> Settings:
+    return cluster.coordinator.settings.model_copy(update={"mixed": True})
+
+
+async def test_a_node_with_another_quantisation_comes_in_where_that_is_permitted(
+    cluster: Cluster, mixed: Settings
+) -> None:
+    named = model_file(cluster.folder / "named.F16.gguf", g.TENSOR_F16)
+    coordinator = cluster.coordinator
+    async with of_two_files(cluster, mixed, named) as daemon:
+        await until(lambda: coordinator.members)
+        file = coordinator.members[daemon.id].file
+        assert file is not None and (file.name, file.stands_for) == ("named.F16", coordinator.main.fingerprint)
+        plan = coordinator.plan()
+        assert sum(stage.weights_bytes for stage in plan.stages) == file.costs.total > coordinator.main.costs.total
+        told = pb.ModelRef(
+            name="named.F16", fingerprint=file.fingerprint, path_hint=str(named), layers=coordinator.main.layers
+        )
+        assert coordinator.pipelines[0].assignment(plan.stages[0], standby=False).model == told
+        (view,) = coordinator.steering.survey_present()[0].job.files.values()
+        assert view == ("named.F16", file.quantisation)
+
+
+async def test_a_node_with_another_model_is_refused_with_the_difference(cluster: Cluster, mixed: Settings) -> None:
+    named = model_file(cluster.folder / "other.gguf", g.TENSOR_F16, layers=5)
+    coordinator = cluster.coordinator
+    told = (
+        "attic cannot run layers from other.gguf in the place of served.Q8_0.gguf: "
+        "llama.block_count is 4 in served.Q8_0.gguf and 5 in other.gguf"
+    )
+    async with of_two_files(cluster, mixed, named) as daemon:
+        await until(lambda: coordinator.status().warnings)
+        assert coordinator.status().warnings == (told,) and not coordinator.members
+        events = [event for event in coordinator.journal._log.since(0)[0] if event.kind == "node_refused"]
+        assert events and told in events[0].cause
+        await until(lambda: told in daemon._told[0])
+
+
+async def test_without_permission_nothing_is_asked(cluster: Cluster) -> None:
+    named = model_file(cluster.folder / "named.F16.gguf", g.TENSOR_F16)
+    coordinator = cluster.coordinator
+    assert coordinator.files.look is None and not coordinator.settings.mixed
+    async with of_two_files(cluster, coordinator.settings, named) as daemon:
+        await until(lambda: coordinator.members)
+        assert coordinator.members[daemon.id].file is None
+        model = coordinator.pipelines[0].assignment(coordinator.plan().stages[0], standby=False).model
+        assert model.fingerprint == coordinator.main.fingerprint
+
+
+async def test_a_node_that_does_not_answer_is_refused(
+    cluster: Cluster, mixed: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_module, "OFFER_DEADLINE_S", 0.05)
+    cluster.coordinator.settings = mixed
+    files = cluster.machine("attic")
+    async with calling(cluster, files) as stub:
+        node = Attached(stub, files.key_id(), "one", "attic")
+        assert (await node.first()).look.model.name == "toy:8"
+        await node.beat(1)  # is no answer
+        refused: pb.CoordinatorMessage = await node.call.read()
+        assert refused.refused.code == "bad_offer" and "does not say which files" in refused.refused.message
+    async with calling(cluster, files) as stub:
+        node = Attached(stub, files.key_id(), "two", "attic")
+        monkeypatch.setattr(control_module, "OFFER_DEADLINE_S", DEADLINE_S)
+        assert (await node.first()).HasField("look")
+        await node.call.write(pb.NodeMessage(offer=pb.Offer(same=True)))
+        assert (await node.call.read()).HasField("welcome")
+        assert cluster.coordinator.members[files.key_id()].file is None
