@@ -63,7 +63,7 @@ from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.tunnel import Tunnel
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
-from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.settings import MAX_SLOTS, Settings
 from dwarfstar_engine.stage.fingerprint import fingerprint
 from dwarfstar_engine.views import StatusView
 from dwarfstar_engine.wire.enrol import Enrolment, join_port, serve_enrolment
@@ -318,7 +318,9 @@ async def _open_drafter(coordinator: Coordinator, vocab: Vocab, settings: Settin
     if settings.draft_model is None or settings.speculation == "off":
         return None
     path = find_model(settings.draft_model, settings.models_dir)
-    options = DraftOptions(coordinator.context, settings.slots, threads=settings.threads or 1)
+    # One for all pipelines. Where they have more slots than it, it reads a text again that it had to let go.
+    sequences = min(settings.slots * coordinator.dealer.count, MAX_SLOTS)
+    options = DraftOptions(coordinator.context, sequences, threads=settings.threads or 1)
     ours = fingerprint(vocab.piece(token) for token in range(vocab.size))
     drafter = Drafter(path, coordinator.source.name, ours, options)
     await drafter.start()

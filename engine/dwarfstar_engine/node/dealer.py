@@ -22,8 +22,8 @@ from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.node.surveyor import Survey, Surveyor
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.forecast import Objective
-from dwarfstar_engine.plan.shares import SPARE, Wanted, deal, mend, place
-from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.plan.shares import SPARE, Wanted, deal, from_text, mend, place, to_text
+from dwarfstar_engine.settings import MAX_PIPELINES, Settings
 
 LOOK_S = 2.0  # between two looks: each asks the planner
 
@@ -124,9 +124,29 @@ class Dealer:
         self.wanted = wanted or self.wanted
         return self._move(self._dealt_out(self._survey()))
 
-    def take(self, kind: Kind) -> dict[str, int]:
-        """Deal out as one of the advisor's alternatives has it: who changes the pipeline. Raises PlanError: there is no
-        such alternative, and nothing has changed."""
+    @property
+    def taken(self) -> bool:
+        """Whether the owner has taken something else than the engine was given."""
+        return self.wanted != wanted_of(self._host.settings)
+
+    @property
+    def text(self) -> str:
+        """What the cluster is to keep of that."""
+        return to_text(self.wanted, wanted_of(self._host.settings), self._host.main.fingerprint)
+
+    def restore(self, text: object) -> None:
+        """As the cluster has kept it; before nodes join."""
+        given = wanted_of(self._host.settings)
+        wanted = from_text(text, given, self._host.main.fingerprint) or given
+        if wanted != self.wanted:
+            self.wanted, self._begun = wanted, not wanted.several
+            self.count = max(self.count, wanted.count)
+
+    def take(self, kind: Kind | None) -> dict[str, int]:
+        """Deal out as one of the advisor's alternatives has it, or as it was given: who changes the pipeline. Raises
+        PlanError: there is no such alternative, and nothing has changed."""
+        if kind is None:
+            return self.anew(wanted_of(self._host.settings))
         wanted, survey = taken(kind, len(self._here())), self._survey()
         shares = deal(survey.cluster, survey.job, wanted, Objective(self._host.settings.objective))
         alone = len(shares) == 1 and len(shares[0]) == len(survey.ids)
@@ -209,5 +229,5 @@ class Dealer:
 def taken(kind: Kind, nodes: int) -> Wanted:
     """What is wanted when an owner takes one of the advisor's alternatives."""
     if kind is Kind.REPLICAS:
-        return Wanted(nodes, copies=True)
+        return Wanted(min(nodes, MAX_PIPELINES), copies=True)
     return Wanted(auto=True, kind=kind) if kind is not Kind.SPLIT else Wanted()
