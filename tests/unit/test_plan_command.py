@@ -11,11 +11,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from dwarfstar_engine.cli.main import app
-from dwarfstar_engine.cli.plan import running_cluster
+from dwarfstar_engine.cli.plan import Asked, answer, running_cluster
 from dwarfstar_engine.cli.plan_view import shares
 from dwarfstar_engine.errors import DwarfStarError, PlanError
+from dwarfstar_engine.model.costs import model_costs, stage_bytes
+from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.plan.capacity import usable_bytes
 from dwarfstar_engine.plan.cluster import Kind, Link, Measured
+from dwarfstar_engine.plan.forecast import Objective, Strategy
+from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, NodeView, StageView, StatusView, ThroughputView
 from support import gguf_bytes as g
 from support.clusters import GIB
@@ -84,6 +88,39 @@ def test_a_model_file_is_planned_by_its_own_bytes(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     path.rename(tmp_path / "models" / "other.gguf")
     assert as_json(tmp_path, "other", "--topology", HOMELAB)["model"] == "other"
+
+
+def quantised(path: Path, kind: int, layers: int = 6) -> Path:
+    tensors = [
+        g.Tensor(one.name, one.shape, kind if len(one.shape) == 2 else one.kind) for one in g.llama_tensors(layers)
+    ]
+    return g.write(path, g.llama_pairs(layers), tensors)
+
+
+def described(path: Path, model: Path) -> Path:
+    """Two nodes; the second holds ``model``."""
+    rows = [f'[[node]]\nname = "{name}"\ndevice = "gpu"\nmemory_gib = 4\n' for name in ("tower", "box")]
+    path.write_text("".join(rows) + f'model = "{model}"\n', "utf-8")
+    return path
+
+
+def test_nodes_may_be_described_with_another_quantisation(tmp_path: Path) -> None:
+    small, large = (quantised(tmp_path / f"{kind}.gguf", kind) for kind in (g.TENSOR_Q8_0, g.TENSOR_F16))
+    topology = described(tmp_path / "two.toml", large)
+    arguments = (small, "--topology", topology, "--strategy", "proportional", "--context", "64")
+    told = {stage["node"]: stage for stage in as_json(tmp_path, *arguments)["stages"]}
+    assert {node: stage["file"] for node, stage in told.items()} == {"tower": small.stem, "box": large.stem}
+    a, b = told["box"]["layers"]
+    asked = Asked(str(small), {}, topology, Strategy.PROPORTIONAL, Objective.SINGLE, None)
+    planned = {one.node: one for one in answer(asked, Settings(home=tmp_path, context=64)).planned.plan.stages}
+    assert planned["box"].weights_bytes == stage_bytes(model_costs(read_model(large)), a, b, last=b == 6)
+    text = shown(tmp_path, *arguments)
+    assert f"{large.stem} (" in text and f"box {a}–{b - 1}" in text
+    other = described(tmp_path / "other.toml", quantised(tmp_path / "other.gguf", g.TENSOR_F16, 5))
+    error = refused(tmp_path, small, "--topology", other)
+    assert error.code == "model_differs" and "is 6 in 8.gguf and 5 in other.gguf" in error.message
+    figures = ("--layers", "6", "--weights-gib", "1", "--topology", topology)
+    assert "node.model of 'box'" in refused(tmp_path, *figures).message
 
 
 def test_wishes(tmp_path: Path) -> None:

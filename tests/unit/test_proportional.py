@@ -171,6 +171,14 @@ def test_cuts_that_are_not_legal(cuts: list[int], words: str) -> None:
         with_cuts(costs(*[10] * 6), [2, 4], NO_NEED, nodes(100, 100, 100), cuts)
 
 
+def test_given_cuts_take_what_the_file_of_each_node_does() -> None:
+    small, large = costs(*[10] * 4, head=1), costs(*[30] * 4, head=3)
+    plan = with_cuts(small, [1, 2, 3], NO_NEED, nodes(30, 63), [2], {"n1": large})
+    assert [stage.weights_bytes for stage in plan.stages] == [20, 63]
+    with pytest.raises(PlanError):
+        with_cuts(small, [1, 2, 3], NO_NEED, nodes(30, 62), [2], {"n1": large})
+
+
 def test_cuts_for_more_nodes_than_there_are() -> None:
     with pytest.raises(PlanError, match="3 stages need as many nodes, and there are 2"):
         with_cuts(costs(*[10] * 6), [2, 4], NO_NEED, nodes(100, 100), [2, 4])

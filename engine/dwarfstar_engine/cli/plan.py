@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from pydantic import ValidationError
 
 from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.errors import DwarfStarError, PlanError, SettingsError
+from dwarfstar_engine.model.gguf import read_model
+from dwarfstar_engine.model.same_base import same_base
+from dwarfstar_engine.node.files import differs, read_base
 from dwarfstar_engine.node.needs import need
-from dwarfstar_engine.node.source import DEFAULT_CONTEXT, DEMO, DEMO_FILE, open_source
+from dwarfstar_engine.node.source import DEFAULT_CONTEXT, DEMO, DEMO_FILE, Source, open_source
 from dwarfstar_engine.plan.advisor import Advice, advise
 from dwarfstar_engine.plan.capacity import parse_override
 from dwarfstar_engine.plan.cluster import Cluster, Device, Kind, Link, Measured, Node
@@ -65,13 +68,14 @@ def answer(asked: Asked, settings: Settings) -> Answer:
     """Plan. Raises DwarfStarError: of the model, of the topology, or that there is no plan."""
     shape: ModelShape | None = None
     status: StatusView | None = None
+    files: Mapping[str, str] = {}
     if asked.topology is not None:
         described = read_topology(_read(asked.topology), str(asked.topology))
-        cluster, shape = described.cluster, described.model
+        cluster, shape, files = described.cluster, described.model, described.files
     else:
         status = _status(settings)
         cluster = running_cluster(status)
-    name, job = _job(asked, settings, shape, status)
+    name, job = _job(asked, settings, shape, status, files)
     served = status.model.name if status is not None and status.model else ""
     if status is not None and name != served:  # what was measured was of another model
         cluster = replace(cluster, nodes=tuple(replace(node, measured=()) for node in cluster.nodes))
@@ -131,8 +135,11 @@ def running_cluster(status: StatusView) -> Cluster:
     return Cluster(tuple(nodes), Link(slowest * 8 / 1000, max(stage.link_ms for stage in links) / 2))
 
 
-def _job(asked: Asked, settings: Settings, shape: ModelShape | None, status: StatusView | None) -> tuple[str, Job]:
-    """The model: figures on the command line, else its name, else what the topology or the engine has."""
+def _job(
+    asked: Asked, settings: Settings, shape: ModelShape | None, status: StatusView | None, files: Mapping[str, str]
+) -> tuple[str, Job]:
+    """The model: figures on the command line, else its name, else what the topology or the engine has. files: by node,
+    other quantisations of it."""
     if asked.shape:
         if asked.model is not None:
             raise SettingsError("give a model or --layers and --weights-gib, not both")
@@ -143,8 +150,10 @@ def _job(asked: Asked, settings: Settings, shape: ModelShape | None, status: Sta
             raise SettingsError("no model is named: give a GGUF file, 'demo', or --layers and --weights-gib")
         if asked.model is None and served is not None:
             name = DEMO if served.name == Path(DEMO_FILE).stem else served.name
-            return _file_job(name, settings, served.context)
-        return _file_job(asked.model or "", settings, None)
+            return _file_job(name, settings, served.context, files)
+        return _file_job(asked.model or "", settings, None, files)
+    if files:
+        raise SettingsError(f"node.model of {min(files)!r} is a file: then name the model it is of by a file, too")
     job = shape.job(asked.context)
     weights = job.costs.total / GIB
     return f"{shape.layers} layers, {weights:.1f} GiB", job
@@ -162,12 +171,33 @@ def _shape(given: dict[str, Any]) -> ModelShape:
         raise SettingsError(f"{option}{said}") from None
 
 
-def _file_job(name: str, settings: Settings, served: int | None) -> tuple[str, Job]:
-    """served: the context it is served with now, if it is."""
+def _file_job(name: str, settings: Settings, served: int | None, files: Mapping[str, str]) -> tuple[str, Job]:
+    """served: the context it is served with now, if it is. Raises ModelError: of a file, or that two differ."""
     source = open_source(name, settings.models_dir, settings.kv)
     context = settings.context or served or min(source.train_context, DEFAULT_CONTEXT)
     job = Job(source.costs, source.cuts, need(settings, source, context), context, kv_type=settings.kv)
+    others = _others(source, settings, files)
+    job = replace(
+        job,
+        by_node={node: other.costs for node, other in others.items()},
+        file=(source.name, source.quantisation),
+        files={node: (other.name, other.quantisation) for node, other in others.items()},
+    )
     return source.name, replace(job, depth=min(job.depth, context))
+
+
+def _others(source: Source, settings: Settings, files: Mapping[str, str]) -> dict[str, Source]:
+    """The files that nodes hold in the place of ``source``. Raises ModelError: one is another model."""
+    if not files:
+        return {}
+    base, served, found = read_base(read_model(source.path)), Path(source.path).name, dict[str, Source]()
+    for node, file in files.items():
+        other = open_source(file, settings.models_dir, settings.kv)
+        there = Path(other.path).name
+        if (difference := same_base(base, read_base(read_model(other.path)), served, there)) is not None:
+            raise differs(node, there, served, difference)
+        found[node] = other
+    return found
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

@@ -196,6 +196,12 @@ def _offered(file: pb.OtherFile) -> Offered:
     return Offered(file.path, file.fingerprint, file.quantisation, base, costs, file.problem)
 
 
+def differs(node: str, file: str, served: str, difference: str) -> ModelError:
+    """The error of a node whose file is another model than the served one."""
+    told = f"{node} cannot run layers from {file} in the place of {served}: {difference}"
+    return ModelError(told, code="model_differs")
+
+
 def choose(source: Source, base: Base, files: Sequence[Offered], node: str) -> Source:
     """What a node runs in the place of the served model's own file: of those that are the same model the nearest in
     size. base: the served file's. Raises ModelError that names both files and the difference; PeerError."""
@@ -210,9 +216,7 @@ def choose(source: Source, base: Base, files: Sequence[Offered], node: str) -> S
     good = [file for file, difference in compared if difference is None]
     if not good:
         file, difference = compared[0]
-        raise ModelError(
-            f"{node} cannot run layers from {file.name} in the place of {served}: {difference}", code="model_differs"
-        )
+        raise differs(node, file.name, served, difference or "")
     for file in good:
         if len(file.costs.layer_bytes) != source.layers or len(file.costs.active_bytes) not in (0, source.layers):
             raise PeerError(f"what {node} tells of {file.name} is not of {source.layers} layers", code="bad_offer")

@@ -86,7 +86,7 @@ def kind_of(node: Node) -> Kind:
 
 
 def node_costs(node: Node, job: Job) -> NodeCosts:
-    costs, kind = job.costs_on(node.name, node.machine), kind_of(node)
+    costs, kind = job.costs_on(node.name), kind_of(node)
     read = [w + kv * job.depth for w, kv in zip(costs.read_bytes, costs.kv_bytes_per_token, strict=True)]
     measured = [one for one in node.measured if one.layers[1] <= job.layers]  # else it was of another model
     if measured:

@@ -35,7 +35,7 @@ class Job:
 
     legal: layers at which it may be cut. context: tokens of one request. depth: tokens that a step's attention reads.
     kv_type: of costs' KV bytes. wire_bytes: of one element of a hidden state between stages.
-    by_node: costs on nodes, or machines, that hold another file of the model (other quantisation).
+    by_node: costs on nodes that hold another file of the model (other quantisation), and of devices of theirs.
     file: its name and quantisation, where it has them; files: those of the others, by the same names.
     """
 
@@ -59,12 +59,17 @@ class Job:
         """Where slices may begin and end."""
         return (0, *self.legal, self.layers)
 
-    def costs_on(self, node: str, machine: str = "") -> ModelCosts:
-        return self.by_node.get(node) or self.by_node.get(machine, self.costs)
+    def costs_on(self, node: str) -> ModelCosts:
+        return self.by_node.get(node) or self.by_node.get(_whole(node), self.costs)
 
     def file_on(self, node: str) -> File:
         """What a node, or a device of it, runs its layers from."""
-        return self.files.get(node) or self.files.get(node.rpartition(":")[0], self.file)
+        return self.files.get(node) or self.files.get(_whole(node), self.file)
+
+
+def _whole(stage: str) -> str:
+    """The node of a device that is a stage of its own, as the planner calls it: tower of tower:1."""
+    return stage.rpartition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)

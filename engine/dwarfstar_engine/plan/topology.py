@@ -88,6 +88,7 @@ class _Node(_Part):
     devices: tuple[_Device, ...] = Field(default=(), max_length=64)
     effective_vram: str | float | None = None
     host: str = Field(default="", max_length=64)
+    model: str | None = Field(default=None, max_length=4096)
     measured: tuple[_Measured, ...] = Field(default=(), max_length=64)
 
     @model_validator(mode="after")
@@ -199,7 +200,7 @@ class _File(_Part):
 
 
 class Topology:
-    """A described cluster, and its model if one is described."""
+    """A described cluster, and its model if one is described. files: of nodes that hold another quantisation of it."""
 
     def __init__(self, file: _File) -> None:
         shape = file.model
@@ -214,6 +215,7 @@ class Topology:
             pairs={pair.between: pair.typed() for pair in file.links},
         )
         self.model = shape
+        self.files = {node.name: node.model for node in file.node if node.model}
         self.expect = file.expect
 
 
