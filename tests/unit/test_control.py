@@ -22,7 +22,7 @@ from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.control import ControlService
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.daemon import NodeDaemon
+from dwarfstar_engine.node.daemon import RETRY_S, UNFIT_S, NodeDaemon, pause_s
 from dwarfstar_engine.node.facts import Facts
 from dwarfstar_engine.node.source import open_source
 from dwarfstar_engine.node.stages import NodeOptions
@@ -389,6 +389,7 @@ async def test_a_node_with_another_model_is_refused_with_the_difference(cluster:
         events = [event for event in coordinator.journal._log.since(0)[0] if event.kind == "node_refused"]
         assert events and told in events[0].cause
         await until(lambda: told in daemon._told[0])
+    assert pause_s(1, "model_differs") == UNFIT_S > pause_s(99, "") > pause_s(0, "no_such_code") == RETRY_S[0]
 
 
 async def test_without_permission_nothing_is_asked(cluster: Cluster) -> None:

@@ -46,6 +46,8 @@ log = logging.getLogger("dwarfstar.node")
 HEARTBEAT_S = 1.0  # until the coordinator has said how often; it bounds what it may say, too:
 LEAST_BEAT_S, MOST_BEAT_S = 0.05, 10.0
 RETRY_S = (0.2, 0.5, 1.0, 2.0)  # pauses between attempts to reach the coordinator; the last one repeats
+UNFIT = ("model_differs", "model_not_found")  # refusals that end when somebody copies a file here:
+UNFIT_S = 15.0  # between looks through the models folder, which may be on a slow disk
 STEADY_S = 10.0  # a connection that lived so long was sound: the pauses begin anew
 ANSWER_S = 10.0  # until a coordinator that was reached has welcomed or refused us
 RETELL_S = 600.0  # the same trouble with the coordinator is worth a line in the log this often
@@ -92,7 +94,7 @@ class NodeDaemon:
         try:
             while True:
                 self._coordinator = coordinator = await self._seek.coordinator()
-                began, self._welcomed = loop.time(), False
+                began, self._welcomed, refusal = loop.time(), False, ""
                 try:
                     await self._while_it_leads(coordinator)
                     self._tell(f"the coordinator at {coordinator} ended the connection")
@@ -102,9 +104,10 @@ class NodeDaemon:
                     if error.code in FINAL:
                         raise
                     self._tell(error.message)
+                    refusal = error.code
                 steady = self._welcomed and loop.time() - began > STEADY_S
                 attempt = 0 if steady else attempt + 1
-                await asyncio.sleep(RETRY_S[min(attempt, len(RETRY_S) - 1)])
+                await asyncio.sleep(pause_s(attempt, refusal))
         finally:
             tasks = list(self._tasks)
             for task in tasks:
@@ -290,6 +293,11 @@ class NodeDaemon:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a fault of the node daemon", exc_info=error)
+
+
+def pause_s(attempt: int, refusal: str) -> float:
+    """Before the next attempt to reach the coordinator. refusal: the code of the last one; empty: it was none."""
+    return UNFIT_S if refusal in UNFIT else RETRY_S[min(attempt, len(RETRY_S) - 1)]
 
 
 def _term(message: pb.CoordinatorMessage) -> int:
