@@ -296,6 +296,7 @@ def _stage_facts(stage: StageView, glyphs: Glyphs, *, bottleneck: bool, several:
         ("", ""),
         ("stage", f"layers {text.layers(*stage.layers, glyphs.dash)}, {stage.state}"),
         *([("pipeline", str(stage.pipeline))] if several else []),
+        *([("file", f"{text.clean(stage.quantisation)}, {text.clean(stage.file)}")] if stage.file else []),
         ("weights", f"{text.gib(stage.weights_gib)} GiB + {text.gib(stage.kv_gib)} GiB KV"),
         ("time", f"{text.figure(stage.ms_per_token, 2)} ms per token{slowest}"),
         ("busy", f"{text.share(stage.busy)}, waiting {text.share(stage.wait)}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC
 
 import pytest
@@ -77,6 +78,13 @@ def test_ascii_rows_are_ascii() -> None:
     for row in STATE.rows:
         assert shown(row_runs(row, columns(200), moment)).isascii()
         assert all(shown(line).isascii() for line in detail_lines(row, moment, 40))
+
+
+def test_the_file_of_a_machines_layers_is_told() -> None:
+    row = next(row for row in STATE.rows if row.stages)
+    named = row.stages[0].model_copy(update={"file": "m.Q6_K", "quantisation": "Q6_K"})
+    told = [shown(line) for line in detail_lines(replace(row, stages=(named,)), Moment(NOW), 40)]
+    assert [line.split() for line in told if line.startswith("file")] == [["file", "Q6_K,", "m.Q6_K"]]
 
 
 def test_what_is_gone_is_dimmed_but_for_its_state() -> None:
