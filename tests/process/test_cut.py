@@ -125,7 +125,7 @@ async def play(two: Two, cut: Callable[[bool], None]) -> float:
                 await asyncio.sleep(0.2)
         assert two.lent.stages() == [stage], "it kept its weights"
         await Stream(http).check()
-        assert two.told(two.head, GONE) == 1, "a node that is back stays"
+        assert two.told(two.head, GONE) == 1, f"a node that is back stays: {two.head.log.read_text('utf-8')[-4000:]}"
     return took
 
 

@@ -2,7 +2,8 @@
 
 Each request of a pool is first run undisturbed. Then ``STREAMS`` clients ask for them again and again, some leave in
 the middle, while processes are killed and stopped and links cut (``faults``). Every request must end once: with the
-undisturbed text, or, having been carried over MAX_RESCUES times, with an error that says so.
+undisturbed text; or, having been carried over MAX_RESCUES times, with an error that says so; or, where the engine
+itself was stopped for longer than its lease, which ends its term, with an error that asks to send it again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dwarfstar_engine.bench import faults
 from dwarfstar_engine.bench.faults import Fault, Kind, Strike
 from dwarfstar_engine.bench.machines import Machine, signalled
 from dwarfstar_engine.bench.soak import WORDS
+from dwarfstar_engine.cluster import lease
 from dwarfstar_engine.node.streams import MAX_RESCUES
 
 STREAMS = 8
@@ -39,6 +41,9 @@ LOG_LINES = 60  # of all machines together for each fault: an epoch is told in s
 TEXT = "/v1/completions"
 EARLY = "the pipeline broke during this request"  # of the error after MAX_RESCUES
 LATE, LATE_S = "the pipeline was not back in", 60.0  # of the error after rescue_s
+TIMINGS = lease.Timings()
+SPENT_S = TIMINGS.lease_s - TIMINGS.renew_s  # a process that was stopped for so long may have lost its lease
+OVER = "send the request again"  # of errors of an engine whose term has ended, until it leads again
 SLACK_S = 15.0  # a fault's effect may last so long
 
 
@@ -53,12 +58,14 @@ class Asked:
 
 @dataclass(slots=True)
 class Tally:
-    """What was seen. times: at which any client got something. struck: strikes, with their names."""
+    """What was seen. times: at which any client got something. struck: strikes, with their names. woken: when the
+    engine's process, stopped for as long as a lease, went on."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     struck: list[tuple[float, str]] = field(default_factory=list)
+    woken: list[float] = field(default_factory=list)
     faults: int = 0
     missed: int = 0  # faults that found no process
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -183,6 +190,8 @@ class Client:
             self._tally.outcomes["given up"] += 1
         elif error["message"].startswith(LATE) and self._silent_s() >= LATE_S:
             self._tally.outcomes["waited too long"] += 1
+        elif OVER in error["message"] and any(0 <= time.monotonic() - at <= SLACK_S for at in self._tally.woken):
+            self._tally.outcomes["ended with the engine's term"] += 1
         else:
             self._tally.problem(f"after {struck} strikes in {time.monotonic() - began:.1f} s: {error['message']}")
 
@@ -237,7 +246,10 @@ class Striker:
                     return signalled(stages[0], signal.SIGKILL)
                 return await _hold(stages[0], fault.hold_s)
             case Kind.STOP_NODE | Kind.STOP_ENGINE:
-                return await _hold(await asyncio.to_thread(lambda: machine.pid), fault.hold_s)
+                found = await _hold(await asyncio.to_thread(lambda: machine.pid), fault.hold_s)
+                if fault.kind is Kind.STOP_ENGINE and fault.hold_s >= SPENT_S:
+                    self._tally.woken.append(time.monotonic())
+                return found
             case Kind.KILL_NODE | Kind.RESTART:
                 number = signal.SIGKILL if fault.kind is Kind.KILL_NODE else signal.SIGTERM
                 found = signalled(await asyncio.to_thread(lambda: machine.pid), number)
