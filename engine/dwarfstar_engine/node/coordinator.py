@@ -371,12 +371,20 @@ class Coordinator:
             gc.collect()
             gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
 
-    def gave_up(self, pipeline: Pipeline) -> None:
-        heir = next((one for one in self.pipelines if one is not pipeline and one.reviving and one.members), None)
+    def gave_up(self, pipeline: Pipeline) -> bool:
+        now = time.monotonic()
+        changed = self.dealer.mended(now, self._seen(now)) if self.source is self.main else {}
+        self._dealt(changed)
+        if pipeline.number in changed.values():
+            return False
+        others = (one for one in self.pipelines if one is not pipeline and one.members)
+        heir = next((one for one in others if one.reviving or one.number in changed.values()), None)
         while heir is not None and (stream := pipeline.waiting.first()) is not None:
             pipeline.waiting.release(stream)
             stream.slot = -1  # where it was, another ring's stages held it
-            heir.waiting.put(stream, time.monotonic())
+            heir.waiting.put(stream, now)
+            heir.reviving = True
+        return True
 
     async def use(self, source: Source) -> None:
         """Who waits has tokens of the old one. Raises ModelError."""
@@ -430,8 +438,10 @@ class Coordinator:
                     self.broke(pipeline, for_good=False)
             if len(self.pipelines) > 1:
                 self._level()
-            seen = [Seen(one.serving, one.gone_at, one.idle_s(now) >= REPLAN_IDLE_S) for one in self.pipelines]
-            self._dealt(self.dealer.look(now, seen, on_main=self.source is self.main))
+            self._dealt(self.dealer.look(now, self._seen(now), on_main=self.source is self.main))
+
+    def _seen(self, now: float) -> list[Seen]:
+        return [Seen(one.serving, one.gone_at, one.idle_s(now) >= REPLAN_IDLE_S) for one in self.pipelines]
 
     def _level(self) -> None:
         """Requests that wait for a slot go where one has become free."""

@@ -164,19 +164,25 @@ class Dealer:
             return {}
         self._looked_at = now
         rejoin_s = self._host.settings.rejoin_s
-        broken = {number for number, one in enumerate(seen) if not one.serves and now - one.gone_at > rejoin_s}
+        if moves := self.mended(now, seen):
+            return moves
         survey = self._survey()
-        if broken:
-            shares, spare = self._shares(survey), self._spare(survey)
-            moves = mend(survey.cluster, survey.job, shares, spare, broken)
-            if moves:
-                return self._move({survey.ids[name]: number for name, number in moves.items()})
         if all(one.idle for one in seen) and all(now - one.gone_at > rejoin_s for one in seen):
             self._stirred = False
             fresh = self._dealt_out(survey)
             if self._is_better(fresh, seen):
                 return self._move(fresh)
         return {}
+
+    def mended(self, now: float, seen: Sequence[Seen]) -> dict[str, int]:
+        """Nodes for pipelines that have waited for theirs in vain: who changes the pipeline."""
+        rejoin_s = self._host.settings.rejoin_s
+        broken = {number for number, one in enumerate(seen) if not one.serves and now - one.gone_at >= rejoin_s}
+        if not broken or not self.wanted.several or not self._begun or not self._here():
+            return {}
+        survey = self._survey()
+        moves = mend(survey.cluster, survey.job, self._shares(survey), self._spare(survey), broken)
+        return self._move({survey.ids[name]: number for name, number in moves.items()})
 
     def _is_better(self, fresh: Mapping[str, int], seen: Sequence[Seen]) -> bool:
         """More pipelines; or others, if that is the advisor's business."""
