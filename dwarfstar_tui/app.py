@@ -43,6 +43,10 @@ from dwarfstar_tui.widgets.first_start import FirstStart
 TICK_S, SLOW_TICK_S = 0.25, 1.0
 THEMES_S = 2.0  # between two looks at the person's theme files
 BACK_MAX = 20  # screens that esc remembers
+CHANGES = (
+    updates.Drain, updates.Remove, updates.StopEngine, updates.StartEngine, updates.MakeToken, updates.CommitPlan,
+    updates.UndoPlan, updates.SetLent, updates.PullModel,
+)  # fmt: skip
 
 
 class DwarfStarApp(App[None]):
@@ -142,8 +146,7 @@ class DwarfStarApp(App[None]):
         return self._fresh()
 
     def submit(self, command: Command) -> None:
-        changes = (updates.Drain, updates.Remove, updates.StopEngine, updates.StartEngine, updates.MakeToken)
-        if self.readonly and isinstance(command, changes):
+        if self.readonly and isinstance(command, CHANGES):
             self.tell("read-only: nothing is changed", "warning")
             return
         self._submit(command)
@@ -295,7 +298,7 @@ class DwarfStarApp(App[None]):
 
     async def action_back(self) -> None:
         screen = self.screen
-        if isinstance(screen, ChatScreen) and screen.escape():
+        if isinstance(screen, AppScreen) and screen.escape():
             return
         if isinstance(screen, AppScreen) and screen.FILTERS and screen.wanted:
             from dwarfstar_tui.widgets.filter_input import FilterInput

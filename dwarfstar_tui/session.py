@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.views import EventsView, StatusView
+from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
 from dwarfstar_tui import updates
 from dwarfstar_tui.mailbox import Mailbox
+from dwarfstar_tui.plan_calls import Plans
 from dwarfstar_tui.updates import AnswerOver, AnswerPiece, Command, Happened, Linked, LinkState, Notice, StatusSeen
 
 STATUS_S = 0.25
 SLOW_STATUS_S = 1.0  # over a thin line
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)
 PIECES_S = 0.1  # pieces of an answer are put together for so long: Markdown is laid out that often
+PULL_S = 0.25  # between two states of a download
 LOOK_S = 0.2  # at what a starting engine says
 TASKS_MAX = 64
 STOP_S = 2.0  # for tasks to end when the app does
@@ -56,6 +58,10 @@ class Engine(Protocol):
     async def drain(self, node: str, undo: bool) -> str: ...
     async def remove(self, node: str) -> str: ...
     async def stop(self) -> None: ...
+    async def propose(self, request: PlanRequest) -> ProposalView: ...
+    async def commit(self, request: PlanRequest, base_epoch: int) -> CommitView: ...
+    async def undo(self) -> CommitView: ...
+    async def override(self, node: str, text: str, replan: bool) -> OverrideView: ...
     def chat(self, messages: Sequence[tuple[str, str]], options: dict[str, float | int]) -> AsyncIterator[Delta]: ...
     async def close(self) -> None: ...
 
@@ -79,6 +85,11 @@ class Place(Protocol):
 
     async def start(self, arguments: Sequence[str]) -> Starting: ...
     async def models(self) -> updates.ModelsFound: ...
+    async def judge(self, paths: Sequence[str], status: StatusView) -> updates.ModelsJudged: ...
+    async def pull(self, wanted: str, tell: Callable[[str], None], stopped: Callable[[], bool]) -> str:
+        """Have a model in the models folder; what to say of it. tell: from any thread, how far it is."""
+        ...
+
     async def surroundings(self) -> updates.Surroundings: ...
     async def token(self, hours: float) -> updates.TokenMade: ...
     async def read_chats(self) -> updates.ChatsRead: ...
@@ -104,6 +115,8 @@ class Session:
         self._starting: Starting | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers: dict[int, asyncio.Task[None]] = {}
+        self._plans = Plans(self._attached_engine, mailbox.put)
+        self._pulling, self._pull_stopped = "", threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._hurry: asyncio.Event | None = None
@@ -144,6 +157,7 @@ class Session:
         if attached.done() and (fault := attached.exception()) is not None:
             self._linked(LinkState.DOWN, f"a fault of this program: {fault!r}")
             await self._stopping.wait()
+        self._pull_stopped.set()
         waiting = [attached, stopping, *self._tasks]
         for task in waiting:
             task.cancel()
@@ -271,6 +285,18 @@ class Session:
                 put(await place.read_chats())
             case updates.KeepChat(chat_id, text):
                 await place.keep_chat(chat_id, text)
+            case updates.Propose():
+                await self._plans.propose(command)
+            case updates.CommitPlan() | updates.UndoPlan():
+                put(await self._plans.change(command))
+            case updates.SetLent():
+                put(await self._plans.lend(command))
+            case updates.JudgeModels(paths, status):
+                put(await place.judge(paths, status))
+            case updates.PullModel(wanted):
+                await self._pull(wanted)
+            case updates.StopPull():
+                self._pull_stopped.set()
             case updates.StopAnswer():
                 pass  # is done when it is accepted
 
@@ -303,6 +329,30 @@ class Session:
                 await asyncio.sleep(LOOK_S)
         finally:
             self._starting = None
+
+    async def _pull(self, wanted: str) -> None:
+        """Get a model; one at a time, and its end is told whatever becomes of it."""
+        if self._pulling:
+            raise DwarfStarError(f"{self._pulling} is being pulled: one at a time")
+        self._pulling = wanted
+        self._pull_stopped.clear()
+        put, last = self._mailbox.put, [0.0]
+
+        def tell(line: str) -> None:
+            now = self._clock()
+            if now - last[0] >= PULL_S:
+                last[0] = now
+                put(updates.PullSeen(wanted, line))
+
+        try:
+            put(updates.PullSeen(wanted, "asking what there is"))
+            line = await self._place.pull(wanted, tell, self._pull_stopped.is_set)
+            put(updates.PullSeen(wanted, line, over=True))
+            put(await self._place.models())
+        except DwarfStarError as error:
+            put(updates.PullSeen(wanted, "", over=True, problem=error.message))
+        finally:
+            self._pulling = ""
 
     async def _answer(self, ask: updates.Ask) -> None:
         """Stream an answer; whatever becomes of it, its end is told."""

@@ -29,12 +29,19 @@ class Glyphs:
     drained: str = "◇"
     used: str = "█"
     planned: str = "▓"
+    compute: str = "▒"
     lent: str = "░"
     rest: str = "·"
     sparks: str = SPARKS
     bottleneck: str = "▲"
     alert: str = "▲"
     bar: str = "│"
+    held: str = "┃"
+    less: str = "◂"
+    more: str = "▸"
+    pin: str = "◆"
+    arrow: str = "→"
+    about: str = "≈"
     cursor: str = "▌"
     mark: str = "✓"
     unknown: str = UNKNOWN
@@ -45,8 +52,9 @@ class Glyphs:
 
 FANCY = Glyphs()
 ASCII = Glyphs(
-    ok="*", late="~", lost="x", left="-", drained="o", used="#", planned="=", lent="-", rest=".", sparks=ASCII_SPARKS,
-    bottleneck="^", alert="!", bar="|", cursor=">", mark="x", unknown="-", ellipsis="~", dash="-", dot="|",
+    ok="*", late="~", lost="x", left="-", drained="o", used="#", planned="=", compute="+", lent="-", rest=".",
+    sparks=ASCII_SPARKS, bottleneck="^", alert="!", bar="|", held="I", less="<", more=">", pin="P", arrow="->",
+    about="~", cursor=">", mark="x", unknown="-", ellipsis="~", dash="-", dot="|",
 )  # fmt: skip
 _SPELLED = str.maketrans({"–": "-", "—": "-", "…": "...", "·": "|", "→": "->", "×": "x", "’": "'", "°": "", "≥": ">="})
 

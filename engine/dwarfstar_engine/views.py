@@ -240,7 +240,7 @@ class ProposalView(View):
     """The plan that runs beside one that is proposed. epoch: to be given with a commit.
 
     clamped: cuts that were moved, and why. error, code: why there is no proposal. owner: the running plan is kept as
-    its owner committed it. undo: there is a plan to go back to.
+    its owner committed it, with pins and excluded by node. undo: there is a plan to go back to.
     """
 
     epoch: int
@@ -252,6 +252,8 @@ class ProposalView(View):
     error: str = ""
     code: str = ""
     owner: bool = False
+    pins: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
     undo: bool = False
     tok_s: float = 0.0  # of all streams, now
 

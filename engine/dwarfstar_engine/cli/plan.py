@@ -143,8 +143,8 @@ def _job(asked: Asked, settings: Settings, shape: ModelShape | None, status: Sta
             raise SettingsError("no model is named: give a GGUF file, 'demo', or --layers and --weights-gib")
         if asked.model is None and served is not None:
             name = DEMO if served.name == Path(DEMO_FILE).stem else served.name
-            return _file_job(name, settings, served.context)
-        return _file_job(asked.model or "", settings, None)
+            return file_job(name, settings, served.context)
+        return file_job(asked.model or "", settings, None)
     job = shape.job(asked.context)
     weights = job.costs.total / GIB
     return f"{shape.layers} layers, {weights:.1f} GiB", job
@@ -162,8 +162,8 @@ def _shape(given: dict[str, Any]) -> ModelShape:
         raise SettingsError(f"{option}{said}") from None
 
 
-def _file_job(name: str, settings: Settings, served: int | None) -> tuple[str, Job]:
-    """served: the context it is served with now, if it is."""
+def file_job(name: str, settings: Settings, served: int | None) -> tuple[str, Job]:
+    """A model file's name and figures. Raises DwarfStarError. served: the context it is served with now, if it is."""
     source = open_source(name, settings.models_dir, settings.kv)
     context = settings.context or served or min(source.train_context, DEFAULT_CONTEXT)
     job = Job(source.costs, source.cuts, need(settings, source, context), context, kv_type=settings.kv)

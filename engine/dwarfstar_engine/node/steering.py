@@ -277,8 +277,8 @@ class Steering:
         host = self._host
         survey = self._survey()
         present, wanted = self._present(survey), self._wanted(request, survey)
-        measured = host.measured_ms
-        said = "given" if self._owned is not None and not self._aside else ""
+        measured, own, names = host.measured_ms, self._owned, survey.names
+        said = "given" if own is not None and not self._aside else ""
         asked = survey
         if request.context is not None:
             context = min(request.context, host.source.train_context)
@@ -294,7 +294,9 @@ class Steering:
                 legal_cuts=host.source.cuts,
                 present=shown,
                 proposed=None,
-                owner=self._owned is not None,
+                owner=own is not None,
+                pins={names.get(node, node): layers for node, layers in own.pins.items()} if own else {},
+                excluded=tuple(sorted(names.get(node, node) for node in own.excluded)) if own else (),
                 undo=bool(self._undo),
                 tok_s=round(host.tok_s, 2),
             )
