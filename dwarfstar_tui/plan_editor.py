@@ -39,7 +39,6 @@ class Editor:
     note: str = ""
     clamped: tuple[str, ...] = ()
     committing_at: float | None = None
-    committing: Draft | None = None
     done: CommitView | None = None
     taken_back: Draft | None = None  # what `U` would carry out again
 
@@ -163,7 +162,7 @@ def _looked(editor: Editor, view: ProposalView) -> Editor:
         base = told.base
         count = (len(base.cuts), len(base.nodes)) if base is not None else (1, 1)
         return replace(told, boundary=_within(editor.boundary, count[0]), stage=_within(editor.stage, count[1]))
-    if view.epoch == draft.base_epoch or told.stale:
+    if view.epoch == draft.base_epoch or told.stale or editor.committing_at is not None:
         return told
     note = f"epoch {view.epoch} serves now: the draft is based on it, and its difference is to that"
     return replace(told, draft=plan_draft.rebased(draft, view), note=note)
@@ -173,17 +172,21 @@ def _looked(editor: Editor, view: ProposalView) -> Editor:
 
 
 def begun(editor: Editor, now: float) -> Editor:
-    return replace(editor, committing_at=now, committing=editor.draft, note="", done=None)
+    """A change is carried out; until it has ended there are no edits."""
+    return replace(editor, committing_at=now, note="", done=None)
 
 
 def ended(editor: Editor, view: CommitView | None, problem: str, *, undone: bool) -> Editor:
     """After a commit, or after going back. What failed leaves the draft."""
-    over = replace(editor, committing_at=None, committing=None)
+    over = replace(editor, committing_at=None)
     if view is None:
         return replace(over, note=problem)
     taken_back = _as_draft(editor, view.before) if undone else None
-    kept = over.draft if over.draft is not None and over.draft != editor.committing else None
-    return replace(_with(replace(over, past=(), future=(), note=""), kept), done=view, taken_back=taken_back)
+    if over.told is not None:  # until the next look
+        known = over.told.present.alternatives if over.told.present is not None else ()
+        present = view.after.model_copy(update={"alternatives": known})
+        over = replace(over, told=over.told.model_copy(update={"epoch": view.epoch, "present": present}))
+    return replace(_with(replace(over, past=(), future=(), note=""), None), done=view, taken_back=taken_back)
 
 
 def _as_draft(editor: Editor, plan: PlanView) -> Draft | None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dwarfstar_engine.plan.planner import rate
+from dwarfstar_engine.plan.shown import shares
 from dwarfstar_engine.views import PlanView, StageView, StatusView
 from dwarfstar_tui import text
 from dwarfstar_tui.cluster_rows import Runs
@@ -21,6 +22,8 @@ from dwarfstar_tui.store import NodeRow, bottleneck
 from dwarfstar_tui.text import Glyphs, fit, parts
 
 MIN_BAR = 20
+ALL_PARTS = 8  # cells of a stage that has one for each part of its memory
+UNITS = 10_000  # of a GiB
 WIDE = 78  # columns of a table with everything
 
 
@@ -148,7 +151,11 @@ def _named(stage: Shown, glyphs: Glyphs) -> str:
 
 def _memory(stage: Shown, width: int, glyphs: Glyphs) -> Runs:
     lent = stage.lent or 1.0
-    weights, kv, compute = parts((stage.weights / lent, stage.kv / lent, stage.compute / lent), width)
+    sizes = (stage.weights, stage.kv, stage.compute, max(0.0, stage.free))
+    if width >= ALL_PARTS and sum(sizes) > 0:  # no part that is there is invisible
+        weights, kv, compute, _ = shares([round(size * UNITS) for size in sizes], width)
+    else:
+        weights, kv, compute = parts([size / lent for size in sizes[:3]], width)
     over = "lost" if stage.free < 0 else ""
     runs = (
         (glyphs.used * weights, over or "weights"),

@@ -84,7 +84,7 @@ def _said(words: str, width: int, glyphs: Glyphs, role: str) -> list[Runs]:
 def _title(editor: Editor, width: int, glyphs: Glyphs) -> list[Runs]:
     draft = editor.draft
     assert draft is not None
-    found = [f"draft on epoch {draft.base_epoch}"]
+    found = [f"based on epoch {draft.base_epoch}"]
     if draft.strategy or draft.objective:
         found.append(" ".join(word for word in (draft.strategy, draft.objective) if word))
     if draft.planner:
@@ -231,16 +231,17 @@ def difference(told: ProposalView, rates: Mapping[str, float], width: int, glyph
     gets = {stage.node: stage.layers for stage in after.stages}
     delta = {one.node: one for one in told.delta}
     lines: list[Runs] = []
-    name = max(8, min(20, width - 42))
-    heads = f"{'machine':{name}} {'was':>8} {'becomes':>8} {'loads':>7} {'drops':>6} {'left':>6}"
-    lines.append(((text.fit(heads, width), "heading"),))
+    name = max(8, min(20, width - 40))
+    unit = " GiB" * (width >= name + 44)
+    heads = f"{'machine':{name}} {'was':>8} {'becomes':>8} {'loads':>7}{'drops':>7}{'left':>7}"
+    lines.append(((heads + unit, "heading"),))
     for node in dict.fromkeys([*gets, *had]):
         one, was, then = delta.get(node), had.get(node), gets.get(node)
         cells = [text.layers(*span, glyphs.dash) if span else glyphs.unknown for span in (was, then)]
         figures = [one.load_gib, one.drop_gib, one.headroom_gib] if one else [0.0, 0.0, 0.0]
         shown = text.fit(text.clean(node), name, ellipsis=glyphs.ellipsis)
         words = f"{shown} {cells[0]:>8} {cells[1]:>8} " + "".join(
-            f"{text.gib(figure):>{size}}" for figure, size in zip(figures, (7, 7, 7), strict=True)
+            f"{text.gib(figure or None, glyphs.unknown):>7}" for figure in figures
         )
         lines.append(((words, "plain" if was == then else "name"),))
     lines.append(())

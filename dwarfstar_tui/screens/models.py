@@ -45,7 +45,7 @@ def loaded_lines(state: State, width: int, glyphs: Glyphs) -> list[Runs]:
 
 
 def file_heading(width: int) -> str:
-    fits = "fits" if width < ROOMY else "fits, tok/s of one stream"
+    fits = "fits, tok/s" if width < ROOMY else "fits, tok/s of one stream"
     wide = f" {'layers':>7} {'type':8}" + (f"{'architecture':13}" if width >= ROOMY else "")
     return fit(f"  {fit('file', name_width(width))}{'GB':>8}{wide if width >= MIDDLE else ''} {fits}", width)
 
@@ -106,8 +106,9 @@ class ModelsScreen(AppScreen):
     FILTERS = True
     LESSON = (
         "Above, the model that is served and where. Below, the GGUF files of this machine's models folder; ✓ marks "
-        "the one that is loaded. Type is that of most weights. Fits is what the planner says of the machines there are, "
-        "each file served alone. g gets a model from a hub. To serve another, stop the engine (palette) and choose again."
+        "the one that is loaded. Type is that of most weights. Fits is what the planner says of the machines there "
+        "are, each file served alone. g gets a model from a hub. To serve another, stop the engine (palette) and "
+        "choose again."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "look_again", "look again", id="models.refresh"),

@@ -31,6 +31,7 @@ from dwarfstar_tui.widgets.runs_view import RunsView
 
 LOOK_S = 10.0  # between two looks at what serves, while nothing has changed: links are measured again
 BAR_WIDTH = 80  # of the screen; narrower ones have steppers
+ROOMY_LINES = 30  # of the screen; lower ones show the draft instead of what is said of the plan that serves
 STALE_CODE = "stale_epoch"
 EDITS = frozenset({
     "step", "far", "limit", "boundary", "digit", "type", "erase", "own", "alternatives", "machines", "pin", "exclude",
@@ -118,7 +119,8 @@ class PlanScreen(AppScreen):
         planned = editor.told is not None and editor.told.present is not None
         top: list[Runs] = []
         if status is not None and status.stages:
-            plan = editor.told.present if editor.told is not None else None
+            current = editor.told is not None and editor.told.epoch == status.epoch
+            plan = editor.told.present if editor.told is not None and current else None
             top = summary(status, plan, width, glyphs, owner=bool(editor.told and editor.told.owner))
             loading = [stage for stage in status.stages if stage.state == "loading"]
             if loading and editor.committing_at is None:
@@ -128,7 +130,7 @@ class PlanScreen(AppScreen):
             reason = status.reason if status is not None else "no engine is attached"
             top = [(("No plan runs.", "name"),), ((text.clean(reason), "muted"),)]
         short, drafting = self.has_class("-short"), editor.draft is not None or editor.committing_at is not None
-        self._lines("plan-summary", [] if short and drafting else top)
+        self._lines("plan-summary", [] if drafting and self.size.height < ROOMY_LINES else top)
         self._present_bar(stages, width, drafting=drafting)
         pins = any(stage.pinned for stage in stages)
         shown = bool(stages) and not (short and self.size.width < BAR_WIDTH)

@@ -40,7 +40,7 @@ class Difference(Dialog):
             yield Static("Carry this plan out?", classes="title", markup=False)
             with VerticalScroll(id="difference-body", can_focus=False):
                 yield RunsView(id="difference")
-            yield Static("\ny or enter  carry it out     n or esc  back to the draft", classes="quiet", markup=False)
+            yield Static("\ny  carry it out     n  back to the draft", classes="quiet", markup=False)
 
     def on_mount(self) -> None:
         self.call_after_refresh(self._fill)

@@ -22,7 +22,8 @@ from dwarfstar_tui.cluster_rows import (
 )
 from dwarfstar_tui.event_lines import event_line, role_of
 from dwarfstar_tui.header_lines import Badges, status_line, tab_line, width_of
-from dwarfstar_tui.plan_lines import bar_lines, table_lines
+from dwarfstar_tui.plan_lines import bar_lines, of_status, table_lines
+from dwarfstar_tui.plan_panel import stepper_lines
 from dwarfstar_tui.store import NodeRow, State, reduce
 from dwarfstar_tui.updates import Linked, LinkState, StatusSeen
 from support.tui_cluster import NOW, history, home_lab, node, story
@@ -101,9 +102,11 @@ def test_the_bottleneck_is_marked_once() -> None:
 @given(WIDTHS)
 def test_the_plan_bar_fills_its_width(width: int) -> None:
     assert STATE.status is not None
-    lines = bar_lines(STATE.status, STATE.rows, width, text.FANCY)
+    stages = of_status(STATE.status, STATE.rows)
+    lines = bar_lines(stages, width, text.FANCY, 1)
     assert [width_of(line) for line in lines] == [width] * 3
-    assert len({width_of(line) for line in table_lines(STATE.status, STATE.rows, width, text.FANCY)}) == 1
+    assert len({width_of(line) for line in table_lines(stages, width, text.FANCY, predicted=True)}) == 1
+    assert {width_of(line) for line in stepper_lines(stages, 0, width, text.FANCY)} <= {width, width - 1}
 
 
 @given(st.integers(50, 220), st.sampled_from(list(LinkState)), st.booleans())

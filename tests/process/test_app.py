@@ -1,0 +1,106 @@
+"""The app in a terminal, with a real engine: attach, move a boundary, carry it out, chat, detach, come back."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from support.engine_process import PROGRAM, EngineProcess, environment, until
+from support.terminal import Terminal
+
+pytestmark = pytest.mark.process
+
+SIZE = (120, 40)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    home = tmp_path_factory.mktemp("app") / "home"
+    options = ("--local-nodes", "3", "--threads", "1", "--slots", "2", "--context", "512")
+    with EngineProcess(home, "demo", *options) as engine:
+        yield engine.wait_serving()
+
+
+def app(engine: EngineProcess, *more: str) -> Terminal:
+    arguments = [*PROGRAM, "--home", str(engine.home), *more]
+    return Terminal(arguments, environment(TEXTUAL_ANIMATIONS="none"), SIZE)
+
+
+def cuts(engine: EngineProcess) -> list[int]:
+    return [stage.layers[1] for stage in engine.status().stages[:-1]]
+
+
+def test_a_boundary_is_moved_and_the_engine_outlives_the_app(engine: EngineProcess) -> None:
+    before, epoch = cuts(engine), engine.status().epoch
+    with app(engine) as here:
+        here.sees(r"● ok +node3")
+        here.press("2")
+        here.sees(r"predicted \d")
+        here.press("]", "left", "left")
+        here.sees(rf"boundary 2 of 2 at layer {before[1] - 2}, was {before[1]}")
+        here.sees(r"loads node3 .*: (about|under)")
+        assert cuts(engine) == before
+        here.press("enter")
+        here.sees("Carry this plan out")
+        here.press("y")
+        here.sees(rf"epoch {epoch + 1} serves")
+        assert cuts(engine) == [before[0], before[1] - 2]
+        here.press("3")
+        here.sees("enter sends it to")
+        here.press("Say hello.", "enter")
+        here.sees(r"first token after [\d.]+ s")
+        here.press("esc", "2")
+        here.sees(r"measured now|nothing is measured|measured [\d.]+ tok/s")
+        here.press("esc", "q")
+        assert here.end() == 0
+    assert engine.health()[0] == 200
+    with app(engine) as again:
+        again.sees("node3")
+        again.press("2")
+        again.sees("its owner's plan")
+        again.press("u")
+        again.sees("Go back to the plan before")
+        again.press("y")
+        again.sees(rf"epoch {epoch + 2} serves")
+        assert cuts(engine) == before
+        again.press("right")
+        again.sees("DRAFT")
+        again.press("U")  # the draft of one's own goes first
+        again.press("esc", "q")
+        assert again.end() == 0
+
+
+def test_an_override_is_refused_with_the_least_and_carried_out_with_another_plan(engine: EngineProcess) -> None:
+    with app(engine) as here:
+        here.sees(r"● ok +node1")
+        here.press("v")
+        here.sees("What node1 may lend")
+        here.press("0.01", "enter")
+        here.sees(r"must lend [\d.]+ GiB")
+        here.press("esc", "v", "60%", "enter")
+        here.sees(r"\[60%\]")
+        node = engine.node("node1")
+        assert node is not None and node.override == "60%"
+        here.press("V")
+        until(lambda: (found := engine.node("node1")) and not found.override, "the override is gone")
+        here.press("q")
+        assert here.end() == 0
+
+
+def test_read_only_shows_and_refuses_and_a_closed_terminal_ends_the_app(engine: EngineProcess) -> None:
+    before = cuts(engine)
+    with app(engine, "--readonly") as here:
+        here.sees("READ-ONLY")
+        here.press("2")
+        here.sees(r"predicted \d")
+        here.press("left")
+        here.sees("DRAFT")
+        here.sees(r"one stream [\d.]+ →")
+        here.press("enter")
+        here.sees("read-only: nothing is changed")
+        assert here._process is not None
+        here._process.send_signal(signal.SIGHUP)
+        assert here.end() == 0
+    assert cuts(engine) == before
