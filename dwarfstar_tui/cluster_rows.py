@@ -121,7 +121,9 @@ def second_runs(row: NodeRow, width: int, moment: Moment) -> Runs:
     if row.cause and state != "ok":
         role = "error" if state == "lost" else "warning"
         return ((fit(f"{'':11}{text.clean(row.cause)}", width, ellipsis=glyphs.ellipsis), role),)
-    lends = f"lends {text.gib(view.effective_vram_gib)} GiB" + (f" (set: {view.override})" if view.override else "")
+    lends = f"lends {text.gib(view.effective_vram_gib)} GiB" + (
+        f" (set: {text.override(view.override)})" if view.override else ""
+    )
     facts = [text.clean(view.device), lends]
     if view.load is not None:
         facts.append(f"load {text.share(view.load)}")
@@ -157,7 +159,7 @@ def _name(row: NodeRow, column: Column, moment: Moment, state: str) -> Runs:
     room = column.width
     if row.id in moment.marks:
         runs, room = ((f"{moment.glyphs.mark} ", "key"),), room - 2
-    badge = f"[{row.view.override}]" if row.view.override else ""
+    badge = f"[{text.override(row.view.override)}]" if row.view.override else ""
     if not badge or room < len(badge) + MIN_NAMED:
         return (*runs, (fit(name, room, ellipsis=moment.glyphs.ellipsis), "name"))
     shown = fit(name, min(cell_len(name), room - len(badge) - 1), ellipsis=moment.glyphs.ellipsis)
@@ -280,14 +282,16 @@ def detail_lines(row: NodeRow, moment: Moment, width: int) -> list[Runs]:
     ]
     if row.cause and state != "ok":
         lines += [((line, heading_role),) for line in text.wrapped(text.clean(row.cause), width)]
+    said = ""
+    if view.override:
+        said = f", set: {text.override(view.override)}; else {text.gib(view.usable_gib, glyphs.unknown)}"
     facts = [
         ("device", text.clean(view.device)),
         ("address", view.address or glyphs.unknown),
         ("id", view.id),
         ("", ""),
         ("memory", f"{text.gib(view.used_gib)} used of {text.gib(view.memory_gib)} GiB"),
-        ("lends", f"{text.gib(view.effective_vram_gib)} GiB" + (f", set: {view.override}" if view.override else "")),
-        ("usable", f"{text.gib(view.usable_gib, glyphs.unknown)} GiB without an override"),
+        ("lends", f"{text.gib(view.effective_vram_gib)} GiB{said}"),
         ("planned", f"{text.gib(row.planned_gib)} GiB"),
         ("free", f"{text.gib(view.free_gib, glyphs.unknown)} GiB"),
         ("load", text.share(view.load, glyphs.unknown)),

@@ -257,11 +257,12 @@ def difference(told: ProposalView, rates: Mapping[str, float], width: int, glyph
     return [*lines, *_said(words, width, glyphs, "late" if waits else "muted")]
 
 
-def advice_lines(plan: PlanView | None, width: int, glyphs: Glyphs) -> list[Runs]:
-    """Whether to split at all."""
-    if plan is None or not plan.advice:
-        return []
-    return _said(f"{glyphs.arrow} {plan.advice}", width, glyphs, "muted")
+def advice_lines(plan: PlanView | None, warnings: Sequence[str], width: int, glyphs: Glyphs) -> list[Runs]:
+    """Whether to split at all, and what the engine warns of: that layers should move, among others."""
+    lines = _said(f"{glyphs.arrow} {plan.advice}", width, glyphs, "muted") if plan is not None and plan.advice else []
+    for sentence in warnings:
+        lines += _said(f"{glyphs.alert} {sentence}", width, glyphs, "late")
+    return lines
 
 
 def alternative_line(one: AlternativeView, glyphs: Glyphs) -> str:

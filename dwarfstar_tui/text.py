@@ -139,6 +139,14 @@ def gib(value: float | None, unknown: str = UNKNOWN) -> str:
     return figure(value, 2, unknown)
 
 
+def override(given: str) -> str:
+    """What an owner has set, with no more digits than say something: 18, 50%, -2."""
+    try:
+        return f"{float(given):.3g}"
+    except ValueError:
+        return clean(given)
+
+
 def layers(begin: int, end: int, dash: str = "–") -> str:
     """A half open range as people count it: the first and the last layer."""
     return f"{begin}{dash}{end - 1}"

@@ -125,8 +125,10 @@ class ChatScreen(AppScreen):
     def _sent(self, event: Prompt.Sent) -> None:
         if self._answer is not None:
             self.host.tell("an answer is coming: esc stops it", "warning")
+            prompt = self.query_one(Prompt)
+            prompt.text = event.text + prompt.text
+            prompt.move_cursor(prompt.document.end)
             return
-        self.query_one(Prompt).clear()
         self._ask(event.text)
 
     def _ask(self, prompt: str) -> None:

@@ -294,7 +294,7 @@ class ClusterScreen(AppScreen):
         """What became of an override: a refusal opens the window that can do something about it."""
         view = told.view
         if view is not None:
-            how = f", as set: {view.override}" if view.override else ""
+            how = f", as set: {text.override(view.override)}" if view.override else ""
             moved = "; layers were moved" if view.replanned else ""
             self.host.tell(f"{text.clean(view.node)} lends {text.gib(view.effective_vram_gib)} GiB{how}{moved}")
         if isinstance(self.app.screen, Lend) and self.app.screen.answered(told):

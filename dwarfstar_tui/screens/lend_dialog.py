@@ -104,4 +104,4 @@ class Lend(Dialog):
 def _now(node: NodeView) -> str:
     lends = f"{text.clean(node.name)} lends {text.gib(node.effective_vram_gib)} of {text.gib(node.memory_gib)} GiB"
     usable = f", {text.gib(node.usable_gib)} without an override" if node.usable_gib is not None else ""
-    return lends + (f", set to {node.override}{usable}" if node.override else "")
+    return lends + (f", set to {text.override(node.override)}{usable}" if node.override else "")

@@ -144,7 +144,8 @@ class PlanScreen(AppScreen):
         self._lines("plan-table", table, editor.stage + 1 if stages else None)
         wide = self.size.width >= BAR_WIDTH
         own = editor.told.present if editor.told is not None and wide and not drafting else None
-        self._lines("plan-advice", plan_panel.advice_lines(own, width, glyphs))
+        warnings = status.warnings if status is not None and not drafting else ()
+        self._lines("plan-advice", plan_panel.advice_lines(own, warnings, width, glyphs))
 
     def _present_bar(self, stages: tuple[Shown, ...], width: int, *, drafting: bool) -> None:
         glyphs, bar = self.host.glyphs, self.query_one("#bar", PlanBar)

@@ -87,12 +87,17 @@ class Terminal:
         for key in keys:
             os.write(self._master, KEYS.get(key, key).encode())
 
-    def sees(self, pattern: str) -> re.Match[str]:
-        """The match of a pattern on the screen, once it is there."""
+    def sees(self, pattern: str) -> None:
+        """Wait until a pattern is on the screen."""
         try:
-            return until(lambda: re.search(pattern, self.text), f"{pattern!r} is shown")
+            until(lambda: bool(re.search(pattern, self.text)), f"{pattern!r} is shown")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.text}") from None
+
+    def hang_up(self) -> None:
+        """As when the window is closed, or the line is lost."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
 
     def end(self) -> int:
         """The exit status, once the program has ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
 
@@ -171,6 +172,21 @@ async def test_an_idle_machine_is_removed_with_a_key() -> None:
         await begin(stage, pilot)
         await pilot.press("end", "up", "x", "enter")
         assert asked(stage, Remove) == [Remove("n-laptop")]
+
+
+async def test_keys_that_come_in_one_burst_are_sent_in_their_order_and_whole() -> None:
+    """A thin line delivers what was typed in a second at once, enter and the next prompt's beginning among it."""
+    stage = Stage(history(home_lab()))
+    async with stage.app().run_test(size=SIZE) as pilot:
+        app = await begin(stage, pilot)
+        await pilot.press("3")
+        for char in "hello\rmore":
+            app.post_message(events.Key("enter" if char == "\r" else char, char))
+        await pilot.pause()
+        await pilot.pause()
+        questions = [command for command in stage.asked if isinstance(command, Ask)]
+        assert [question.messages[-1] for question in questions] == [("user", "hello")]
+        assert app.screen.query_one(Prompt).text == "more"
 
 
 async def test_marked_machines_are_meant_together() -> None:

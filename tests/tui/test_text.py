@@ -59,3 +59,10 @@ def test_ascii_glyphs_are_ascii_and_differ() -> None:
     assert len(set(glyphs)) == 4
     assert all(glyph.isascii() for glyph in glyphs)
     assert text.spelled("a → b … 71 °C", ascii_only=True).isascii()
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("5.6524", "5.65"), ("18", "18"), ("-2", "-2"), ("50%", "50%"), ("a\x1bb", "ab")]
+)
+def test_overrides_have_no_more_digits_than_say_something(said: str, shown: str) -> None:
+    assert text.override(said) == shown

@@ -94,6 +94,8 @@ async def test_the_planner_decides_again_when_it_is_asked_to(monkeypatch: Any, t
         await serving(coordinator)
         await coordinator.steering.commit(PlanRequest(pins={"b": (0, 2)}), 0)
         assert slices(coordinator) == [("id-b", (0, 2)), ("id-a", (2, 8))]
+        look = await coordinator.steering.propose(PlanRequest())
+        assert (look.pins, look.excluded, look.owner) == ({"b": (0, 2)}, (), True)
         await coordinator.steering.commit(PlanRequest(auto=True), 0)
         assert slices(coordinator) == AUTO and not coordinator.steering.decided
         same = await coordinator.steering.commit(PlanRequest(), 0)
