@@ -126,11 +126,11 @@ async def running_stage(
         address = f"127.0.0.1:{(await until('listening'))['port']}"
         child.send(
             command="load", backend="llama", model="m", path=str(path), layers=list(layers), wire=1, ends=[],
-            known=None,
+            known=None, record=256 << 20,
             options={**COMMON, **options},
         )  # fmt: skip
         await until("ready")
-        child.send(command="link", epoch=1, next=f"127.0.0.1:{port}", feed="", senders=["n1"])
+        child.send(command="link", epoch=1, next=f"127.0.0.1:{port}", feed="", senders=["n1"], keep=0)
         await until("linked")
         await sender.open(address, channel.channel_credentials(identity), local_build(), 1, "test")
         yield Stage(child.pid, sender, replies, read_model(path).n_embd, layers)
@@ -236,7 +236,8 @@ def test_no_process_of_an_engine_holds_the_model(tmp_path: Path) -> None:
     print(f"\nthe model {whole / MIB:.1f} MiB, base {base / MIB:.1f} MiB")
     for pid, size in private.items():
         print(f"{size / MIB:8.1f} MiB private  " + (f"stage {stages[pid]}" if pid in stages else "no stage"))
-    assert set(stages) <= set(processes) and len(processes) == 1 + 1 + 3 + 3  # engine, vocabulary, nodes, stages
+    spares = len(processes) - (1 + 1 + 3 + 3)  # engine, vocabulary, nodes, stages
+    assert set(stages) <= set(processes) and 0 <= spares <= 3  # a node's is started when it is not busy
     assert max(private.values()) - base < whole
     for pid, held in files.items():
         outside = {file for file in held if not file.startswith(str(home))}  # in the home there are locks and logs
