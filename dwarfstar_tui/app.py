@@ -324,6 +324,9 @@ class DwarfStarApp(App[None]):
         if not isinstance(screen, AppScreen):
             return
         places = jump_places(screen)
+        if not places:
+            self.tell("there is one part here, and its keys work already")
+            return
         corners = {key: (widget.region.x, widget.region.y) for key, widget in places.items()}
 
         def jumped(key: str | None) -> None:

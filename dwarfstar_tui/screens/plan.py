@@ -20,7 +20,7 @@ from dwarfstar_tui import plan_draft, plan_editor, plan_panel, text, updates
 from dwarfstar_tui.cluster_rows import Runs
 from dwarfstar_tui.plan_draft import FAR, Draft, Objective, Strategy
 from dwarfstar_tui.plan_editor import TYPED_MAX, Editor
-from dwarfstar_tui.plan_lines import Shown, legend, of_plan, of_status, sketched, summary, table_lines
+from dwarfstar_tui.plan_lines import Shown, geometry, legend, of_plan, of_status, sketched, summary, table_lines
 from dwarfstar_tui.screens.base import AppScreen
 from dwarfstar_tui.screens.dialogs import Confirm
 from dwarfstar_tui.screens.plan_dialogs import Alternatives, Difference, Machines
@@ -31,6 +31,7 @@ from dwarfstar_tui.widgets.runs_view import RunsView
 
 LOOK_S = 10.0  # between two looks at what serves, while nothing has changed: links are measured again
 BAR_WIDTH = 80  # of the screen; narrower ones have steppers
+MIN_CELLS = 5  # of a stage; narrower ones say nothing
 ROOMY_LINES = 30  # of the screen; lower ones show the draft instead of what is said of the plan that serves
 STALE_CODE = "stale_epoch"
 EDITS = frozenset({
@@ -131,7 +132,7 @@ class PlanScreen(AppScreen):
             top = [(("No plan runs.", "name"),), ((text.clean(reason), "muted"),)]
         short, drafting = self.has_class("-short"), editor.draft is not None or editor.committing_at is not None
         self._lines("plan-summary", [] if drafting and self.size.height < ROOMY_LINES else top)
-        self._present_bar(stages, width, drafting=drafting)
+        self._present_bar(stages, width)
         pins = any(stage.pinned for stage in stages)
         shown = bool(stages) and not (short and self.size.width < BAR_WIDTH)
         self._lines("plan-legend", [legend(glyphs, compute=planned, pins=pins)] if shown else [])
@@ -147,15 +148,15 @@ class PlanScreen(AppScreen):
         warnings = status.warnings if status is not None and not drafting else ()
         self._lines("plan-advice", plan_panel.advice_lines(own, warnings, width, glyphs))
 
-    def _present_bar(self, stages: tuple[Shown, ...], width: int, *, drafting: bool) -> None:
+    def _present_bar(self, stages: tuple[Shown, ...], width: int) -> None:
+        """The bar where there is room for names in it, else steppers."""
         glyphs, bar = self.host.glyphs, self.query_one("#bar", PlanBar)
         chosen = self._editor.boundary if self._editor.base is not None and len(stages) > 1 else None
-        bar.display = bool(stages) and self.size.width >= BAR_WIDTH
+        roomy = self.size.width >= BAR_WIDTH and len(stages) * MIN_CELLS <= width
+        bar.display = roomy and geometry([stage.layers for stage in stages], width) is not None
         bar.show(stages, glyphs, chosen)
-        drawn = bar.display and bar.geometry is not None
-        bar.display = drawn or (bar.display and not bar.size.width)
-        narrow = [] if drawn or not stages else plan_panel.stepper_lines(stages, self._editor.boundary, width, glyphs)
-        self._lines("steppers", narrow)
+        steppers = [] if bar.display else plan_panel.stepper_lines(stages, self._editor.boundary, width, glyphs)
+        self._lines("steppers", steppers)
 
     def _lines(self, name: str, lines: list[Runs], cursor: int | None = None) -> None:
         view = self.query_one(f"#{name}", RunsView)

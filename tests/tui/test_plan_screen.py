@@ -20,7 +20,7 @@ from dwarfstar_tui.screens.plan_dialogs import Alternatives, Difference, Machine
 from dwarfstar_tui.updates import CommitPlan, Linked, LinkState, PlanChanged, Propose, Proposed, StatusSeen, UndoPlan
 from dwarfstar_tui.widgets.plan_bar import PlanBar
 from dwarfstar_tui.widgets.runs_view import RunsView
-from support.tui_cluster import NOW, Stage, history, home_lab, replaced
+from support.tui_cluster import NOW, Stage, history, home_lab, large, replaced
 from support.tui_plans import Planner
 
 SIZE = (120, 34)
@@ -328,3 +328,21 @@ async def test_digits_are_screens_until_there_is_a_draft() -> None:
         assert found.app.current_mode == "chat"
         await found.press("escape", "2")
         assert found.cuts == (43, 66)
+
+
+async def test_a_screen_of_one_part_has_nowhere_to_jump_to() -> None:
+    async with desk() as found:
+        await found.press("semicolon")
+        assert found.app.screen is found.screen
+
+
+async def test_many_machines_have_steppers_at_any_width() -> None:
+    stage = Stage(history(large(64), 3))
+    async with stage.app().run_test(size=SIZE) as pilot:
+        stage.play()
+        await pilot.press("2")
+        stage.running.tick()
+        await pilot.pause()
+        screen = stage.running.screen
+        assert not screen.query_one(PlanBar).display
+        assert len(screen.query_one("#steppers", RunsView).lines) == 63
