@@ -164,7 +164,8 @@ class Session:
         await asyncio.wait(waiting, timeout=STOP_S)
         if self._engine is not None:
             with contextlib.suppress(DwarfStarError, TimeoutError):
-                await asyncio.wait_for(self._engine.close(), STOP_S)
+                async with asyncio.timeout(STOP_S):
+                    await self._engine.close()
 
     def _say(self, text: str, severity: str = "information") -> None:
         self._mailbox.put(Notice(text, severity))
@@ -192,7 +193,8 @@ class Session:
                 self._linked(LinkState.DOWN, error.message)
             assert self._hurry is not None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+                async with asyncio.timeout(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]):
+                    await self._hurry.wait()
             self._hurry.clear()
 
     async def _attached(self, engine: Engine, failures: int) -> int:

@@ -105,7 +105,7 @@ def tiny(folder: Path, family: str) -> Path:
         ),
         (("--serve", "toy:4", "--port", "70000"), ("--port", "70000")),
         (("--serve", "toy:4", "--host", "no.such.host.invalid"), ("--host",)),
-        (("--serve", "toy:4", "--effective-vram", "-1"), ("--effective-vram",)),
+        (("--serve", "toy:4", "--effective-vram", "-1x"), ("--effective-vram",)),
     ],
     ids=lambda value: " ".join(value),
 )

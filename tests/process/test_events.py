@@ -83,7 +83,8 @@ def stream(engine: EngineProcess) -> Iterator[Callable[[], str]]:
 def settled(engine: EngineProcess) -> int:
     """All nodes serve; the number of the last event."""
     engine.wait_idle()
-    until(lambda: len(engine.status().stages) == 3, "all nodes have their share")
+    # After a loss a node may have two stages for a while, so that the others keep what they have.
+    until(lambda: len({stage.node for stage in engine.status().stages}) == 3, "all nodes have their share")
     engine.wait_serving()
     return engine.status().last_event
 
@@ -112,13 +113,14 @@ def test_a_killed_stage_is_named_with_its_signal(engine: EngineProcess) -> None:
         assert end() == "data: [DONE]"
     settled(engine)
     found = events(engine, since)
+    found = found[: kinds(found).index("streams_resumed") + 1]  # a better division may come later
     in_order(found, "stage_failed", "epoch_over", "streams_waiting", "plan_made", "epoch_up", "streams_resumed")
     failed = first(found, "stage_failed")
     assert (failed.node, failed.details["pid"]) == ("node2", pid) and "ended with signal 9" in failed.cause
     assert first(found, "streams_waiting").details["streams"] == first(found, "streams_resumed").details["streams"] == 1
     assert failed.cause in first(found, "epoch_over").cause
     assert failed.time_s - struck < SOON_S
-    assert {event.node for event in found if event.kind == "stage_ready"} == {"node1", "node2", "node3"}
+    assert kinds(found).count("stage_ready") == 3
 
 
 def test_a_killed_node_is_lost_and_comes_back(engine: EngineProcess) -> None:

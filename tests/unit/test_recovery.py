@@ -258,3 +258,18 @@ async def test_stages_keep_the_sequences_of_the_epoch_that_served(
         await coordinator._on_frame(fault)
         await until(lambda: coordinator.epoch == 4 and serves(coordinator))
         assert a.keeps == b.keeps == [(1, 0), (2, 1), (3, 1), (4, 0)]
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_wait_that_ends_when_it_is_cancelled_is_cancelled(tmp_path: Path, turns: int) -> None:
+    """A coordinator that retires is woken and cancelled in one moment: it must not go on."""
+    coordinator = make(tmp_path)
+    waiting = asyncio.create_task(coordinator._until_changed(SOON_S))
+    await asyncio.sleep(0.01)
+    coordinator._changed.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    if not waiting.done():
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()

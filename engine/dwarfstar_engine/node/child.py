@@ -96,7 +96,8 @@ class Child:
             process.stdin.close()
         if process.returncode is None:
             try:
-                await asyncio.wait_for(process.wait(), KILL_AFTER_S)
+                async with asyncio.timeout(KILL_AFTER_S):
+                    await process.wait()
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()

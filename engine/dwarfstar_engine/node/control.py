@@ -112,7 +112,8 @@ class ControlService(ControlServicer):
         self, messages: AsyncIterator[pb.NodeMessage], context: grpc.aio.ServicerContext[Any, Any]
     ) -> Member:
         try:
-            first = await asyncio.wait_for(anext(aiter(messages)), HELLO_DEADLINE_S)
+            async with asyncio.timeout(HELLO_DEADLINE_S):
+                first = await anext(aiter(messages))
         except (TimeoutError, StopAsyncIteration):
             raise PeerError("no hello came", code="bad_hello") from None
         if first.WhichOneof("message") != "hello":

@@ -390,11 +390,13 @@ class Coordinator:
         """Wait, but not longer than until a node comes: it may be what was missing."""
         self._came.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._came.wait(), pause_s)
+            async with asyncio.timeout(pause_s):
+                await self._came.wait()
 
     async def _until_changed(self, at_most_s: float | None) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), at_most_s)
+            async with asyncio.timeout(at_most_s):
+                await self._changed.wait()
 
     async def _settle(self) -> None:
         """Where copies wait, hear which stage was lost: the next plan leaves the others where they are."""
@@ -619,7 +621,8 @@ class Coordinator:
                 return
             left = min(STALL_S, give_up - time.monotonic())
             try:
-                await asyncio.wait_for(self._changed.wait(), max(0.0, left))
+                async with asyncio.timeout(max(0.0, left)):
+                    await self._changed.wait()
             except TimeoutError:
                 raise StageError(f"{late[0]} did not {what} in time", code=SILENT) from None
 

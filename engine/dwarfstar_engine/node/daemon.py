@@ -201,7 +201,8 @@ class NodeDaemon:
         for number in itertools.count(1):
             beat_s = self._beat_s
             with contextlib.suppress(TimeoutError):  # the welcome may ask for others than we began with
-                await asyncio.wait_for(self._beats_changed.wait(), beat_s)
+                async with asyncio.timeout(beat_s):
+                    await self._beats_changed.wait()
                 self._beats_changed.clear()
             awake, last = loop.time() - last < beat_s + SILENT_S / 2, loop.time()
             self._stages.check(last, awake)
@@ -222,7 +223,8 @@ class NodeDaemon:
         self._leaving = asyncio.Event()
         self._post(leave_wish=pb.LeaveWish(within_s=within_s))
         try:
-            await asyncio.wait_for(self._leaving.wait(), within_s)
+            async with asyncio.timeout(within_s):
+                await self._leaving.wait()
         except TimeoutError:
             log.warning("its layers were not moved within %.0f s: it leaves", within_s)
         self._post(leave=pb.Leave(reason="its owner ends it"))

@@ -38,7 +38,8 @@ class Led:
     async def _moment(self) -> None:
         """Until something changes, or a lease may have run out."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._lead.changed(), TICK_S)
+            async with asyncio.timeout(TICK_S):
+                await self._lead.changed()
 
     def obeys(self, term: int) -> bool:
         now = self._lead.serving()

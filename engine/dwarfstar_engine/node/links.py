@@ -235,7 +235,8 @@ class Links:
 
 async def _first(reading: Awaitable[Any]) -> pb.LeadHello:
     try:
-        message = await asyncio.wait_for(reading, HELLO_S)
+        async with asyncio.timeout(HELLO_S):
+            message = await reading
     except TimeoutError:
         raise PeerError("no hello came", code="bad_hello") from None
     if not isinstance(message, pb.LeadMessage) or not message.HasField("hello"):

@@ -75,7 +75,8 @@ class LocalNode:
     async def _exit_status(self, process: asyncio.subprocess.Process) -> int:
         while True:
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(process.wait(), LOG_CHECK_S)
+                async with asyncio.timeout(LOG_CHECK_S):
+                    return await process.wait()
             self._trim_log()
 
     async def _keep(self) -> None:
@@ -112,7 +113,8 @@ class LocalNode:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), KILL_AFTER_S)
+                async with asyncio.timeout(KILL_AFTER_S):
+                    await process.wait()
             except TimeoutError:
                 process.kill()
                 await process.wait()

@@ -72,7 +72,8 @@ class ProcessVocab:
         await child.start()
         child.send(path=str(self._path))
         try:
-            ready = await asyncio.wait_for(self._ready, START_DEADLINE_S)
+            async with asyncio.timeout(START_DEADLINE_S):
+                ready = await self._ready
         except TimeoutError:
             await child.stop()
             raise ModelError(f"{self._path}: loading the vocabulary took more than {START_DEADLINE_S:.0f} s") from None
@@ -127,7 +128,8 @@ class ProcessVocab:
         self._calls[number] = future
         child.send(id=number, **command)
         try:
-            return await asyncio.wait_for(future, CALL_DEADLINE_S)
+            async with asyncio.timeout(CALL_DEADLINE_S):
+                return await future
         except TimeoutError:
             await self._give_up(child)
             raise RequestError(
