@@ -93,6 +93,9 @@ class RemoteEngine:
         found = await asyncio.to_thread(remote.remove_node, self._address.running, self._home, node)
         return f"removed {found[1]}: " + ("it was told, and ends" if found[2] else "it will be refused")
 
+    async def rename(self, node: str, name: str) -> str:
+        return await asyncio.to_thread(remote.rename, self._address.running, self._home, node, name)
+
     async def stop(self) -> None:
         await asyncio.to_thread(remote.stop, self._address.running, self._home)
 

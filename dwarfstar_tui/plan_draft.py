@@ -19,11 +19,16 @@ from dwarfstar_engine.views import AlternativeView, PlanRequest, PlanView, Propo
 FAR = 1 << 20  # legal cuts: further than any boundary goes
 Strategy = Literal["proportional", "fastest"]
 Objective = Literal["single", "throughput"]
+Wire = Literal["auto", "f32", "f16", "q8"]
+WIRES: tuple[Wire | None, ...] = (None, "f32", "f16", "q8")  # as they come after each other; None: as the engine has it
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """nodes: along the ring, cuts between them. planner: it finds both. None: as the engine or its owner has it."""
+    """nodes: along the ring, cuts between them. planner: it finds both. None: as the engine or its owner has it.
+
+    context, wire: what an engine is started with, so with them a draft only says what would be.
+    """
 
     base_epoch: int
     model: str
@@ -35,6 +40,8 @@ class Draft:
     excluded: frozenset[str] = frozenset()
     strategy: Strategy | None = None
     objective: Objective | None = None
+    context: int | None = None
+    wire: Wire | None = None
     planner: bool = False
     auto: bool = field(default=False)  # the planner decides from now on, whatever its owner has committed
 
@@ -45,15 +52,18 @@ class Draft:
 
     def request(self) -> PlanRequest:
         """The same as the engine takes it."""
+        base = PlanRequest(strategy=self.strategy, objective=self.objective, context=self.context, wire=self.wire)
         if self.planner and self.auto and not self.pins and not self.excluded:
-            return PlanRequest(auto=True, strategy=self.strategy, objective=self.objective)
-        wishes = PlanRequest(
-            strategy=self.strategy,
-            objective=self.objective,
-            pins={node: layers for node, layers in self.stages if node in self.pins},
-            excluded=tuple(sorted(self.excluded)),
-        )
+            return base.model_copy(update={"auto": True})
+        pins = {node: layers for node, layers in self.stages if node in self.pins}
+        wishes = base.model_copy(update={"pins": pins, "excluded": tuple(sorted(self.excluded))})
         return wishes if self.planner else wishes.model_copy(update={"cuts": self.cuts, "order": self.nodes})
+
+    @property
+    def start_options(self) -> str:
+        """What an engine would have to be started with to have this draft; empty: nothing."""
+        given = (("--context", self.context), ("--wire", self.wire))
+        return " ".join(f"{name} {value}" for name, value in given if value is not None)
 
 
 def layers_of(plan: PlanView) -> int:
@@ -141,6 +151,16 @@ def wishing(draft: Draft, *, strategy: Strategy | None = None, objective: Object
     return replace(
         draft, strategy=strategy or draft.strategy, objective=objective or draft.objective, planner=True, auto=False
     )
+
+
+def with_context(draft: Draft, tokens: int | None) -> Draft:
+    """If requests could be so long; None: as they are."""
+    return replace(draft, context=tokens)
+
+
+def with_next_wire(draft: Draft) -> Draft:
+    """If hidden states went over the wire in another precision."""
+    return replace(draft, wire=WIRES[(WIRES.index(draft.wire) + 1) % len(WIRES)])
 
 
 def applicable(one: AlternativeView) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from dwarfstar_engine.plan.planner import rate
 from dwarfstar_engine.plan.shown import shares
@@ -24,13 +25,20 @@ from dwarfstar_tui.text import Glyphs, fit, parts
 MIN_BAR = 20
 ALL_PARTS = 8  # cells of a stage that has one for each part of its memory
 UNITS = 10_000  # of a GiB
-WIDE = 78  # columns of a table with everything
+WIDE, WIDEST = 78, 110  # columns of a table with all of a stage, and with its link to the next
+
+
+class Sending(TypedDict, total=False):
+    wire: str
+    link_ms: float | None
+    link_mb_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A stage as it is drawn, GiB and ms. ms: for a token, predicted where a planner was asked; now_ms: measured, None:
-    nothing was. rough: sizes are sketched."""
+    nothing was. rough: sizes are sketched. wire: what it sends hidden states as; link_ms, link_mb_s: round trip and
+    speed of its link to the next; empty and None: it does not run, or is the last."""
 
     node: str
     layers: tuple[int, int]
@@ -45,6 +53,9 @@ class Shown:
     slow: bool = False
     pinned: bool = False
     rough: bool = False
+    wire: str = ""
+    link_ms: float | None = None
+    link_mb_s: float | None = None
 
     @property
     def used(self) -> float:
@@ -68,9 +79,15 @@ def of_status(view: StatusView, rows: Sequence[NodeRow]) -> tuple[Shown, ...]:
         took = stage.ms_per_token or None
         found.append(
             Shown(stage.node, stage.layers, stage.weights_gib, stage.kv_gib, 0.0, free, took, took, stage.busy,
-                  stage.wait, slow=stage.node == slowest)
+                  stage.wait, slow=stage.node == slowest, **_sends(stage))
         )  # fmt: skip
     return tuple(found)
+
+
+def _sends(live: StageView | None) -> Sending:
+    if live is None or live.wire in ("", "ids"):
+        return {}
+    return {"wire": live.wire, "link_ms": live.link_ms or None, "link_mb_s": live.link_mb_s or None}
 
 
 def of_plan(plan: PlanView, status: StatusView | None, pins: Collection[str] = ()) -> tuple[Shown, ...]:
@@ -83,7 +100,7 @@ def of_plan(plan: PlanView, status: StatusView | None, pins: Collection[str] = (
             Shown(
                 stage.node, stage.layers, memory.weights, memory.kv, memory.compute, memory.headroom, stage.ms,
                 (live.ms_per_token or None) if live else None, live.busy if live else None, live.wait if live else None,
-                slow=stage.node == plan.bottleneck and len(plan.stages) > 1, pinned=stage.node in pins,
+                slow=stage.node == plan.bottleneck and len(plan.stages) > 1, pinned=stage.node in pins, **_sends(live),
             )
         )  # fmt: skip
     return tuple(found)
@@ -184,6 +201,7 @@ def table_lines(stages: Sequence[Shown], width: int, glyphs: Glyphs, *, predicte
     wide = width >= WIDE
     if wide:
         heads = f"{'weights':>8}{'KV':>7}{'compute':>8}{'free':>7}{'ms':>8}{'now':>7}{'busy':>6}{'wait':>6}"
+        heads += f"{'wire':>6}{'link ms':>9}{'MB/s':>7}" * (width >= WIDEST)
     else:
         heads = f"{'GiB':>7}{'free':>7}{'ms':>8}{'now':>7}"
     name = max(8, min(28, width - 12 - len(heads) - 1))
@@ -207,6 +225,9 @@ def table_lines(stages: Sequence[Shown], width: int, glyphs: Glyphs, *, predicte
         if wide:
             busy, wait = text.share(stage.busy, glyphs.unknown), text.share(stage.wait, glyphs.unknown)
             runs.append((f"{busy:>6}{wait:>6}", "plain"))
+        if width >= WIDEST:
+            link = text.figure(stage.link_ms, 2, glyphs.unknown), text.figure(stage.link_mb_s, 0, glyphs.unknown)
+            runs.append((f"{stage.wire or glyphs.unknown:>6}{link[0]:>9}{link[1]:>7}", "plain"))
         lines.append(tuple(runs))
     return lines
 

@@ -87,6 +87,11 @@ def _title(editor: Editor, width: int, glyphs: Glyphs) -> list[Runs]:
     found = [f"based on epoch {draft.base_epoch}"]
     if draft.strategy or draft.objective:
         found.append(" ".join(word for word in (draft.strategy, draft.objective) if word))
+    if draft.context is not None:
+        context = editor.answer.proposed.context if editor.answer and editor.answer.proposed else draft.context
+        found.append(f"context {context}")
+    if draft.wire is not None:
+        found.append(f"wire {draft.wire}")
     if draft.planner:
         found.append("cut by the planner")
     if draft.excluded:
@@ -127,6 +132,9 @@ def _predicted(editor: Editor, rates: Mapping[str, float], width: int, glyphs: G
     if told is None or plan is None:
         return [((f"asking the planner {glyphs.ellipsis}", "muted"),)]
     lines = _said(speeds(told.present, plan, glyphs), width, glyphs, "name")
+    if editor.draft is not None and (options := editor.draft.start_options):
+        words = f"{glyphs.alert} what if: an engine is started with {options}. esc takes it back"
+        return lines + _clamped(editor, told, width, glyphs) + _said(words, width, glyphs, "late")
     loads = [one for one in told.delta if one.load]
     if loads:
         each = ", ".join(f"{one.node} {ranges(one.load, glyphs.dash)} ({text.gib(one.load_gib)} GiB)" for one in loads)
@@ -137,6 +145,11 @@ def _predicted(editor: Editor, rates: Mapping[str, float], width: int, glyphs: G
     if waits:
         words = f"{glyphs.alert} streams wait meanwhile: no room for old and new on {', '.join(waits)}"
         lines += _said(words, width, glyphs, "late")
+    return lines + _clamped(editor, told, width, glyphs)
+
+
+def _clamped(editor: Editor, told: ProposalView, width: int, glyphs: Glyphs) -> list[Runs]:
+    lines: list[Runs] = []
     for sentence in told.clamped or editor.clamped:
         lines += _said(f"{glyphs.alert} {sentence}", width, glyphs, "late")
     return lines

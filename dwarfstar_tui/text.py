@@ -16,6 +16,7 @@ UNKNOWN = "–"
 SPARKS = "▁▂▃▄▅▆▇█"
 ASCII_SPARKS = "_.-=+*#@"
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400
+GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,11 @@ def share(value: float | None, unknown: str = UNKNOWN) -> str:
 def gib(value: float | None, unknown: str = UNKNOWN) -> str:
     """GiB with one digit, two below ten."""
     return figure(value, 2, unknown)
+
+
+def size(size_bytes: int) -> str:
+    """Of a file, GiB."""
+    return gib(size_bytes / GIB)
 
 
 def override(given: str) -> str:

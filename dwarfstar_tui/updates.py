@@ -218,6 +218,14 @@ class Remove:
 
 
 @dataclass(frozen=True, slots=True)
+class NameNode:
+    """name: empty: as it calls itself."""
+
+    node: str  # id
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class MakeToken:
     hours: float = 24.0
 
@@ -318,6 +326,6 @@ class StopPull:
 
 
 Command = (
-    Drain | Remove | MakeToken | FindModels | LookAround | StartEngine | StopEngine | Ask | StopAnswer | ReadChats
-    | KeepChat | Propose | CommitPlan | UndoPlan | SetLent | JudgeModels | PullModel | StopPull
+    Drain | Remove | NameNode | MakeToken | FindModels | LookAround | StartEngine | StopEngine | Ask | StopAnswer
+    | ReadChats | KeepChat | Propose | CommitPlan | UndoPlan | SetLent | JudgeModels | PullModel | StopPull
 )  # fmt: skip

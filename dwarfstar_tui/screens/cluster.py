@@ -14,7 +14,7 @@ from dwarfstar_tui import text, updates
 from dwarfstar_tui.cluster_rows import Moment, Runs, detail_lines
 from dwarfstar_tui.plan_lines import geometry, legend, of_status
 from dwarfstar_tui.screens.base import AppScreen
-from dwarfstar_tui.screens.dialogs import AddMachine, Confirm, ShowToken
+from dwarfstar_tui.screens.dialogs import AddMachine, Confirm, NameMachine, ShowToken
 from dwarfstar_tui.screens.lend_dialog import Lend
 from dwarfstar_tui.store import NodeRow, State, alerts
 from dwarfstar_tui.teaching import unattached, waiting
@@ -28,6 +28,7 @@ from dwarfstar_tui.widgets.runs_view import RunsView
 ALERTS_SHOWN = 3
 SAID_MAX = 50  # lines of a starting engine
 PANE = 46
+ACTIONS = frozenset({"drain", "remove", "token", "add", "lend", "lend_reset", "rename"})  # on an engine's machines
 NAMED = 3  # machines that are called by name in a question
 MIN_CELLS = 5  # of a stage; narrower ones say nothing, and the machines can use the room
 
@@ -38,7 +39,8 @@ class ClusterScreen(AppScreen):
     LESSON = (
         "Every machine of the cluster has a line: whether it is heard (the age of its last heartbeat runs on), its "
         "memory, and its part of the model. Memory bar: █ in use, ▓ planned and not loaded yet, ░ lent, · the rest. "
-        "Space marks machines, and d, x, v and V are then for all of them; [18] is an override of what one lends. "
+        "Space marks machines, and d, x, v and V are then for all of them; [18] is an override of what one lends. n "
+        "gives a machine another name. "
         "▲ marks the machine that takes longest for a token. Below, the plan: each stage as wide as its layers."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -48,6 +50,7 @@ class ClusterScreen(AppScreen):
         Binding("a", "add", "add", id="cluster.add"),
         Binding("v", "lend", "VRAM", id="cluster.lend"),
         Binding("V", "lend_reset", "reset VRAM", id="cluster.lend-reset", show=False),
+        Binding("n", "rename", "name", id="cluster.name", show=False),
         Binding("space", "mark", "mark", id="cluster.mark", show=False),
     ]
 
@@ -214,7 +217,9 @@ class ClusterScreen(AppScreen):
         self.show(self.host.state)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action in ("drain", "remove", "token", "add", "lend", "lend_reset"):
+        if action in ACTIONS and self.host.state.link.state is LinkState.NONE:
+            return False
+        if action in ACTIONS:
             if not self.host.state.live or (self.host.readonly and action != "add"):
                 return None
             if action not in ("token", "add") and self.query_one(NodeTable).chosen is None:
@@ -305,6 +310,18 @@ class ClusterScreen(AppScreen):
                 self.app.push_screen(Lend([row.view], told))
             else:
                 self.host.tell(told.problem, "error")
+
+    def action_rename(self) -> None:
+        """Of the one at the cursor: two machines have no name in common."""
+        row = self.query_one(NodeTable).chosen
+        if row is None or row.gone:
+            return
+
+        def named(name: str | None) -> None:
+            if name is not None:
+                self.host.submit(updates.NameNode(row.id, name))
+
+        self.app.push_screen(NameMachine(row.view.name), named)
 
     def action_token(self) -> None:
         self.host.submit(updates.MakeToken())

@@ -19,7 +19,6 @@ from dwarfstar_tui.text import Glyphs, fit, matches
 from dwarfstar_tui.updates import Fit, ModelFile, ModelsFound, ModelsJudged, PullSeen, Update
 from dwarfstar_tui.widgets.runs_view import RunsView
 
-GB = 1e9
 FIT = 18  # columns of what the planner says, at least
 MIDDLE, ROOMY = 70, 96  # columns of a list with type and layers, and with everything
 
@@ -47,7 +46,7 @@ def loaded_lines(state: State, width: int, glyphs: Glyphs) -> list[Runs]:
 def file_heading(width: int) -> str:
     fits = "fits, tok/s" if width < ROOMY else "fits, tok/s of one stream"
     wide = f" {'layers':>7} {'type':8}" + (f"{'architecture':13}" if width >= ROOMY else "")
-    return fit(f"  {fit('file', name_width(width))}{'GB':>8}{wide if width >= MIDDLE else ''} {fits}", width)
+    return fit(f"  {fit('file', name_width(width))}{'GiB':>8}{wide if width >= MIDDLE else ''} {fits}", width)
 
 
 def name_width(width: int) -> int:
@@ -69,7 +68,7 @@ def file_line(file: ModelFile, loaded: str, found: Fit | None, width: int, glyph
     mark = glyphs.mark if loaded and file.path.endswith(f"/{loaded}.gguf") else " "
     name = text.clean(file.name) + (" (comes with DwarfStar)" if file.demo else "")
     start = (f"{mark} ", "ok"), (fit(name, name_width(width), ellipsis=glyphs.ellipsis), "name")
-    figures = f"{file.size_bytes / GB:8.2f} "
+    figures = f"{text.size(file.size_bytes):>8} "
     if file.problem:
         room = max(0, width - name_width(width) - len(figures) - 3)
         return (*start, (figures, "plain"), (fit(text.clean(file.problem), room, ellipsis=glyphs.ellipsis), "late"))

@@ -23,7 +23,7 @@ from dwarfstar_tui.plan_editor import TYPED_MAX, Editor
 from dwarfstar_tui.plan_lines import Shown, geometry, legend, of_plan, of_status, sketched, summary, table_lines
 from dwarfstar_tui.screens.base import AppScreen
 from dwarfstar_tui.screens.dialogs import Confirm
-from dwarfstar_tui.screens.plan_dialogs import Alternatives, Difference, Machines
+from dwarfstar_tui.screens.plan_dialogs import Alternatives, Difference, Machines, TryContext
 from dwarfstar_tui.store import State
 from dwarfstar_tui.updates import PlanChanged, Proposed, Update
 from dwarfstar_tui.widgets.plan_bar import PlanBar
@@ -33,10 +33,11 @@ LOOK_S = 10.0  # between two looks at what serves, while nothing has changed: li
 BAR_WIDTH = 80  # of the screen; narrower ones have steppers
 MIN_CELLS = 5  # of a stage; narrower ones say nothing
 ROOMY_LINES = 30  # of the screen; lower ones show the draft instead of what is said of the plan that serves
+CONTEXT = (16, 1 << 20)  # tokens of a request that can be asked about, as an engine has them
 STALE_CODE = "stale_epoch"
 EDITS = frozenset({
     "step", "far", "limit", "boundary", "digit", "type", "erase", "own", "alternatives", "machines", "pin", "exclude",
-    "strategy", "objective", "back", "forth", "done",
+    "strategy", "objective", "context", "wire", "back", "forth", "done",
 })  # fmt: skip
 
 
@@ -71,6 +72,8 @@ class PlanScreen(AppScreen):
         Binding("n", "machines", "machines", id="plan.machines", show=False),
         Binding("s", "strategy", "strategy", id="plan.strategy", show=False),
         Binding("o", "objective", "objective", id="plan.objective", show=False),
+        Binding("c", "context", "what if: context", id="plan.context", show=False),
+        Binding("w", "wire", "what if: wire", id="plan.wire", show=False),
         Binding("pageup", "page(-1)", "page up", id="plan.page-up", show=False),
         Binding("pagedown", "page(1)", "page down", id="plan.page-down", show=False),
         Binding("tab", "next_screen", "next screen", id="plan.next-screen", show=False),
@@ -284,6 +287,23 @@ class PlanScreen(AppScreen):
         other: Objective = "single" if now == "throughput" else "throughput"
         self._edit(lambda draft: plan_draft.wishing(draft, strategy="fastest", objective=other))
 
+    def action_wire(self) -> None:
+        self._edit(plan_draft.with_next_wire)
+
+    def action_context(self) -> None:
+        plan = self._editor.shown
+
+        def chosen(typed: str | None) -> None:
+            if typed is None:
+                return
+            if typed and not (typed.isdecimal() and CONTEXT[0] <= int(typed) <= CONTEXT[1]):
+                self.host.tell(f"a request has {CONTEXT[0]} to {CONTEXT[1]} tokens", "warning")
+                return
+            self._edit(lambda draft: plan_draft.with_context(draft, int(typed) if typed else None))
+
+        if plan is not None:
+            self.app.push_screen(TryContext(plan.context), chosen)
+
     def action_alternatives(self) -> None:
         plan = self._editor.told.present if self._editor.told is not None else None
         if plan is None or not plan.alternatives:
@@ -366,6 +386,8 @@ class PlanScreen(AppScreen):
             return
         if editor.stale or editor.problem:
             self.host.tell(editor.stale or editor.problem, "warning")
+        elif options := editor.draft.start_options:
+            self.host.tell(f"that is set when an engine starts: dwarfstar MODEL {options}", "warning")
         elif answer is None or answer.proposed is None:
             self.host.tell("the planner has not answered yet")
         elif not plan_draft.changes(editor.draft, answer):

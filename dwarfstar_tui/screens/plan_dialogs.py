@@ -10,7 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import OptionList, Static
+from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from dwarfstar_engine.views import AlternativeView, ProposalView
@@ -91,6 +91,32 @@ class Alternatives(ModalScreen[int | None]):
     def _selected(self, event: OptionList.OptionSelected) -> None:
         event.stop()
         self.dismiss(event.option_index)
+
+    def action_leave(self) -> None:
+        self.dismiss(None)
+
+
+class TryContext(ModalScreen[str | None]):
+    """How long requests would be. Gives back what was typed; None: nothing is to change."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "close", id="dialog.leave-context")]
+
+    def __init__(self, now: int) -> None:
+        super().__init__()
+        self._now = now
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="box"):
+            yield Static("What if requests were longer?", classes="title", markup=False)
+            yield Static("Tokens of one request, prompt and answer. The planner says what that would need: it is set "
+                         "when an engine starts.", markup=False)  # fmt: skip
+            yield Input(placeholder=f"now {self._now}", type="integer", id="context", compact=True)
+            yield Static("enter  ask; empty: as it is     esc  close", classes="quiet", markup=False)
+
+    @on(Input.Submitted, "#context")
+    def _submitted(self, event: Input.Submitted) -> None:
+        event.stop()
+        self.dismiss(event.value.strip())
 
     def action_leave(self) -> None:
         self.dismiss(None)

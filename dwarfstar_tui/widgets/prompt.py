@@ -13,15 +13,17 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
+TAKEN = ("f6", "f7")  # a text area's keys that are the chat's here; in its list they would stand first
 MAX_CHARS = 1 << 20  # pasted text may be long; the engine's own limit is the model's context
 
 
-class Prompt(TextArea):
+class Prompt(TextArea, inherit_bindings=False):
     """Plain text that grows with what is typed."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "send", "send", id="chat.send"),
         Binding("alt+enter,shift+enter", "new_line", "new line", id="chat.new-line", show=False),
+        *(binding for binding in TextArea.BINDINGS if isinstance(binding, Binding) and binding.key not in TAKEN),
     ]
     HELP = "Type a prompt. Enter sends it; alt+enter begins a new line. Esc stops an answer, or goes to the text above."
 

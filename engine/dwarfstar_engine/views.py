@@ -207,8 +207,8 @@ class PlanRequest(View):
     """What is wished of a plan; nothing: what the planner finds with the engine's own strategy.
 
     cuts: boundaries by hand. order: nodes along the ring, names or ids; with cuts, as many as stages. pins: a node has
-    exactly these layers. excluded: a node gets none. context: of a proposal only. auto: forget what the owner has
-    committed, the planner decides again.
+    exactly these layers. excluded: a node gets none. context, wire: of a proposal only, as an engine is started with
+    them. auto: forget what the owner has committed, the planner decides again.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -220,6 +220,7 @@ class PlanRequest(View):
     pins: dict[str, tuple[int, int]] = Field(default_factory=dict, max_length=MAX_STAGES)
     excluded: tuple[str, ...] = Field(default=(), max_length=MAX_STAGES)
     context: int | None = Field(default=None, ge=16, le=1 << 20)
+    wire: Literal["auto", "f32", "f16", "q8"] | None = None
     auto: bool = False
 
 

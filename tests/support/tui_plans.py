@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.plan.advisor import advise
@@ -18,7 +18,9 @@ from dwarfstar_tui.updates import JudgeModels, ModelsJudged, Propose, Proposed
 from support.tui_cluster import FITS, Stage, home_lab
 
 GIB = 1 << 30
-JOB = ModelShape(layers=80, weights_gib=34.2, head_gib=0.5, kv_gib=1.25, compute_gib_per_node=0.3).job()
+SHAPE = ModelShape(layers=80, weights_gib=34.2, head_gib=0.5, kv_gib=1.25, compute_gib_per_node=0.3)
+JOB = SHAPE.job()
+WIRE_BYTES = {"f32": 4.0, "f16": 2.0, "q8": 1.0625}
 BANDWIDTH = {"tower": 936.0, "garage-box": 360.0, "mini-pc": 51.0, "laptop": 100.0}
 Stages = tuple[tuple[str, int, int], ...]
 
@@ -83,15 +85,16 @@ class Planner:
             request.order,
             Wishes(request.pins, frozenset(request.excluded)),
         )
+        job = replace(SHAPE.job(request.context), wire_bytes=WIRE_BYTES.get(request.wire or "", JOB.wire_bytes))
         try:
-            found = propose(there, JOB, wanted, now.nodes)
+            found = propose(there, job, wanted, now.nodes)
         except DwarfStarError as error:
             return told.model_copy(update={"error": error.message, "code": error.code})
-        advice = None if request.cuts is not None else advise(there, JOB, found.planned)
+        advice = None if request.cuts is not None else advise(there, job, found.planned)
         return told.model_copy(
             update={
-                "proposed": plan_view(model, JOB, found.planned, advice),
-                "delta": delta_views(cluster_costs(there, JOB), now.plan, found.planned.plan),
+                "proposed": plan_view(model, job, found.planned, advice),
+                "delta": delta_views(cluster_costs(there, job), now.plan, found.planned.plan),
                 "clamped": found.clamped,
             }
         )

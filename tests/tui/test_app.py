@@ -30,6 +30,7 @@ from dwarfstar_tui.updates import (
     Linked,
     LinkState,
     MakeToken,
+    NameNode,
     Remove,
     SetLent,
     StartEngine,
@@ -153,6 +154,17 @@ async def test_drain_asks_and_the_same_key_undoes_it() -> None:
         stage.tell(StatusSeen(view.model_copy(update={"nodes": (drained, *view.nodes[1:])}), NOW, 1.0))
         await pilot.press("d")
         assert asked(stage, Drain)[1:] == [Drain("n-tower", undo=True)]
+
+
+async def test_a_machine_is_given_a_name_or_its_own_again() -> None:
+    stage = Stage(history(home_lab()))
+    async with stage.app().run_test(size=SIZE) as pilot:
+        await begin(stage, pilot)
+        await pilot.press("n", "escape")
+        assert asked(stage, NameNode) == []
+        await pilot.press("n", *"-2", "enter")
+        await pilot.press("n", *["backspace"] * 9, "enter")
+        assert asked(stage, NameNode) == [NameNode("n-tower", "tower-2"), NameNode("n-tower", "")]
 
 
 async def test_a_serving_machine_is_removed_only_when_its_name_is_typed() -> None:

@@ -346,3 +346,30 @@ async def test_many_machines_have_steppers_at_any_width() -> None:
         screen = stage.running.screen
         assert not screen.query_one(PlanBar).display
         assert len(screen.query_one("#steppers", RunsView).lines) == 63
+
+
+async def test_what_if_requests_were_longer_and_hidden_states_narrower() -> None:
+    async with desk() as found:
+        await found.press("c", *"7", "enter")
+        assert found.screen.editor.draft is None, "no request is so short"
+        before = found.planner.proposal(PlanRequest()).present
+        await found.press("c", *"16384", "enter")
+        assert found.draft.request() == PlanRequest(cuts=(44, 66), order=ORDER, context=16384)
+        after = found.screen.editor.shown
+        assert before is not None and after is not None
+        assert after.stages[0].memory_gib.kv == pytest.approx(4 * before.stages[0].memory_gib.kv, rel=0.01)
+        assert "started with --context 16384" in found.says("plan-panel")
+        await found.press("w", "w")
+        assert found.draft.wire == "f16"
+        await found.press("enter")
+        assert isinstance(found.app.screen, PlanScreen), "it cannot be carried out, and nothing is asked"
+        await found.press("w", "w", "c", "enter")
+        assert found.draft.start_options == ""
+        await found.press("escape")
+        assert found.screen.editor.draft is None
+
+
+async def test_a_context_without_room_for_it_says_so() -> None:
+    async with desk() as found:
+        await found.press("c", *"500000", "enter")
+        assert "do not fit" in found.says("plan-panel")

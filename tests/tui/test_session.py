@@ -67,6 +67,9 @@ class FakeEngine:
     async def undo(self) -> CommitView:
         raise PlanError("there is no plan to go back to", code="nothing_to_undo")
 
+    async def rename(self, node: str, name: str) -> str:
+        return f"{node} is called {name}"
+
     async def override(self, node: str, text: str, replan: bool) -> OverrideView:
         if not replan:
             raise PlanError(f"{node} must lend 3.21 GiB at least", code="in_use")
@@ -257,13 +260,14 @@ def test_commands_are_carried_out_and_refusals_told() -> None:
         listener.until(linked(LinkState.UP))
         session.submit(updates.Drain("n-1"))
         session.submit(updates.Remove("n-2"))
+        session.submit(updates.NameNode("n-1", "attic"))
         session.submit(updates.KeepChat("a", "{}"))
         session.submit(updates.ReadChats())
         listener.until(lambda update: isinstance(update, Notice) and update.severity == "error")
         listener.until(lambda update: isinstance(update, updates.ChatsRead))
     assert place.engines[-1].drained == [("n-1", False)]
     told = {update.text for update in listener.told if isinstance(update, Notice)}
-    assert told == {"n-1 is drained", "there is no n-2"}
+    assert told == {"n-1 is drained", "n-1 is called attic", "there is no n-2"}
 
 
 def test_a_fault_of_ours_is_told_and_ends_nothing_else() -> None:

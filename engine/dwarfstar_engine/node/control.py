@@ -24,6 +24,7 @@ from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.moves import find
+from dwarfstar_engine.node.nodes import MAX_NAME
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.steering import Steering
 from dwarfstar_engine.views import CommitView, PlanRequest, StatusView
@@ -36,7 +37,6 @@ from dwarfstar_engine.wire.trust import OWNER
 log = logging.getLogger("dwarfstar.control")
 
 HELLO_DEADLINE_S = 10.0
-MAX_NAME = 64
 NOT_LEADING = "not_leading"
 
 
@@ -224,6 +224,17 @@ class ControlService(ControlServicer):
             await _refuse(context, error)
         await self._keep()
         return pb.OverrideReply(json=view.model_dump_json().encode())
+
+    async def Name(self, request: pb.NameRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.NameReply:
+        await _owner_only(context)
+        nodes = self._coordinator.nodes
+        try:
+            member = find(nodes.members.values(), request.node)
+            before = nodes.rename(member, request.name)
+        except DwarfStarError as error:
+            await _refuse(context, error)
+        await self._keep()
+        return pb.NameReply(node_id=member.id, name=member.name, before=before)
 
     @property
     def _steering(self) -> Steering:

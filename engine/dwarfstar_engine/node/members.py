@@ -26,7 +26,8 @@ class Member:
     """One attached node. ``host``: where its stages are reached. held: the last event of each of its stages, by layers.
 
     drained: it gets no layers. tidied: the epoch under which it was last told which stages to keep. lent: what the
-    cluster's owner set it to lend while it runs, in their words; empty: what it was started with counts.
+    cluster's owner set it to lend while it runs, in their words; empty: what it was started with counts. own_name: what
+    it calls itself, where its owner calls it ``name``.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Member:
     drained: bool = False
     tidied: int = 0
     lent: str = ""
+    own_name: str = ""
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # of the stage that was measured here last
     profiled: int = 0  # its layers
     hosts: tuple[str, ...] = ()  # all its machine's addresses, for its peers
