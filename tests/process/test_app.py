@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,6 +13,7 @@ from support.terminal import Terminal
 pytestmark = pytest.mark.process
 
 SIZE = (120, 40)
+GROWN_BYTES = 24 << 20  # an allocator's caches; what is queued for a terminal that does not read is far less
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +118,56 @@ def test_read_only_shows_and_refuses_and_a_closed_terminal_ends_the_app(engine: 
         here.hang_up()
         assert here.end() == 0
     assert cuts(engine) == before
+
+
+def said(engine: EngineProcess, prompt: str, tokens: int) -> int:
+    """Tokens of an answer that ends at its limit only."""
+    body = {"model": "any", "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+    return int(engine.post("/v1/completions", body).raise_for_status().json()["usage"]["completion_tokens"])
+
+
+def test_a_terminal_that_stops_reading_holds_up_nobody_and_the_app_goes_on(engine: EngineProcess) -> None:
+    with app(engine) as here:
+        here.sees(r"● ok +node3")
+        here.press("3")
+        here.sees("enter sends it to")
+        here.press("Tell a long story about a ship.", "enter")
+        here.sees(r"tokens   esc stops|first token after")
+        here.freeze()
+        before = here.rss_bytes()
+        with ThreadPoolExecutor(2) as pool:
+            streams = [pool.submit(said, engine, f"{number} ships sailed", 48) for number in (3, 4)]
+            assert [stream.result() for stream in streams] == [48, 48]
+        engine.wait_idle()  # the app's own answer has come to its end, too
+        assert here.rss_bytes() - before < GROWN_BYTES
+        here.thaw()
+        here.sees(r"first token after [\d.]+ s")
+        here.press("esc")
+        until(lambda: "⏎ send" not in here.text, "the prompt has no focus")
+        here.press("1")
+        here.sees(r"● ok +node3")
+        here.press("q")
+        assert here.end() == 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_app_ends_with_its_terminal_and_the_engine_runs_on(engine: EngineProcess, frozen: bool) -> None:
+    with app(engine) as here:
+        here.sees(r"● ok +node3")
+        if frozen:
+            here.freeze()
+        here.close()
+        here.end()
+    assert engine.health()[0] == 200
+
+
+def test_a_storm_of_sizes_leaves_the_last_one(engine: EngineProcess) -> None:
+    with app(engine) as here:
+        here.sees(r"● ok +node3")
+        for index in range(60):
+            here.resize(40 + 7 * (index % 20), 8 + index % 50)
+        here.resize(*SIZE)
+        here.press("5")
+        here.sees(r"models folder: .*\n(.*\n)*.*quit")
+        here.press("q")
+        assert here.end() == 0

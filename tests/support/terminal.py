@@ -11,25 +11,34 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+import psutil
 import pyte
 
 from support.engine_process import DEADLINE_S, until
 
 READ = 1 << 16
 POLL_S = 0.1  # between two looks at whether it is over
+STUCK_S = 1.0  # no room for so long: what is written meanwhile waits, rather than being on its way
 KEYS = {"enter": "\r", "esc": "\x1b", "left": "\x1b[D", "right": "\x1b[C", "tab": "\t"}
+# A terminal tells its session when it goes, if it is the session's own. Then the program takes this one's place.
+OWN_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 # Queries and modes of newer terminals, which pyte takes for text or for older sequences.
 UNKNOWN = re.compile(rb"\x1b\[[<>=][0-9;]*[a-zA-Z]|\x1b\[\?[0-9;]*\$p|\x1b[P_^\]].*?(?:\x1b\\|\x07)", re.DOTALL)
 
 
 class Terminal:
-    """A context manager: on leaving it the program is gone. Read by a thread, so that the program never waits."""
+    """A context manager: on leaving it the program is gone. Read by a thread, so that the program waits only while the
+    terminal is frozen, as when a person holds a window, or a line hangs: what is written then stays where it is."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], size: tuple[int, int]) -> None:
         self._arguments = list(arguments)
@@ -37,19 +46,20 @@ class Terminal:
         self._size = size
         self._screen = pyte.Screen(*size)
         self._stream = pyte.ByteStream(self._screen)
-        self._lock, self._over = threading.Lock(), threading.Event()
-        self._master = -1
+        self._lock, self._over, self._reads = threading.Lock(), threading.Event(), threading.Event()
+        self._reads.set()
+        self._master = self._slave = -1
         self._process: subprocess.Popen[bytes] | None = None
         self._reader = threading.Thread(target=self._read, name="terminal", daemon=True)
 
     def __enter__(self) -> Self:
-        self._master, slave = pty.openpty()
+        self._master, self._slave = pty.openpty()
         columns, lines = self._size
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self._process = subprocess.Popen(
-            self._arguments, stdin=slave, stdout=slave, stderr=slave, env=self._environment, start_new_session=True
-        )
-        os.close(slave)
+            [sys.executable, "-c", OWN_TERMINAL, *self._arguments],
+            stdin=self._slave, stdout=self._slave, stderr=self._slave, env=self._environment, start_new_session=True,
+        )  # fmt: skip
         self._reader.start()
         return self
 
@@ -61,13 +71,16 @@ class Terminal:
             self._process.send_signal(signal.SIGKILL)
         self._process.wait(DEADLINE_S)
         self._over.set()
+        self._reads.set()
         self._reader.join(DEADLINE_S)
-        os.close(self._master)
+        os.close(self._slave)
+        if self._master >= 0:
+            os.close(self._master)
 
     def _read(self) -> None:
         held = b""
         while not self._over.is_set():
-            if not select.select([self._master], [], [], POLL_S)[0]:
+            if not self._reads.wait(POLL_S) or not select.select([self._master], [], [], POLL_S)[0]:
                 continue
             try:
                 data = held + os.read(self._master, READ)
@@ -94,8 +107,42 @@ class Terminal:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.text}") from None
 
+    def freeze(self) -> None:
+        """Read no more, and wait until the program cannot write any more."""
+        self._reads.clear()
+        free_at = time.monotonic()
+
+        def stuck() -> bool:
+            nonlocal free_at
+            now = time.monotonic()
+            if select.select([], [self._slave], [], 0)[1]:
+                free_at = now
+            return now - free_at > STUCK_S
+
+        until(stuck, "the program cannot write")
+
+    def thaw(self) -> None:
+        self._reads.set()
+
+    def resize(self, columns: int, lines: int) -> None:
+        """As when a window is dragged."""
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def rss_bytes(self) -> int:
+        """Memory of the program."""
+        assert self._process is not None
+        return int(psutil.Process(self._process.pid).memory_info().rss)
+
+    def close(self) -> None:
+        """The window is gone: the program can neither read nor write any more, and is told."""
+        self._over.set()
+        self._reads.set()
+        self._reader.join(DEADLINE_S)
+        os.close(self._master)
+        self._master = -1
+
     def hang_up(self) -> None:
-        """As when the window is closed, or the line is lost."""
+        """As when somebody ends the session, and the terminal is still there."""
         assert self._process is not None
         self._process.send_signal(signal.SIGHUP)
 
