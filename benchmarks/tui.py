@@ -331,12 +331,13 @@ def frozen() -> Iterator[Figure]:
         terminal = Terminal(*PROGRAM[1:], "--home", str(engine.home))
         with Streams(engine.url, FROZEN_STREAMS) as streams:
             time.sleep(WARM_S)
-            read, held, grown = [streams.tok_s(FROZEN_S)], [], []
+            read, held, grown, cpu = [streams.tok_s(FROZEN_S)], [], [], []
             for _ in range(FROZEN_ROUNDS):
-                rss = terminal.rss_mib()
+                rss, used = terminal.rss_mib(), terminal.cpu_s()
                 terminal.freeze()
                 held.append(streams.tok_s(FROZEN_S))
                 grown.append(terminal.rss_mib() - rss)
+                cpu.append((terminal.cpu_s() - used) / FROZEN_S * 100)
                 terminal.thaw()
                 read.append(streams.tok_s(FROZEN_S))
                 print(f"  read {read[-2]:.1f}, frozen {held[-1]:.1f}, read {read[-1]:.1f} tok/s", flush=True)
@@ -348,6 +349,7 @@ def frozen() -> Iterator[Figure]:
     slower = (1 - statistics.median(ratios)) * 100
     yield Figure(f"{FROZEN_STREAMS} streams slower while frozen for {FROZEN_S:.0f} s", slower, "%", 3)
     yield Figure("memory that the app grows by meanwhile, most", max(grown), "MiB", 24)
+    yield Figure("what it takes of one core meanwhile", statistics.median(cpu), "%", 5)
 
 
 MEASURES: dict[str, Callable[[], Iterator[Figure]]] = {

@@ -13,6 +13,7 @@ from dwarfstar_tui.plan_lines import Shown
 from dwarfstar_tui.text import Glyphs
 
 GIB_S = 1.0  # layers are taken to load so fast where it was never seen: a middling disk
+OTHERS = 6  # alternatives that are listed
 LEAST_S = 0.1  # of a load: times of events are no finer
 KINDS = {"single": "one machine", "replicas": "replicas", "split": "the split", "pipelines": "pipelines"}
 
@@ -276,6 +277,20 @@ def advice_lines(plan: PlanView | None, warnings: Sequence[str], width: int, gly
     for sentence in warnings:
         lines += _said(f"{glyphs.alert} {sentence}", width, glyphs, "late")
     return lines
+
+
+def other_lines(plan: PlanView, width: int, glyphs: Glyphs) -> list[Runs]:
+    """The advisor's alternatives, for where there is room to have them in sight."""
+    if len(plan.alternatives) < 2:
+        return []  # it is what is advised
+    found: list[Runs] = [((text.fit("ways to use these machines  (A makes one the draft)", width), "heading"),)]
+    for one in plan.alternatives[:OTHERS]:
+        mark = glyphs.arrow if one.kind == plan.take else " "
+        words = f"{mark} {alternative_line(one, glyphs)}"
+        if glyphs is text.ASCII:
+            words = text.spelled(words, ascii_only=True)
+        found.append(((text.fit(words, width, ellipsis=glyphs.ellipsis).rstrip(), "muted"),))
+    return found
 
 
 def alternative_line(one: AlternativeView, glyphs: Glyphs) -> str:

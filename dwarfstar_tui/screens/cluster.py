@@ -12,9 +12,11 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 
 from dwarfstar_tui import text, updates
 from dwarfstar_tui.cluster_rows import Moment, Runs, detail_lines
+from dwarfstar_tui.event_lines import event_line
 from dwarfstar_tui.plan_lines import geometry, legend, of_status
 from dwarfstar_tui.screens.base import AppScreen
 from dwarfstar_tui.screens.dialogs import AddMachine, Confirm, NameMachine, ShowToken
+from dwarfstar_tui.screens.events import EventsScreen
 from dwarfstar_tui.screens.lend_dialog import Lend
 from dwarfstar_tui.store import NodeRow, State, alerts
 from dwarfstar_tui.teaching import unattached, waiting
@@ -26,6 +28,8 @@ from dwarfstar_tui.widgets.plan_bar import PlanBar
 from dwarfstar_tui.widgets.runs_view import RunsView
 
 ALERTS_SHOWN = 3
+RECENT, RECENT_LEAST = 8, 3  # events below the machines, where there is room
+FRAME_LINES = 18  # header, alerts, heading, plan and footer, and some air
 SAID_MAX = 50  # lines of a starting engine
 PANE = 46
 ACTIONS = frozenset({"drain", "remove", "token", "add", "lend", "lend_reset", "rename"})  # on an engine's machines
@@ -72,6 +76,7 @@ class ClusterScreen(AppScreen):
                     yield FirstStart()
                 with VerticalScroll(id="pane"):
                     yield RunsView(id="details")
+            yield RunsView(id="recent")
             with Vertical(id="plan-strip"):
                 yield PlanBar(id="strip")
                 yield RunsView(id="legend")
@@ -137,7 +142,19 @@ class ClusterScreen(AppScreen):
         self.query_one("#heading", RunsView).set_lines([((table.heading(moment), "heading"),)])
         self._present_alerts(state, now)
         self._present_pane(table, moment)
+        self._present_recent(state, len(rows) if table.display else None)
         self._present_plan(state, first=first)
+
+    def _present_recent(self, state: State, machines: int | None) -> None:
+        """What happened last, where machines and their second lines leave room. machines: None: no table is shown."""
+        recent, width = self.query_one("#recent", RunsView), max(20, self.size.width - 4)
+        spare = self.size.height - FRAME_LINES - 3 * machines if machines is not None else 0
+        count = min(RECENT, len(state.events), spare)
+        zone, glyphs = EventsScreen.zone, self.host.glyphs
+        recent.display = count >= RECENT_LEAST
+        recent.styles.height = count + 1
+        lines = [event_line(event, width, zone, glyphs) for event in state.events[-count:]]
+        recent.set_lines(lines if recent.display else [])
 
     def _display(self, name: str, shown: bool) -> None:
         self.query_one(f"#{name}").display = shown

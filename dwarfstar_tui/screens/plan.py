@@ -32,6 +32,7 @@ from dwarfstar_tui.widgets.runs_view import RunsView
 LOOK_S = 10.0  # between two looks at what serves, while nothing has changed: links are measured again
 BAR_WIDTH = 80  # of the screen; narrower ones have steppers
 MIN_CELLS = 5  # of a stage; narrower ones say nothing
+TALL_LINES = 36  # of the screen; higher ones have the alternatives in sight
 ROOMY_LINES = 30  # of the screen; lower ones show the draft instead of what is said of the plan that serves
 CONTEXT = (16, 1 << 20)  # tokens of a request that can be asked about, as an engine has them
 STALE_CODE = "stale_epoch"
@@ -95,6 +96,7 @@ class PlanScreen(AppScreen):
             yield RunsView(id="plan-panel")
             yield RunsView(id="plan-table")
             yield RunsView(id="plan-advice")
+            yield RunsView(id="plan-others")
 
     @property
     def editor(self) -> Editor:
@@ -150,6 +152,8 @@ class PlanScreen(AppScreen):
         own = editor.told.present if editor.told is not None and wide and not drafting else None
         warnings = status.warnings if status is not None and not drafting else ()
         self._lines("plan-advice", plan_panel.advice_lines(own, warnings, width, glyphs))
+        sight = own if self.size.height >= TALL_LINES else None
+        self._lines("plan-others", plan_panel.other_lines(sight, width, glyphs) if sight is not None else [])
 
     def _present_bar(self, stages: tuple[Shown, ...], width: int) -> None:
         """The bar where there is room for names in it, else steppers."""

@@ -130,6 +130,16 @@ async def test_the_cursor_stays_with_its_machine() -> None:
         assert table.chosen.view.name == "laptop"
 
 
+async def test_a_high_screen_has_what_happened_last_in_sight() -> None:
+    for size, seen in (((160, 48), True), ((120, 34), False)):
+        stage = Stage(history(home_lab()))
+        async with stage.app().run_test(size=size) as pilot:
+            app = await begin(stage, pilot)
+            assert ("laptop is late" in app.screen.query_one("#recent", RunsView).text) is seen
+            assert app.screen.query_one("#recent").display is seen
+            assert app.screen.query_one(NodeTable).region.height >= 5
+
+
 async def test_enter_opens_the_details_on_a_narrow_screen() -> None:
     stage = Stage(history(home_lab()))
     async with stage.app().run_test(size=(80, 30)) as pilot:
@@ -162,9 +172,9 @@ async def test_a_machine_is_given_a_name_or_its_own_again() -> None:
         await begin(stage, pilot)
         await pilot.press("n", "escape")
         assert asked(stage, NameNode) == []
-        await pilot.press("n", *"-2", "enter")
-        await pilot.press("n", *["backspace"] * 9, "enter")
-        assert asked(stage, NameNode) == [NameNode("n-tower", "tower-2"), NameNode("n-tower", "")]
+        await pilot.press("n", *"den", "enter")
+        await pilot.press("n", "backspace", "enter")
+        assert asked(stage, NameNode) == [NameNode("n-tower", "den"), NameNode("n-tower", "")]
 
 
 async def test_a_serving_machine_is_removed_only_when_its_name_is_typed() -> None:

@@ -208,6 +208,18 @@ async def test_strategy_objective_and_the_planners_own() -> None:
         assert found.screen.editor.settled
 
 
+async def test_a_high_screen_has_the_alternatives_in_sight() -> None:
+    for size, seen in (((160, 48), True), (SIZE, False)):
+        async with desk(size) as found:
+            told = found.planner.proposal(PlanRequest())
+            assert told.present is not None
+            one = told.present.alternatives[0]
+            assert found.says("plan-others") == "", "one way is no choice"
+            present = told.present.model_copy(update={"alternatives": (one, one)})
+            found.stage.tell(Proposed(0, told.model_copy(update={"present": present})))
+            assert ("tower, garage-box, mini-pc" in found.says("plan-others")) is seen
+
+
 async def test_an_alternative_becomes_the_draft() -> None:
     async with desk() as found:
         await found.press("left", "A")
