@@ -82,7 +82,8 @@ from dwarfstar_engine.wire.trust import fingerprint as authority_fingerprint
 log = logging.getLogger("dwarfstar")
 
 DEMO_NODES = 3
-DEMO_SHARE = 0.5  # of the whole model's memory that each demo node lends: one is not enough, three are
+DEMO_SHARE = 0.5  # of the whole model's memory that each demo node lends at least: one is not enough, three are
+DEMO_ROOM = 1.5  # and all together: what a slice needs cannot be divided as one likes
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +291,8 @@ def _lent(start: Start, settings: Settings, source: Source) -> str | None:
     context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
     kv = kv_cells(settings, context) * sum(source.costs.kv_bytes_per_token)
     whole = sum(source.costs.layer_bytes) + source.costs.head_bytes + kv
-    return _gib(whole * DEMO_SHARE + reserve_bytes(source, settings))
+    share = max(DEMO_SHARE, DEMO_ROOM / (start.local_nodes or DEMO_NODES))
+    return _gib(whole * share + reserve_bytes(source, settings))
 
 
 def _gib(size: float) -> str:
