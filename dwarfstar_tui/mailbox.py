@@ -68,7 +68,8 @@ class Mailbox:
         with self._lock:
             taken: list[Update] = list(self._news)
             if self._missed and self._events:
-                taken.append(Happened(EventsView(events=(), missed=self._missed), self._events[0].at))
+                first = self._events[0]
+                taken.append(replace(first, batch=EventsView(events=(), missed=self._missed)))
             taken += self._events
             if self._status is not None:
                 taken.append(self._status)

@@ -3,7 +3,8 @@
 Theory. What the app asks for goes in as commands, what there is to know comes out as updates (:mod:`.updates`) into a
 mailbox. The session attaches, asks for the status at a steady pace and follows the events from the last number it has.
 When the engine does not answer it says so once, and tries again, at first soon and then every BACKOFF_S[-1] seconds;
-the events go on where they ended. An engine that is started anew counts from 1, which its status tells.
+the events go on where they ended. An engine that is started anew counts from 1, which its first status tells; a later
+one says nothing of the kind, as events may have come since it was asked for.
 
 Bounds: TASKS_MAX commands under way (what comes beyond is refused, and said), one answer for each number.
 """
@@ -112,7 +113,7 @@ class Session:
         self._every_s = SLOW_STATUS_S if low_bandwidth else STATUS_S
         self._engine: Engine | None = None
         self._link: tuple[LinkState, str] | None = None  # as it was told last
-        self._last_event = 0
+        self._last_event, self._number = 0, 0  # the number of the engine that they are of
         self._starting: Starting | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers: dict[int, asyncio.Task[None]] = {}
@@ -186,7 +187,7 @@ class Session:
                 engine = await self._place.find()
                 if engine is None:
                     self._linked(LinkState.NONE if self._starting is None else LinkState.STARTING)
-                    self._last_event = 0
+                    self._anew()
                 else:
                     failures = await self._attached(engine, failures)
             except DwarfStarError as error:
@@ -202,7 +203,7 @@ class Session:
         """With one engine until it is lost. Returns the failures so far: none, if it answered at all."""
         self._engine = engine
         try:
-            await self._look(engine)
+            await self._look(engine, first=True)
             failures = 0
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._follow(engine))
@@ -215,14 +216,19 @@ class Session:
             await engine.close()
         return failures
 
-    async def _look(self, engine: Engine) -> None:
+    def _anew(self) -> None:
+        """The next engine is another one."""
+        if self._last_event:
+            self._last_event, self._number = 0, self._number + 1
+
+    async def _look(self, engine: Engine, *, first: bool = False) -> None:
         asked = self._clock()
         view = await engine.status()
         now = self._clock()
-        if view.last_event < self._last_event:
-            self._last_event = 0
+        if first and view.last_event < self._last_event:
+            self._anew()
         self._linked(LinkState.UP, engine.label)
-        self._mailbox.put(StatusSeen(view, now, (now - asked) * 1000))
+        self._mailbox.put(StatusSeen(view, now, (now - asked) * 1000, self._number))
 
     async def _watch(self, engine: Engine) -> None:
         while True:
@@ -233,7 +239,7 @@ class Session:
         async for batch in engine.events(self._last_event):
             if batch.events:
                 self._last_event = batch.events[-1].number
-            self._mailbox.put(Happened(batch, self._clock()))
+            self._mailbox.put(Happened(batch, self._clock(), self._number))
         raise DwarfStarError("the engine has ended its events", code="not_running")
 
     # --- commands ---

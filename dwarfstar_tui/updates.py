@@ -34,15 +34,21 @@ class Linked:
 
 @dataclass(frozen=True, slots=True)
 class StatusSeen:
+    """engine: counts those that were attached to; one that is started anew is another, and its events begin at 1."""
+
     view: StatusView
     at: float
     round_trip_ms: float
+    engine: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Happened:
+    """engine: as in StatusSeen. Which of the two was told first says nothing: a status may be older than events."""
+
     batch: EventsView
     at: float
+    engine: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,10 @@ def test_a_boundary_is_moved_and_the_engine_outlives_the_app(engine: EngineProce
         again.press("y")
         again.sees(rf"epoch {epoch + 2} serves")
         assert cuts(engine) == before
+        again.press("4")
+        again.sees("node joined")
+        again.sees("owner plan")
+        again.press("2")
         again.press("U")
         again.sees(r"boundary . of 2 at layer .*\n(.*\n)*.*loads node3")
         again.press("q")

@@ -26,6 +26,7 @@ class FakeEngine:
 
     def __init__(self, since: list[int]) -> None:
         self.since, self.lost, self.closed = since, threading.Event(), False
+        self.last_event = len(story().events)
         self.reply: Sequence[Delta | Exception | None] = ()
         self.asked: list[tuple[Sequence[tuple[str, str]], dict[str, float | int]]] = []
         self.drained: list[tuple[str, bool]] = []
@@ -35,7 +36,7 @@ class FakeEngine:
     async def status(self) -> StatusView:
         if self.lost.is_set():
             raise DwarfStarError("it is gone")
-        return home_lab()
+        return home_lab().model_copy(update={"last_event": self.last_event})
 
     async def events(self, since: int) -> AsyncIterator[EventsView]:
         self.since.append(since)
@@ -204,6 +205,24 @@ def test_a_lost_engine_is_told_once_and_events_go_on_where_they_ended() -> None:
         listener.until(lambda update: isinstance(update, Happened), times=2)
     assert place.since[:2] == [0, len(story().events)]
     assert sum(linked(LinkState.DOWN)(update) for update in listener.told) == 1
+
+
+def test_only_another_engine_begins_anew() -> None:
+    """A status that was asked for before events came says nothing of an engine that is another."""
+    place = FakePlace()
+    with running(place) as (_, listener):
+        listener.until(lambda update: isinstance(update, Happened))
+        place.engines[0].last_event = 3
+        listener.until(lambda update: isinstance(update, StatusSeen) and update.view.last_event == 3)
+        place.engines[0].lost.set()
+        listener.until(lambda update: isinstance(update, Happened), times=2)
+        place.there = False
+        place.engines[1].lost.set()
+        listener.until(linked(LinkState.NONE))
+        place.there = True
+        listener.until(lambda update: isinstance(update, Happened), times=3)
+    assert place.since == [0, len(story().events), 0]
+    assert [update.engine for update in listener.told if isinstance(update, Happened)] == [0, 0, 1]
 
 
 def test_no_engine_is_told_and_one_that_comes_is_found() -> None:
