@@ -128,14 +128,13 @@ def _predicted(editor: Editor, rates: Mapping[str, float], width: int, glyphs: G
     if editor.stale:
         return _said(f"{glyphs.alert} stale: {editor.stale}. esc discards it", width, glyphs, "lost")
     if editor.problem:
-        return _said(f"{glyphs.alert} {editor.problem}", width, glyphs, "lost")
+        return _said(f"{glyphs.alert} {editor.problem}", width, glyphs, "lost") + _what_if(editor, width, glyphs)
     told, plan = editor.answer, editor.answer.proposed if editor.answer is not None else None
     if told is None or plan is None:
         return [((f"asking the planner {glyphs.ellipsis}", "muted"),)]
     lines = _said(speeds(told.present, plan, glyphs), width, glyphs, "name")
-    if editor.draft is not None and (options := editor.draft.start_options):
-        words = f"{glyphs.alert} what if: an engine is started with {options}. esc takes it back"
-        return lines + _clamped(editor, told, width, glyphs) + _said(words, width, glyphs, "late")
+    if what_if := _what_if(editor, width, glyphs):
+        return lines + _clamped(editor, told, width, glyphs) + what_if
     loads = [one for one in told.delta if one.load]
     if loads:
         each = ", ".join(f"{one.node} {ranges(one.load, glyphs.dash)} ({text.gib(one.load_gib)} GiB)" for one in loads)
@@ -147,6 +146,15 @@ def _predicted(editor: Editor, rates: Mapping[str, float], width: int, glyphs: G
         words = f"{glyphs.alert} streams wait meanwhile: no room for old and new on {', '.join(waits)}"
         lines += _said(words, width, glyphs, "late")
     return lines + _clamped(editor, told, width, glyphs)
+
+
+def _what_if(editor: Editor, width: int, glyphs: Glyphs) -> list[Runs]:
+    """What a draft takes for granted that no plan can change; nothing: nothing of the kind."""
+    options = editor.draft.start_options if editor.draft is not None else ""
+    words = (
+        f"{glyphs.alert} what if: an engine is started with {options}. esc takes it back, a asks the planner for cuts"
+    )
+    return _said(words, width, glyphs, "late") if options else []
 
 
 def _clamped(editor: Editor, told: ProposalView, width: int, glyphs: Glyphs) -> list[Runs]:

@@ -17,6 +17,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 ASCII_SPARKS = "_.-=+*#@"
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400
 GIB = 1 << 30
+LEAST_GIB = 0.005  # is shown as 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +137,8 @@ def share(value: float | None, unknown: str = UNKNOWN) -> str:
 
 
 def gib(value: float | None, unknown: str = UNKNOWN) -> str:
-    """GiB with one digit, two below ten."""
-    return figure(value, 2, unknown)
+    """GiB with one digit, two below ten; what would be nothing then is said to be less than the least."""
+    return "<0.01" if value is not None and 0 < value < LEAST_GIB else figure(value, 2, unknown)
 
 
 def size(size_bytes: int) -> str:

@@ -179,7 +179,7 @@ class ClusterScreen(AppScreen):
             ((fit_line(f"{glyphs.alert} {text.clean(alert.text)}", width, glyphs.ellipsis), alert.severity),)
             for alert in alerts(state, now)
         ]
-        if self._said and state.live:
+        if self._said and state.live and not repeated(state, self._said[-1]):
             found.append(((fit_line(self._said[-1], width, glyphs.ellipsis), "muted"),))
         if not self.query_one(NodeTable).display:
             found = []  # what takes the table's place says it
@@ -345,6 +345,12 @@ class ClusterScreen(AppScreen):
 
     def action_add(self) -> None:
         self.app.push_screen(AddMachine(self._around))
+
+
+def repeated(state: State, said: str) -> bool:
+    """Whether an alert says already what a starting engine says."""
+    reason = state.status.reason if state.status is not None else ""
+    return bool(reason) and reason in said
 
 
 def named(rows: Sequence[NodeRow]) -> str:

@@ -20,7 +20,7 @@ from dwarfstar_tui.updates import Fit, ModelFile, ModelsFound, ModelsJudged, Pul
 from dwarfstar_tui.widgets.runs_view import RunsView
 
 FIT = 18  # columns of what the planner says, at least
-MIDDLE, ROOMY = 70, 96  # columns of a list with type and layers, and with everything
+MIDDLE, ROOMY, LONG = 70, 96, 110  # columns of a list with type and layers, with everything, and with long words
 
 
 def loaded_lines(state: State, width: int, glyphs: Glyphs) -> list[Runs]:
@@ -44,7 +44,7 @@ def loaded_lines(state: State, width: int, glyphs: Glyphs) -> list[Runs]:
 
 
 def file_heading(width: int) -> str:
-    fits = "fits, tok/s" if width < ROOMY else "fits, tok/s of one stream"
+    fits = "fits, tok/s" if width < LONG else "fits, tok/s of one stream"
     wide = f" {'layers':>7} {'type':8}" + (f"{'architecture':13}" if width >= ROOMY else "")
     return fit(f"  {fit('file', name_width(width))}{'GiB':>8}{wide if width >= MIDDLE else ''} {fits}", width)
 

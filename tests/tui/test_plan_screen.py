@@ -385,3 +385,4 @@ async def test_a_context_without_room_for_it_says_so() -> None:
     async with desk() as found:
         await found.press("c", *"500000", "enter")
         assert "do not fit" in found.says("plan-panel")
+        assert "started with --context 500000" in found.says("plan-panel")
