@@ -1,7 +1,8 @@
-"""What the terminal app costs, measured in a pseudo-terminal of this machine. No engine runs: a script plays one.
+"""What the terminal app costs, measured in a pseudo-terminal of this machine. A script plays the engine.
 
     python benchmarks/tui.py                 # every figure, beside its bar
     python benchmarks/tui.py --only chat
+    python benchmarks/tui.py --only frozen   # with a real engine: do streams notice a terminal that stops reading?
 
 The app runs as a process of its own, so that its processor time is its own. What it writes is read at once, counted and
 thrown away. ``paint`` sends a key and takes the time until the app writes, many times.
@@ -19,13 +20,16 @@ import signal
 import statistics
 import struct
 import sys
+import tempfile
 import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+import httpx
 import psutil
 
 TOP = Path(__file__).resolve().parents[1]
@@ -36,6 +40,8 @@ KEY_GAP_S = 0.05
 ANSWER_TOK_S = 100
 SIZE = (50, 160)
 FIRST_PAINT_S = 15.0  # it is measured up to here
+FROZEN_S, FROZEN_ROUNDS, FROZEN_STREAMS = 30.0, 3, 4
+STREAM_TIMEOUT_S = 60.0
 READ = 1 << 16
 WORDS = (
     "A",
@@ -136,25 +142,27 @@ def play(nodes: int) -> None:
 class Terminal:
     """A pseudo-terminal with the app in it. A thread reads what is written."""
 
-    def __init__(self, nodes: int) -> None:
+    def __init__(self, *arguments: str) -> None:
         self.began = time.monotonic()
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "LANG": "C.UTF-8"}
             environment.pop("NO_COLOR", None)
-            arguments = [sys.executable, str(Path(__file__).resolve()), "--play", str(nodes)]
-            os.execve(sys.executable, arguments, environment)  # noqa: S606 - no shell is wanted
+            os.execve(sys.executable, [sys.executable, *arguments], environment)  # noqa: S606 - no shell is wanted
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", *SIZE, 0, 0))
         self.bytes = 0
         self.first_at = 0.0
         self.last_at = 0.0
         self._tail = b""
-        self._ended = threading.Event()
+        self._ended, self._reads = threading.Event(), threading.Event()
+        self._reads.set()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         while not self._ended.is_set():
+            if not self._reads.wait(0.1):
+                continue
             ready, _, _ = select.select([self._fd], [], [], 0.1)
             if not ready:
                 continue
@@ -169,6 +177,16 @@ class Terminal:
             if not self.first_at and b"DwarfStar" in self._tail:
                 self.first_at = now
 
+    def freeze(self) -> None:
+        """Read no more."""
+        self._reads.clear()
+
+    def thaw(self) -> None:
+        self._reads.set()
+
+    def rss_mib(self) -> float:
+        return float(psutil.Process(self.pid).memory_info().rss) / (1 << 20)
+
     def key(self, key: bytes) -> None:
         os.write(self._fd, key)
 
@@ -177,11 +195,17 @@ class Terminal:
         return float(times.user + times.system)
 
     def close(self) -> None:
+        self.thaw()
         os.kill(self.pid, signal.SIGHUP)
         os.waitpid(self.pid, 0)
         self._ended.set()
         self._reader.join()
         os.close(self._fd)
+
+
+def _script(nodes: int) -> Terminal:
+    """The app with so many machines, which a script plays."""
+    return Terminal(str(Path(__file__).resolve()), "--play", str(nodes))
 
 
 def _over(terminal: Terminal, seconds: float = SECONDS) -> tuple[float, float]:
@@ -194,7 +218,7 @@ def _over(terminal: Terminal, seconds: float = SECONDS) -> tuple[float, float]:
 
 def live() -> Iterator[Figure]:
     """Sixty-four machines at 4 Hz."""
-    terminal = Terminal(64)
+    terminal = _script(64)
     time.sleep(WARM_S)
     percent, _ = _over(terminal)
     terminal.close()
@@ -203,7 +227,7 @@ def live() -> Iterator[Figure]:
 
 def thin() -> Iterator[Figure]:
     """Bytes with eight machines."""
-    terminal = Terminal(8)
+    terminal = _script(8)
     time.sleep(WARM_S)
     percent, rate = _over(terminal)
     terminal.close()
@@ -213,7 +237,7 @@ def thin() -> Iterator[Figure]:
 
 def chat() -> Iterator[Figure]:
     """An answer at 100 tokens a second."""
-    terminal = Terminal(8)
+    terminal = _script(8)
     time.sleep(WARM_S)
     terminal.key(b"3")
     time.sleep(1.0)
@@ -229,7 +253,7 @@ def chat() -> Iterator[Figure]:
 def paint() -> Iterator[Figure]:
     """From a key to what it changes on the screen, with sixty-four machines. A paint of the 4 Hz may come between and
     be taken for it: the median tells less than the slowest, which are what is asked for."""
-    terminal = Terminal(64)
+    terminal = _script(64)
     time.sleep(WARM_S)
     taken = []
     for index in range(KEYS):
@@ -251,7 +275,7 @@ def first() -> Iterator[Figure]:
     """From the start of the process to the header on the screen."""
     taken = []
     for _ in range(5):
-        terminal = Terminal(8)
+        terminal = _script(8)
         while not terminal.first_at and time.monotonic() - terminal.began < FIRST_PAINT_S:
             time.sleep(0.005)
         taken.append(terminal.first_at - terminal.began)
@@ -260,8 +284,76 @@ def first() -> Iterator[Figure]:
     yield Figure("first paint, median of 5 starts", statistics.median(taken), "s", 1)
 
 
+class Streams:
+    """So many answers that are read at once, each followed by another. A context manager."""
+
+    def __init__(self, url: str, count: int) -> None:
+        self._url, self._over = url + "/v1/completions", threading.Event()
+        self._seen = [0] * count
+        self._threads = [threading.Thread(target=self._run, args=(index,), daemon=True) for index in range(count)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(STREAM_TIMEOUT_S)
+
+    def _run(self, index: int) -> None:
+        with httpx.Client(timeout=STREAM_TIMEOUT_S) as client:
+            while not self._over.is_set():
+                prompt = f"{index + 2} ships sailed"
+                body = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
+                with client.stream("POST", self._url, json=body) as answer:
+                    for block in answer.raise_for_status().iter_raw():
+                        self._seen[index] += block.count(b"data: ")
+                        if self._over.is_set():
+                            break
+
+    def tok_s(self, seconds: float) -> float:
+        """Of all, from now on for so long."""
+        before, at = sum(self._seen), time.monotonic()
+        time.sleep(seconds)
+        return (sum(self._seen) - before) / (time.monotonic() - at)
+
+
+def frozen() -> Iterator[Figure]:
+    """Streams of a real engine while the app's terminal reads and while it does not, in turns: machines drift."""
+    sys.path[:0] = [str(TOP / "tests")]
+    from support.engine_process import PROGRAM, EngineProcess
+
+    options = ("--local-nodes", "3", "--threads", "1", "--slots", str(FROZEN_STREAMS), "--context", "2048")
+    with tempfile.TemporaryDirectory() as folder, EngineProcess(Path(folder) / "home", "demo", *options) as engine:
+        engine.wait_serving()
+        terminal = Terminal(*PROGRAM[1:], "--home", str(engine.home))
+        with Streams(engine.url, FROZEN_STREAMS) as streams:
+            time.sleep(WARM_S)
+            read, held, grown, cpu = [streams.tok_s(FROZEN_S)], [], [], []
+            for _ in range(FROZEN_ROUNDS):
+                rss, used = terminal.rss_mib(), terminal.cpu_s()
+                terminal.freeze()
+                held.append(streams.tok_s(FROZEN_S))
+                grown.append(terminal.rss_mib() - rss)
+                cpu.append((terminal.cpu_s() - used) / FROZEN_S * 100)
+                terminal.thaw()
+                read.append(streams.tok_s(FROZEN_S))
+                print(f"  read {read[-2]:.1f}, frozen {held[-1]:.1f}, read {read[-1]:.1f} tok/s", flush=True)
+        before = terminal.bytes
+        time.sleep(WARM_S)
+        assert terminal.bytes > before, "the app draws again"
+        terminal.close()
+    ratios = [one / ((a + b) / 2) for one, a, b in zip(held, read[:-1], read[1:], strict=True)]
+    slower = (1 - statistics.median(ratios)) * 100
+    yield Figure(f"{FROZEN_STREAMS} streams slower while frozen for {FROZEN_S:.0f} s", slower, "%", 3)
+    yield Figure("memory that the app grows by meanwhile, most", max(grown), "MiB", 24)
+    yield Figure("what it takes of one core meanwhile", statistics.median(cpu), "%", 5)
+
+
 MEASURES: dict[str, Callable[[], Iterator[Figure]]] = {
-    "live": live, "thin": thin, "chat": chat, "paint": paint, "first": first,
+    "live": live, "thin": thin, "chat": chat, "paint": paint, "first": first, "frozen": frozen,
 }  # fmt: skip
 
 

@@ -7,10 +7,9 @@ the time is another, so ages run on. Frozen, the app goes on reducing and shows 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import re
 import secrets
-import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,7 +41,12 @@ from dwarfstar_tui.widgets.first_start import FirstStart
 
 TICK_S, SLOW_TICK_S = 0.25, 1.0
 THEMES_S = 2.0  # between two looks at the person's theme files
+FUNCTION_KEY = re.compile(r"f\d+")  # as they stand on keyboards, and in texts
 BACK_MAX = 20  # screens that esc remembers
+CHANGES = (
+    updates.Drain, updates.Remove, updates.NameNode, updates.StopEngine, updates.StartEngine, updates.MakeToken,
+    updates.CommitPlan, updates.UndoPlan, updates.SetLent, updates.PullModel,
+)  # fmt: skip
 
 
 class DwarfStarApp(App[None]):
@@ -78,6 +82,9 @@ class DwarfStarApp(App[None]):
 
     class Urgent(Message):
         """There is news that somebody waits for."""
+
+    class Leave(Message):
+        """Somebody else ends the app."""
 
     def __init__(
         self,
@@ -142,8 +149,7 @@ class DwarfStarApp(App[None]):
         return self._fresh()
 
     def submit(self, command: Command) -> None:
-        changes = (updates.Drain, updates.Remove, updates.StopEngine, updates.StartEngine, updates.MakeToken)
-        if self.readonly and isinstance(command, changes):
+        if self.readonly and isinstance(command, CHANGES):
             self.tell("read-only: nothing is changed", "warning")
             return
         self._submit(command)
@@ -174,8 +180,6 @@ class DwarfStarApp(App[None]):
             self.set_keymap(dict(liked.keys))
         for problem in liked.problems[:5]:
             self.tell(problem, "warning")
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows; a loop in a thread
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.exit)
         if self._options.note:
             self.tell(self._options.note)
         if self._options.start is not None:
@@ -187,7 +191,8 @@ class DwarfStarApp(App[None]):
     def get_key_display(self, binding: Binding) -> str:
         if self._glyphs is text.ASCII:
             return binding.key_display or binding.key.replace("question_mark", "?")
-        return super().get_key_display(binding)
+        shown = super().get_key_display(binding)
+        return shown.upper() if FUNCTION_KEY.fullmatch(shown) else shown
 
     def _binding_ids(self) -> frozenset[str]:
         """Of everything there is, as a keymap may name it."""
@@ -207,9 +212,8 @@ class DwarfStarApp(App[None]):
                     found.add(binding.id)
         return frozenset(found)
 
-    def on_unmount(self) -> None:
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+    def on_dwarf_star_app_leave(self) -> None:
+        self.exit()
 
     def on_dwarf_star_app_urgent(self) -> None:
         self.tick()
@@ -295,7 +299,7 @@ class DwarfStarApp(App[None]):
 
     async def action_back(self) -> None:
         screen = self.screen
-        if isinstance(screen, ChatScreen) and screen.escape():
+        if isinstance(screen, AppScreen) and screen.escape():
             return
         if isinstance(screen, AppScreen) and screen.FILTERS and screen.wanted:
             from dwarfstar_tui.widgets.filter_input import FilterInput
@@ -321,6 +325,9 @@ class DwarfStarApp(App[None]):
         if not isinstance(screen, AppScreen):
             return
         places = jump_places(screen)
+        if not places:
+            self.tell("there is one part here, and its keys work already")
+            return
         corners = {key: (widget.region.x, widget.region.y) for key, widget in places.items()}
 
         def jumped(key: str | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ from dwarfstar_engine.cli.background import Background
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.facts import interfaces
 from dwarfstar_engine.settings import Settings
-from dwarfstar_engine.views import EventsView, StatusView
+from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlStub
 from dwarfstar_engine.wire.trust import NodeFiles
+from dwarfstar_tui import model_work
 from dwarfstar_tui.chat_files import ChatFiles
 from dwarfstar_tui.model_files import find_models
 from dwarfstar_tui.session import Delta, Starting
-from dwarfstar_tui.updates import ChatsRead, ModelsFound, NetInterface, Surroundings, TokenMade
+from dwarfstar_tui.updates import ChatsRead, ModelsFound, ModelsJudged, NetInterface, Surroundings, TokenMade
 
 STATUS_TIMEOUT_S = 3.0
 MAX_LINE_CHARS = 1 << 20  # of the answer's stream
@@ -92,8 +93,32 @@ class RemoteEngine:
         found = await asyncio.to_thread(remote.remove_node, self._address.running, self._home, node)
         return f"removed {found[1]}: " + ("it was told, and ends" if found[2] else "it will be refused")
 
+    async def rename(self, node: str, name: str) -> str:
+        return await asyncio.to_thread(remote.rename, self._address.running, self._home, node, name)
+
     async def stop(self) -> None:
         await asyncio.to_thread(remote.stop, self._address.running, self._home)
+
+    async def propose(self, request: PlanRequest) -> ProposalView:
+        asked = pb.PlanRequest(json=request.model_dump_json().encode())
+        return ProposalView.model_validate_json(await self._json("Plan", asked, remote.PLAN_S))
+
+    async def commit(self, request: PlanRequest, base_epoch: int) -> CommitView:
+        asked = pb.PlanRequest(json=request.model_dump_json().encode(), base_epoch=base_epoch)
+        return CommitView.model_validate_json(await self._json("Commit", asked, remote.DRAIN_S))
+
+    async def undo(self) -> CommitView:
+        return CommitView.model_validate_json(await self._json("Undo", pb.UndoRequest(), remote.DRAIN_S))
+
+    async def override(self, node: str, text: str, replan: bool) -> OverrideView:
+        asked = pb.OverrideRequest(node=node, text=text, replan=replan)
+        return OverrideView.model_validate_json(await self._json("Override", asked, remote.DRAIN_S))
+
+    async def _json(self, call: str, request: Any, timeout_s: float) -> bytes:
+        try:
+            return bytes((await getattr(self._stub, call)(request, timeout=timeout_s)).json)
+        except grpc.RpcError as error:
+            raise self._said(error) from None
 
     async def chat(self, messages: Sequence[tuple[str, str]], options: dict[str, float | int]) -> AsyncIterator[Delta]:
         body = {
@@ -195,6 +220,12 @@ class HomePlace:
 
     async def models(self) -> ModelsFound:
         return await asyncio.to_thread(find_models, self._settings.models_dir)
+
+    async def judge(self, paths: Sequence[str], status: StatusView) -> ModelsJudged:
+        return await asyncio.to_thread(model_work.judge, paths, status, self._settings)
+
+    async def pull(self, wanted: str, tell: Callable[[str], None], stopped: Callable[[], bool]) -> str:
+        return await asyncio.to_thread(model_work.fetch, wanted, self._settings, tell, stopped)
 
     async def surroundings(self) -> Surroundings:
         return await asyncio.to_thread(self._surroundings)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rich.cells import cell_len
+
 from dwarfstar_engine.views import StageView
 from dwarfstar_tui import text
 from dwarfstar_tui.store import NodeRow
@@ -19,6 +21,7 @@ Run = tuple[str, str]  # text, role
 Runs = tuple[Run, ...]
 
 MIN_NAME, MAX_NAME = 10, 28
+MIN_NAMED = 4  # cells of a name that has a badge behind it
 HOT_C, WARM_C = 85.0, 75.0
 FULL, FILLING = 0.95, 0.85  # share of memory in use
 STATE_ROLES = {"ok": "ok", "late": "late", "lost": "lost", "left": "gone", "removed": "gone", "drained": "drained"}
@@ -26,11 +29,12 @@ STATE_ROLES = {"ok": "ok", "late": "late", "lost": "lost", "left": "gone", "remo
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What a row depends on beside the machine. live: the engine is heard; selected, marked: by the person."""
+    """What a row depends on beside the machine. live: the engine is heard; marks: ids that the person has marked."""
 
     now: float
     live: bool = True
     glyphs: Glyphs = text.FANCY
+    marks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,10 @@ def second_runs(row: NodeRow, width: int, moment: Moment) -> Runs:
     if row.cause and state != "ok":
         role = "error" if state == "lost" else "warning"
         return ((fit(f"{'':11}{text.clean(row.cause)}", width, ellipsis=glyphs.ellipsis), role),)
-    facts = [text.clean(view.device), f"lends {text.gib(view.effective_vram_gib)} GiB"]
+    lends = f"lends {text.gib(view.effective_vram_gib)} GiB" + (
+        f" (set: {text.override(view.override)})" if view.override else ""
+    )
+    facts = [text.clean(view.device), lends]
     if view.load is not None:
         facts.append(f"load {text.share(view.load)}")
     if view.temperature_c is not None:
@@ -148,7 +155,15 @@ def _name(row: NodeRow, column: Column, moment: Moment, state: str) -> Runs:
     name = text.clean(row.view.name)
     if moment.glyphs is text.ASCII:
         name = text.spelled(name, ascii_only=True)
-    return _plain(name, column, moment, "name")
+    runs: Runs = (("", "name"),)
+    room = column.width
+    if row.id in moment.marks:
+        runs, room = ((f"{moment.glyphs.mark} ", "key"),), room - 2
+    badge = f"[{text.override(row.view.override)}]" if row.view.override else ""
+    if not badge or room < len(badge) + MIN_NAMED:
+        return (*runs, (fit(name, room, ellipsis=moment.glyphs.ellipsis), "name"))
+    shown = fit(name, min(cell_len(name), room - len(badge) - 1), ellipsis=moment.glyphs.ellipsis)
+    return (*runs, (shown + " ", "name"), (fit(badge, room - cell_len(shown) - 1), "late"))
 
 
 def _beat(row: NodeRow, column: Column, moment: Moment, state: str) -> Runs:
@@ -267,13 +282,16 @@ def detail_lines(row: NodeRow, moment: Moment, width: int) -> list[Runs]:
     ]
     if row.cause and state != "ok":
         lines += [((line, heading_role),) for line in text.wrapped(text.clean(row.cause), width)]
+    said = ""
+    if view.override:
+        said = f", set: {text.override(view.override)}; else {text.gib(view.usable_gib, glyphs.unknown)}"
     facts = [
         ("device", text.clean(view.device)),
         ("address", view.address or glyphs.unknown),
         ("id", view.id),
         ("", ""),
         ("memory", f"{text.gib(view.used_gib)} used of {text.gib(view.memory_gib)} GiB"),
-        ("lends", f"{text.gib(view.effective_vram_gib)} GiB"),
+        ("lends", f"{text.gib(view.effective_vram_gib)} GiB{said}"),
         ("planned", f"{text.gib(row.planned_gib)} GiB"),
         ("free", f"{text.gib(view.free_gib, glyphs.unknown)} GiB"),
         ("load", text.share(view.load, glyphs.unknown)),

@@ -13,11 +13,15 @@ from dataclasses import dataclass, field, replace
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dwarfstar_engine.views import EventView
+from dwarfstar_tui.text import clean
 
 TURNS_MAX = 400
 TEXT_MAX = 1 << 20
 CHATS_MAX = 100  # kept on disk; the ones not used for longest go
 TITLE_MAX = 48
+NOTE_MAX = 400
+RINGS_MAX = 3  # of one answer; the latest are told
+ROUTE_MAX = 5  # machines that are named
 PAUSES = {  # kinds of events after which streams wait, until they go on
     "node_lost", "node_left", "node_removed", "stage_failed", "streams_waiting", "epoch_over",
 }  # fmt: skip
@@ -48,7 +52,7 @@ class Turn(BaseModel):
 
     role: str = Field(pattern="^(user|assistant)$")
     text: str = Field(max_length=TEXT_MAX)
-    note: str = Field(default="", max_length=400)
+    note: str = Field(default="", max_length=NOTE_MAX)
 
 
 class Conversation(BaseModel):
@@ -109,7 +113,8 @@ def written(conversation: Conversation) -> str:
 class Answer:
     """An answer that is coming. asked_at, first_at, last_at: monotonic, s; first_at 0: nothing came yet.
 
-    pause: why nothing comes, from the cluster's events; empty: it is coming.
+    pause: why nothing comes, from the cluster's events; empty: it is coming. rings: machines whose stages it went
+    through, in their order; another one for each plan that it lived to see, at most RINGS_MAX.
     """
 
     number: int
@@ -125,6 +130,13 @@ class Answer:
     problem: str = ""
     prompt_tokens: int = 0
     tokens: int = field(default=0)
+    rings: tuple[tuple[str, ...], ...] = ()
+
+    def with_ring(self, ring: tuple[str, ...]) -> Answer:
+        """Served by these machines now."""
+        if not ring or ring == (self.rings[-1] if self.rings else ()):
+            return self
+        return replace(self, rings=(*self.rings, ring)[-RINGS_MAX:])
 
     def with_piece(self, text: str, pieces: int, first_at: float, at: float) -> Answer:
         paused_s = self.paused_s + (at - self.last_at if self.pause and self.last_at else 0.0)
@@ -170,7 +182,17 @@ class Answer:
         ends = {"stopped": "stopped by you", "length": "cut off: the token limit", "failed": self.problem}
         if ending := ends.get(self.finish, ""):
             parts.append(ending)
-        return " · ".join(parts)[:400]
+        if self.rings and self.count:
+            parts.append("served by " + ", then ".join(map(_route, self.rings)))
+        return " · ".join(parts)[:NOTE_MAX]
+
+
+def _route(ring: tuple[str, ...]) -> str:
+    """A few machines by name; of many the first and the last."""
+    names = [clean(name) for name in ring]
+    if len(names) > ROUTE_MAX:
+        names = [names[0], f"{len(names) - 2} more", names[-1]]
+    return " → ".join(names)
 
 
 def ended(answer: Answer, finish: str, prompt_tokens: int, tokens: int, problem: str) -> Answer:

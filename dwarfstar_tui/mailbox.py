@@ -2,7 +2,8 @@
 
 Theory. A terminal that stops reading stops the app's loop, and the session must notice none of it. So the session only
 puts; the app takes everything at once when it gets to it. Of statuses only the latest counts. Events are told again by
-their numbers, so when there are too many the oldest go, and are counted as missed. Everything else is news that comes
+their numbers, so when there are too many the oldest go, and are counted as missed. Pieces of an answer that follow each
+other are put together, so that none is lost however long the terminal stands still. Everything else is news that comes
 one at a time, and its bound is out of reach unless the app has died.
 
 The app is woken once for urgent news, and not again until it has taken it; for the rest it looks at its own pace.
@@ -13,12 +14,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from dwarfstar_engine.views import EventsView
-from dwarfstar_tui.updates import Happened, StatusSeen, Update
+from dwarfstar_tui.updates import AnswerPiece, Happened, PullSeen, StatusSeen, Update
 
 EVENTS_MAX = 4000  # twice what the app keeps
-NEWS_MAX = 4096  # pieces of an answer, ten a second: minutes of a stopped terminal
+NEWS_MAX = 4096  # a person's commands under way give a few dozen
 
 
 class Mailbox:
@@ -44,7 +46,11 @@ class Mailbox:
             if isinstance(update, Happened):
                 self._hold(update)
                 return
-            self._news.append(update)
+            joined = _joined(self._news[-1], update) if self._news else None
+            if joined is None:
+                self._news.append(update)
+            else:
+                self._news[-1] = joined
             wake, self._woken = not self._woken, True
         if wake:
             self._wake()
@@ -62,7 +68,8 @@ class Mailbox:
         with self._lock:
             taken: list[Update] = list(self._news)
             if self._missed and self._events:
-                taken.append(Happened(EventsView(events=(), missed=self._missed), self._events[0].at))
+                first = self._events[0]
+                taken.append(replace(first, batch=EventsView(events=(), missed=self._missed)))
             taken += self._events
             if self._status is not None:
                 taken.append(self._status)
@@ -70,3 +77,13 @@ class Mailbox:
             self._events.clear()
             self._status, self._held, self._missed, self._woken = None, 0, 0, False
             return taken
+
+
+def _joined(last: Update, update: Update) -> Update | None:
+    """Both as one, where that tells the same."""
+    match last, update:
+        case AnswerPiece(), AnswerPiece() if last.answer == update.answer:
+            return replace(last, text=last.text + update.text, tokens=last.tokens + update.tokens, at=update.at)
+        case PullSeen(wanted, over=False), PullSeen() if wanted == update.wanted:
+            return update
+    return None

@@ -9,6 +9,7 @@ from dwarfstar_engine.settings import Settings
 from dwarfstar_tui import preferences, text
 from dwarfstar_tui.app import DwarfStarApp
 from dwarfstar_tui.client import HomePlace
+from dwarfstar_tui.leaving import Leaving
 from dwarfstar_tui.mailbox import Mailbox
 from dwarfstar_tui.options import AppOptions, surface
 from dwarfstar_tui.session import Session
@@ -27,7 +28,8 @@ def run(options: AppOptions, settings: Settings) -> int:
     )
     session.start()
     try:
-        app.run(mouse=_first(options.mouse, liked.mouse, True))
+        with Leaving(lambda: app.post_message(DwarfStarApp.Leave())):
+            app.run(mouse=_first(options.mouse, liked.mouse, True))
     finally:
         session.close()
     return app.return_code or 0

@@ -3,7 +3,8 @@
 Theory. What the app asks for goes in as commands, what there is to know comes out as updates (:mod:`.updates`) into a
 mailbox. The session attaches, asks for the status at a steady pace and follows the events from the last number it has.
 When the engine does not answer it says so once, and tries again, at first soon and then every BACKOFF_S[-1] seconds;
-the events go on where they ended. An engine that is started anew counts from 1, which its status tells.
+the events go on where they ended. An engine that is started anew counts from 1, which its first status tells; a later
+one says nothing of the kind, as events may have come since it was asked for.
 
 Bounds: TASKS_MAX commands under way (what comes beyond is refused, and said), one answer for each number.
 """
@@ -19,15 +20,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.views import EventsView, StatusView
+from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
 from dwarfstar_tui import updates
 from dwarfstar_tui.mailbox import Mailbox
+from dwarfstar_tui.plan_calls import Plans
 from dwarfstar_tui.updates import AnswerOver, AnswerPiece, Command, Happened, Linked, LinkState, Notice, StatusSeen
 
 STATUS_S = 0.25
 SLOW_STATUS_S = 1.0  # over a thin line
 BACKOFF_S = (0.25, 0.5, 1.0, 2.0, 5.0)
 PIECES_S = 0.1  # pieces of an answer are put together for so long: Markdown is laid out that often
+PULL_S = 0.25  # between two states of a download
 LOOK_S = 0.2  # at what a starting engine says
 TASKS_MAX = 64
 STOP_S = 2.0  # for tasks to end when the app does
@@ -55,7 +58,12 @@ class Engine(Protocol):
     def events(self, since: int) -> AsyncIterator[EventsView]: ...
     async def drain(self, node: str, undo: bool) -> str: ...
     async def remove(self, node: str) -> str: ...
+    async def rename(self, node: str, name: str) -> str: ...
     async def stop(self) -> None: ...
+    async def propose(self, request: PlanRequest) -> ProposalView: ...
+    async def commit(self, request: PlanRequest, base_epoch: int) -> CommitView: ...
+    async def undo(self) -> CommitView: ...
+    async def override(self, node: str, text: str, replan: bool) -> OverrideView: ...
     def chat(self, messages: Sequence[tuple[str, str]], options: dict[str, float | int]) -> AsyncIterator[Delta]: ...
     async def close(self) -> None: ...
 
@@ -79,6 +87,11 @@ class Place(Protocol):
 
     async def start(self, arguments: Sequence[str]) -> Starting: ...
     async def models(self) -> updates.ModelsFound: ...
+    async def judge(self, paths: Sequence[str], status: StatusView) -> updates.ModelsJudged: ...
+    async def pull(self, wanted: str, tell: Callable[[str], None], stopped: Callable[[], bool]) -> str:
+        """Have a model in the models folder; what to say of it. tell: from any thread, how far it is."""
+        ...
+
     async def surroundings(self) -> updates.Surroundings: ...
     async def token(self, hours: float) -> updates.TokenMade: ...
     async def read_chats(self) -> updates.ChatsRead: ...
@@ -100,10 +113,12 @@ class Session:
         self._every_s = SLOW_STATUS_S if low_bandwidth else STATUS_S
         self._engine: Engine | None = None
         self._link: tuple[LinkState, str] | None = None  # as it was told last
-        self._last_event = 0
+        self._last_event, self._number = 0, 0  # the number of the engine that they are of
         self._starting: Starting | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._answers: dict[int, asyncio.Task[None]] = {}
+        self._plans = Plans(self._attached_engine, mailbox.put)
+        self._pulling, self._pull_stopped = "", threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._hurry: asyncio.Event | None = None
@@ -144,6 +159,7 @@ class Session:
         if attached.done() and (fault := attached.exception()) is not None:
             self._linked(LinkState.DOWN, f"a fault of this program: {fault!r}")
             await self._stopping.wait()
+        self._pull_stopped.set()
         waiting = [attached, stopping, *self._tasks]
         for task in waiting:
             task.cancel()
@@ -171,7 +187,7 @@ class Session:
                 engine = await self._place.find()
                 if engine is None:
                     self._linked(LinkState.NONE if self._starting is None else LinkState.STARTING)
-                    self._last_event = 0
+                    self._anew()
                 else:
                     failures = await self._attached(engine, failures)
             except DwarfStarError as error:
@@ -187,7 +203,7 @@ class Session:
         """With one engine until it is lost. Returns the failures so far: none, if it answered at all."""
         self._engine = engine
         try:
-            await self._look(engine)
+            await self._look(engine, first=True)
             failures = 0
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._follow(engine))
@@ -200,14 +216,19 @@ class Session:
             await engine.close()
         return failures
 
-    async def _look(self, engine: Engine) -> None:
+    def _anew(self) -> None:
+        """The next engine is another one."""
+        if self._last_event:
+            self._last_event, self._number = 0, self._number + 1
+
+    async def _look(self, engine: Engine, *, first: bool = False) -> None:
         asked = self._clock()
         view = await engine.status()
         now = self._clock()
-        if view.last_event < self._last_event:
-            self._last_event = 0
+        if first and view.last_event < self._last_event:
+            self._anew()
         self._linked(LinkState.UP, engine.label)
-        self._mailbox.put(StatusSeen(view, now, (now - asked) * 1000))
+        self._mailbox.put(StatusSeen(view, now, (now - asked) * 1000, self._number))
 
     async def _watch(self, engine: Engine) -> None:
         while True:
@@ -218,7 +239,7 @@ class Session:
         async for batch in engine.events(self._last_event):
             if batch.events:
                 self._last_event = batch.events[-1].number
-            self._mailbox.put(Happened(batch, self._clock()))
+            self._mailbox.put(Happened(batch, self._clock(), self._number))
         raise DwarfStarError("the engine has ended its events", code="not_running")
 
     # --- commands ---
@@ -256,6 +277,8 @@ class Session:
                 self._say(await self._attached_engine().drain(node, undo))
             case updates.Remove(node):
                 self._say(await self._attached_engine().remove(node))
+            case updates.NameNode(node, name):
+                self._say(await self._attached_engine().rename(node, name))
             case updates.StopEngine():
                 await self._attached_engine().stop()
                 self._say("the engine has ended")
@@ -273,6 +296,18 @@ class Session:
                 put(await place.read_chats())
             case updates.KeepChat(chat_id, text):
                 await place.keep_chat(chat_id, text)
+            case updates.Propose():
+                await self._plans.propose(command)
+            case updates.CommitPlan() | updates.UndoPlan():
+                put(await self._plans.change(command))
+            case updates.SetLent():
+                put(await self._plans.lend(command))
+            case updates.JudgeModels(paths, status):
+                put(await place.judge(paths, status))
+            case updates.PullModel(wanted):
+                await self._pull(wanted)
+            case updates.StopPull():
+                self._pull_stopped.set()
             case updates.StopAnswer():
                 pass  # is done when it is accepted
 
@@ -305,6 +340,30 @@ class Session:
                 await asyncio.sleep(LOOK_S)
         finally:
             self._starting = None
+
+    async def _pull(self, wanted: str) -> None:
+        """Get a model; one at a time, and its end is told whatever becomes of it."""
+        if self._pulling:
+            raise DwarfStarError(f"{self._pulling} is being pulled: one at a time")
+        self._pulling = wanted
+        self._pull_stopped.clear()
+        put, last = self._mailbox.put, [0.0]
+
+        def tell(line: str) -> None:
+            now = self._clock()
+            if now - last[0] >= PULL_S:
+                last[0] = now
+                put(updates.PullSeen(wanted, line))
+
+        try:
+            put(updates.PullSeen(wanted, "asking what there is"))
+            line = await self._place.pull(wanted, tell, self._pull_stopped.is_set)
+            put(updates.PullSeen(wanted, line, over=True))
+            put(await self._place.models())
+        except DwarfStarError as error:
+            put(updates.PullSeen(wanted, "", over=True, problem=error.message))
+        finally:
+            self._pulling = ""
 
     async def _answer(self, ask: updates.Ask) -> None:
         """Stream an answer; whatever becomes of it, its end is told."""

@@ -100,7 +100,8 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """See the module. events: oldest first, numbers rising. missed: events that the engine did not keep for us."""
+    """See the module. events: oldest first, numbers rising. missed: events that the engine did not keep for us. engine:
+    the number of the one that all this is of."""
 
     link: Linked = field(default_factory=lambda: Linked(LinkState.CONNECTING, 0.0))
     status: StatusView | None = None
@@ -110,6 +111,7 @@ class State:
     missed: int = 0
     rates: tuple[float, ...] = ()
     sampled_at: float = -1e9
+    engine: int = 0
 
     @property
     def live(self) -> bool:
@@ -131,17 +133,16 @@ def reduce(state: State, update: Update) -> State:
     """The state after an update; those that are none of its business leave it as it is."""
     if isinstance(update, Linked):
         return replace(state, link=update)
-    if isinstance(update, StatusSeen):
-        return _with_status(state, update)
-    if isinstance(update, Happened):
-        return _with_events(state, update.batch)
-    return state
+    if not isinstance(update, StatusSeen | Happened) or update.engine < state.engine:
+        return state
+    if update.engine > state.engine:
+        state = State(link=state.link, engine=update.engine)
+    return _with_status(state, update) if isinstance(update, StatusSeen) else _with_events(state, update.batch)
 
 
 def _with_status(state: State, seen: StatusSeen) -> State:
     view, at = seen.view, seen.at
-    other = state.status is not None and _another_engine(state, view)
-    before = {} if other else {row.id: row for row in state.rows}
+    before = {row.id: row for row in state.rows}
     chains = view.chains()
     slowest = {bottleneck(chain) for chain in chains}
     rows = [_row(before.get(node.id), node, view, at, slowest) for node in view.nodes]
@@ -150,7 +151,6 @@ def _with_status(state: State, seen: StatusSeen) -> State:
     here = {row.id for row in rows}
     gone = [_gone(row) for row in before.values() if row.id not in here]
     sample = at - state.sampled_at >= SAMPLE_S
-    rates = state.rates if not other else ()
     link = replace(state.link, round_trip_ms=seen.round_trip_ms)
     if at >= state.link.at:  # else it was seen before the link was lost, and has waited
         link = replace(link, state=LinkState.UP)
@@ -159,17 +159,10 @@ def _with_status(state: State, seen: StatusSeen) -> State:
         status=view,
         status_at=at,
         rows=(*rows, *gone[-GONE_MAX:]),
-        rates=(*rates, view.throughput.tok_s)[-HISTORY:] if sample else rates,
+        rates=(*state.rates, view.throughput.tok_s)[-HISTORY:] if sample else state.rates,
         sampled_at=at if sample else state.sampled_at,
-        events=() if other else state.events,
-        missed=0 if other else state.missed,
         link=link,
     )
-
-
-def _another_engine(state: State, view: StatusView) -> bool:
-    """An engine that was started anew counts its events from 1: what is kept belongs to the one before."""
-    return view.last_event < state.last_event
 
 
 def _row(old: NodeRow | None, node: NodeView, view: StatusView, at: float, slowest: Collection[str]) -> NodeRow:
@@ -203,8 +196,6 @@ def _stated(view: NodeView, state: str) -> NodeView:
 
 
 def _with_events(state: State, batch: EventsView) -> State:
-    if batch.events and batch.events[-1].number <= state.last_event and batch.events[0].number == 1:
-        state = replace(state, events=(), missed=0)  # told from the beginning, by another engine
     new = tuple(event for event in batch.events if event.number > state.last_event)
     causes = {event.node: event.cause for event in new if event.kind in CAUSES and event.node}
     ended = {event.node: event.kind for event in new if event.kind in ("node_left", "node_removed") and event.node}

@@ -16,6 +16,8 @@ UNKNOWN = "–"
 SPARKS = "▁▂▃▄▅▆▇█"
 ASCII_SPARKS = "_.-=+*#@"
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400
+GIB = 1 << 30
+LEAST_GIB = 0.005  # is shown as 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,19 @@ class Glyphs:
     drained: str = "◇"
     used: str = "█"
     planned: str = "▓"
+    compute: str = "▒"
     lent: str = "░"
     rest: str = "·"
     sparks: str = SPARKS
     bottleneck: str = "▲"
     alert: str = "▲"
     bar: str = "│"
+    held: str = "┃"
+    less: str = "◂"
+    more: str = "▸"
+    pin: str = "◆"
+    arrow: str = "→"
+    about: str = "≈"
     cursor: str = "▌"
     mark: str = "✓"
     unknown: str = UNKNOWN
@@ -45,8 +54,9 @@ class Glyphs:
 
 FANCY = Glyphs()
 ASCII = Glyphs(
-    ok="*", late="~", lost="x", left="-", drained="o", used="#", planned="=", lent="-", rest=".", sparks=ASCII_SPARKS,
-    bottleneck="^", alert="!", bar="|", cursor=">", mark="x", unknown="-", ellipsis="~", dash="-", dot="|",
+    ok="*", late="~", lost="x", left="-", drained="o", used="#", planned="=", compute="+", lent="-", rest=".",
+    sparks=ASCII_SPARKS, bottleneck="^", alert="!", bar="|", held="I", less="<", more=">", pin="P", arrow="->",
+    about="~", cursor=">", mark="x", unknown="-", ellipsis="~", dash="-", dot="|",
 )  # fmt: skip
 _SPELLED = str.maketrans({"–": "-", "—": "-", "…": "...", "·": "|", "→": "->", "×": "x", "’": "'", "°": "", "≥": ">="})
 
@@ -127,8 +137,21 @@ def share(value: float | None, unknown: str = UNKNOWN) -> str:
 
 
 def gib(value: float | None, unknown: str = UNKNOWN) -> str:
-    """GiB with one digit, two below ten."""
-    return figure(value, 2, unknown)
+    """GiB with one digit, two below ten; what would be nothing then is said to be less than the least."""
+    return "<0.01" if value is not None and 0 < value < LEAST_GIB else figure(value, 2, unknown)
+
+
+def size(size_bytes: int) -> str:
+    """Of a file, GiB."""
+    return gib(size_bytes / GIB)
+
+
+def override(given: str) -> str:
+    """What an owner has set, with no more digits than say something: 18, 50%, -2."""
+    try:
+        return f"{float(given):.3g}"
+    except ValueError:
+        return clean(given)
 
 
 def layers(begin: int, end: int, dash: str = "–") -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from dwarfstar_engine.views import EventsView, StatusView
+from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
 
 # --- session to app --------------------------------------------------------------------------------------------------
 
@@ -34,15 +34,21 @@ class Linked:
 
 @dataclass(frozen=True, slots=True)
 class StatusSeen:
+    """engine: counts those that were attached to; one that is started anew is another, and its events begin at 1."""
+
     view: StatusView
     at: float
     round_trip_ms: float
+    engine: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Happened:
+    """engine: as in StatusSeen. Which of the two was told first says nothing: a status may be older than events."""
+
     batch: EventsView
     at: float
+    engine: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +150,63 @@ class ChatsRead:
     problems: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """What the engine says to Propose ``number``. view: None: it did not answer, and problem says why."""
+
+    number: int
+    view: ProposalView | None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanChanged:
+    """The end of a commit, or of going back (undone). view: None: what served goes on; problem, code say why."""
+
+    view: CommitView | None
+    undone: bool = False
+    problem: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LentSet:
+    """The end of SetLent. view: None: refused; problem, code say why."""
+
+    asked: SetLent
+    view: OverrideView | None
+    problem: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether a model fits the machines there are, by the planner. problem: why not."""
+
+    path: str
+    stages: int = 0
+    single_tok_s: float = 0.0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsJudged:
+    fits: tuple[Fit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PullSeen:
+    """How far a download is. over: it has ended; problem: why, if it is not complete."""
+
+    wanted: str
+    line: str
+    over: bool = False
+    problem: str = ""
+
+
 Update = (
     Linked | StatusSeen | Happened | StartLine | Notice | ModelsFound | Surroundings | TokenMade | AnswerPiece
-    | AnswerOver | ChatsRead
+    | AnswerOver | ChatsRead | Proposed | PlanChanged | LentSet | ModelsJudged | PullSeen
 )  # fmt: skip
 
 # --- app to session --------------------------------------------------------------------------------------------------
@@ -161,6 +221,14 @@ class Drain:
 @dataclass(frozen=True, slots=True)
 class Remove:
     node: str  # id
+
+
+@dataclass(frozen=True, slots=True)
+class NameNode:
+    """name: empty: as it calls itself."""
+
+    node: str  # id
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +285,53 @@ class KeepChat:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """What the engine makes of a plan. Of those that wait only the latest is asked; number tells the answer's."""
+
+    number: int
+    request: PlanRequest
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPlan:
+    request: PlanRequest
+    base_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class UndoPlan:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class SetLent:
+    """What a machine lends: 18 (GiB), 50% or -2; empty: as it was started. replan: move layers first, if need be."""
+
+    node: str  # id
+    text: str
+    replan: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeModels:
+    """Plan each of these files for the machines of a status."""
+
+    paths: tuple[str, ...]
+    status: StatusView
+
+
+@dataclass(frozen=True, slots=True)
+class PullModel:
+    wanted: str  # as `dwarfstar pull` takes it
+
+
+@dataclass(frozen=True, slots=True)
+class StopPull:
+    pass
+
+
 Command = (
-    Drain | Remove | MakeToken | FindModels | LookAround | StartEngine | StopEngine | Ask | StopAnswer | ReadChats
-    | KeepChat
+    Drain | Remove | NameNode | MakeToken | FindModels | LookAround | StartEngine | StopEngine | Ask | StopAnswer
+    | ReadChats | KeepChat | Propose | CommitPlan | UndoPlan | SetLent | JudgeModels | PullModel | StopPull
 )  # fmt: skip

@@ -60,6 +60,10 @@ class AppScreen(Screen[None]):
     def take(self, update: Update) -> None:
         """News that is no part of the state."""
 
+    def escape(self) -> bool:
+        """What esc does here first; False: nothing."""
+        return False
+
     def as_toml(self) -> dict[str, object] | None:
         """What `y` copies."""
         return None

@@ -13,6 +13,7 @@ from textual.widgets import Static
 from dwarfstar_tui import conversation, text, updates
 from dwarfstar_tui.cluster_rows import Runs
 from dwarfstar_tui.conversation import Answer, Conversation, Turn
+from dwarfstar_tui.plan_lines import in_order
 from dwarfstar_tui.screens.base import AppScreen
 from dwarfstar_tui.screens.chat_dialogs import DELETE, ChatSettings, ChooseChat
 from dwarfstar_tui.store import State
@@ -73,6 +74,8 @@ class ChatScreen(AppScreen):
     # --- what is shown ---
 
     def present(self, state: State, now: float) -> None:
+        if self._answer is not None and state.serving and state.status is not None:
+            self._answer = self._answer.with_ring(tuple(stage.node for stage in in_order(state.status)))
         glyphs, width = self.host.glyphs, max(10, self.size.width - 4)
         title = self.chat.title or "New conversation"
         facts = [
@@ -125,8 +128,10 @@ class ChatScreen(AppScreen):
     def _sent(self, event: Prompt.Sent) -> None:
         if self._answer is not None:
             self.host.tell("an answer is coming: esc stops it", "warning")
+            prompt = self.query_one(Prompt)
+            prompt.text = event.text + prompt.text
+            prompt.move_cursor(prompt.document.end)
             return
-        self.query_one(Prompt).clear()
         self._ask(event.text)
 
     def _ask(self, prompt: str) -> None:

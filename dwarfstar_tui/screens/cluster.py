@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from textual import on
@@ -11,9 +12,12 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 
 from dwarfstar_tui import text, updates
 from dwarfstar_tui.cluster_rows import Moment, Runs, detail_lines
-from dwarfstar_tui.plan_lines import geometry, legend
+from dwarfstar_tui.event_lines import event_line
+from dwarfstar_tui.plan_lines import geometry, legend, of_status
 from dwarfstar_tui.screens.base import AppScreen
-from dwarfstar_tui.screens.dialogs import AddMachine, Confirm, ShowToken
+from dwarfstar_tui.screens.dialogs import AddMachine, Confirm, NameMachine, ShowToken
+from dwarfstar_tui.screens.events import EventsScreen
+from dwarfstar_tui.screens.lend_dialog import Lend
 from dwarfstar_tui.store import NodeRow, State, alerts
 from dwarfstar_tui.teaching import unattached, waiting
 from dwarfstar_tui.text import matches
@@ -24,8 +28,12 @@ from dwarfstar_tui.widgets.plan_bar import PlanBar
 from dwarfstar_tui.widgets.runs_view import RunsView
 
 ALERTS_SHOWN = 3
+RECENT, RECENT_LEAST = 8, 3  # events below the machines, where there is room
+FRAME_LINES = 18  # header, alerts, heading, plan and footer, and some air
 SAID_MAX = 50  # lines of a starting engine
 PANE = 46
+ACTIONS = frozenset({"drain", "remove", "token", "add", "lend", "lend_reset", "rename"})  # on an engine's machines
+NAMED = 3  # machines that are called by name in a question
 MIN_CELLS = 5  # of a stage; narrower ones say nothing, and the machines can use the room
 
 
@@ -35,6 +43,8 @@ class ClusterScreen(AppScreen):
     LESSON = (
         "Every machine of the cluster has a line: whether it is heard (the age of its last heartbeat runs on), its "
         "memory, and its part of the model. Memory bar: █ in use, ▓ planned and not loaded yet, ░ lent, · the rest. "
+        "Space marks machines, and d, x, v and V are then for all of them; [18] is an override of what one lends. n "
+        "gives a machine another name. "
         "▲ marks the machine that takes longest for a token. Below, the plan: each stage as wide as its layers."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -42,6 +52,10 @@ class ClusterScreen(AppScreen):
         Binding("x", "remove", "remove", id="cluster.remove"),
         Binding("t", "token", "join token", id="cluster.token"),
         Binding("a", "add", "add", id="cluster.add"),
+        Binding("v", "lend", "VRAM", id="cluster.lend"),
+        Binding("V", "lend_reset", "reset VRAM", id="cluster.lend-reset", show=False),
+        Binding("n", "rename", "name", id="cluster.name", show=False),
+        Binding("space", "mark", "mark", id="cluster.mark", show=False),
     ]
 
     def __init__(self) -> None:
@@ -62,6 +76,7 @@ class ClusterScreen(AppScreen):
                     yield FirstStart()
                 with VerticalScroll(id="pane"):
                     yield RunsView(id="details")
+            yield RunsView(id="recent")
             with Vertical(id="plan-strip"):
                 yield PlanBar(id="strip")
                 yield RunsView(id="legend")
@@ -92,6 +107,8 @@ class ClusterScreen(AppScreen):
                 self.query_one(FirstStart).offer(update)
             case updates.TokenMade():
                 self.app.push_screen(ShowToken(update))
+            case updates.LentSet():
+                self._lent(update)
             case updates.Linked(LinkState.UP):
                 self.host.submit(updates.LookAround())
             case _:
@@ -125,7 +142,19 @@ class ClusterScreen(AppScreen):
         self.query_one("#heading", RunsView).set_lines([((table.heading(moment), "heading"),)])
         self._present_alerts(state, now)
         self._present_pane(table, moment)
+        self._present_recent(state, len(rows) if table.display else None)
         self._present_plan(state, first=first)
+
+    def _present_recent(self, state: State, machines: int | None) -> None:
+        """What happened last, where machines and their second lines leave room. machines: None: no table is shown."""
+        recent, width = self.query_one("#recent", RunsView), max(20, self.size.width - 4)
+        spare = self.size.height - FRAME_LINES - 3 * machines if machines is not None else 0
+        count = min(RECENT, len(state.events), spare)
+        zone, glyphs = EventsScreen.zone, self.host.glyphs
+        recent.display = count >= RECENT_LEAST
+        recent.styles.height = count + 1
+        lines = [event_line(event, width, zone, glyphs) for event in state.events[-count:]]
+        recent.set_lines(lines if recent.display else [])
 
     def _display(self, name: str, shown: bool) -> None:
         self.query_one(f"#{name}").display = shown
@@ -150,7 +179,7 @@ class ClusterScreen(AppScreen):
             ((fit_line(f"{glyphs.alert} {text.clean(alert.text)}", width, glyphs.ellipsis), alert.severity),)
             for alert in alerts(state, now)
         ]
-        if self._said and state.live:
+        if self._said and state.live and not repeated(state, self._said[-1]):
             found.append(((fit_line(self._said[-1], width, glyphs.ellipsis), "muted"),))
         if not self.query_one(NodeTable).display:
             found = []  # what takes the table's place says it
@@ -179,9 +208,10 @@ class ClusterScreen(AppScreen):
         bar = self.query_one("#strip", PlanBar)
         strip = self.query_one("#plan-strip")
         status, width = state.status, self.size.width - 4
-        drawn = status is not None and len(status.stages) * MIN_CELLS <= width and geometry(status, width) is not None
-        strip.display = not first and drawn and self.has_class("-tall")
-        bar.show(state, self.host.glyphs)
+        stages = of_status(status, state.rows) if status is not None else ()
+        roomy = len(stages) * MIN_CELLS <= width and geometry([one.layers for one in stages], width) is not None
+        strip.display = not first and roomy and self.has_class("-tall")
+        bar.show(stages, self.host.glyphs)
         self.query_one("#legend", RunsView).set_lines([legend(self.host.glyphs)])
 
     def as_toml(self) -> dict[str, object] | None:
@@ -204,54 +234,129 @@ class ClusterScreen(AppScreen):
         self.show(self.host.state)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action in ("drain", "remove", "token", "add"):
+        if action in ACTIONS and self.host.state.link.state is LinkState.NONE:
+            return False
+        if action in ACTIONS:
             if not self.host.state.live or (self.host.readonly and action != "add"):
                 return None
-            if action in ("drain", "remove") and self.query_one(NodeTable).chosen is None:
+            if action not in ("token", "add") and self.query_one(NodeTable).chosen is None:
                 return None
         return super().check_action(action, parameters)
 
+    def picked(self) -> list[NodeRow]:
+        """The marked machines that there are; without a mark the one at the cursor."""
+        table = self.query_one(NodeTable)
+        return table.marked or ([table.chosen] if table.chosen is not None else [])
+
+    def action_mark(self) -> None:
+        self.query_one(NodeTable).mark()
+        self.show(self.host.state)
+
     def action_drain(self) -> None:
-        row = self.query_one(NodeTable).chosen
-        if row is None:
+        rows = self.picked()
+        drained = [row for row in rows if row.view.state == "drained"]
+        if drained:
+            for row in drained:
+                self.host.submit(updates.Drain(row.id, undo=True))
             return
-        name, undo = text.clean(row.view.name), row.view.state == "drained"
-        if undo:
-            self.host.submit(updates.Drain(row.id, undo=True))
+        if not rows:
             return
+        names = named(rows)
         self.app.push_screen(
             Confirm(
-                f"Drain {name}?",
-                "Its layers move to the other machines while streams run on; then it may leave. "
-                "d once more on it undoes that.",
+                f"Drain {names}?",
+                f"{'Their' if len(rows) > 1 else 'Its'} layers move to the other machines while streams run on; then "
+                f"{'they' if len(rows) > 1 else 'it'} may leave. d once more undoes that.",
                 "drain",
             ),
-            lambda sure: self._drain(row, name) if sure else None,
+            lambda sure: self._drain(rows, names) if sure else None,
         )
 
-    def _drain(self, row: NodeRow, name: str) -> None:
-        self.host.tell(f"moving the layers of {name} to the others")
-        self.host.submit(updates.Drain(row.id))
+    def _drain(self, rows: Sequence[NodeRow], names: str) -> None:
+        self.host.tell(f"moving the layers of {names} to the others")
+        for row in rows:
+            self.host.submit(updates.Drain(row.id))
+        self.query_one(NodeTable).unmark()
 
     def action_remove(self) -> None:
-        row, state = self.query_one(NodeTable).chosen, self.host.state
-        if row is None:
+        rows, state = self.picked(), self.host.state
+        if not rows:
             return
-        name = text.clean(row.view.name)
-        serves = state.serving and bool(row.stages)
+        names = named(rows)
+        serves = state.serving and any(row.stages for row in rows)
         why = (
-            f"{name} serves layers now: its streams pause until they go on elsewhere. " if serves else ""
-        ) + "It is refused from now on; to let it in again, make a new token."
+            f"{names} serve{'s' * (len(rows) == 1)} layers now: streams pause until they go on elsewhere. "
+            if serves
+            else ""
+        ) + "What is removed is refused from now on; to let it in again, make a new token."
+        typed = (names if len(rows) == 1 else "remove") if serves else ""
         self.app.push_screen(
-            Confirm(f"Remove {name}?", why, "remove", typed=name if serves else ""),
-            lambda sure: self.host.submit(updates.Remove(row.id)) if sure else None,
+            Confirm(f"Remove {names}?", why, "remove", typed=typed),
+            lambda sure: self._remove(rows) if sure else None,
         )
+
+    def _remove(self, rows: Sequence[NodeRow]) -> None:
+        for row in rows:
+            self.host.submit(updates.Remove(row.id))
+        self.query_one(NodeTable).unmark()
+
+    def action_lend(self) -> None:
+        if rows := [row.view for row in self.picked() if not row.gone]:
+            self.app.push_screen(Lend(rows))
+
+    def action_lend_reset(self) -> None:
+        """Back to what machines were started with."""
+        rows = [row for row in self.picked() if row.view.override]
+        if not rows:
+            self.host.tell("nothing is overridden there")
+        for row in rows:
+            self.host.submit(updates.SetLent(row.id, ""))
+
+    def _lent(self, told: updates.LentSet) -> None:
+        """What became of an override: a refusal opens the window that can do something about it."""
+        view = told.view
+        if view is not None:
+            how = f", as set: {text.override(view.override)}" if view.override else ""
+            moved = "; layers were moved" if view.replanned else ""
+            self.host.tell(f"{text.clean(view.node)} lends {text.gib(view.effective_vram_gib)} GiB{how}{moved}")
+        if isinstance(self.app.screen, Lend) and self.app.screen.answered(told):
+            return
+        if view is None:
+            row = self.host.state.row(told.asked.node)
+            if row is not None and isinstance(self.app.screen, AppScreen):
+                self.app.push_screen(Lend([row.view], told))
+            else:
+                self.host.tell(told.problem, "error")
+
+    def action_rename(self) -> None:
+        """Of the one at the cursor: two machines have no name in common."""
+        row = self.query_one(NodeTable).chosen
+        if row is None or row.gone:
+            return
+
+        def named(name: str | None) -> None:
+            if name is not None:
+                self.host.submit(updates.NameNode(row.id, name))
+
+        self.app.push_screen(NameMachine(row.view.name), named)
 
     def action_token(self) -> None:
         self.host.submit(updates.MakeToken())
 
     def action_add(self) -> None:
         self.app.push_screen(AddMachine(self._around))
+
+
+def repeated(state: State, said: str) -> bool:
+    """Whether an alert says already what a starting engine says."""
+    reason = state.status.reason if state.status is not None else ""
+    return bool(reason) and reason in said
+
+
+def named(rows: Sequence[NodeRow]) -> str:
+    """A few machines by their names, many by their number."""
+    names = [text.clean(row.view.name) for row in rows]
+    return ", ".join(names) if len(names) <= NAMED else f"{len(names)} machines"
 
 
 def fit_line(line: str, width: int, ellipsis: str) -> str:

@@ -13,7 +13,10 @@ from textual.widgets import Input, Static
 
 from dwarfstar_tui import updates
 from dwarfstar_tui.host import Host
+from dwarfstar_tui.text import clean
 from dwarfstar_tui.updates import Surroundings, TokenMade
+
+NAME_MAX = 64  # characters, as the engine takes them
 
 
 class Dialog(ModalScreen[bool]):
@@ -66,6 +69,31 @@ class Confirm(Dialog):
         else:
             self.query_one("#typed", Input).value = ""
             self.host.tell(f"that is not {self._typed}: nothing was done", "warning")
+
+
+class NameMachine(ModalScreen[str | None]):
+    """What a machine is to be called. Gives back what was typed, empty: as it calls itself; None: nothing."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "close", id="dialog.leave-name")]
+
+    def __init__(self, now: str) -> None:
+        super().__init__()
+        self._now = now
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="box"):
+            yield Static(f"What to call {clean(self._now)}", classes="title", markup=False)
+            yield Input(clean(self._now), id="name", max_length=NAME_MAX, compact=True)
+            yield Static("enter  call it that     esc  close     empty: as it calls itself", classes="quiet",
+                         markup=False)  # fmt: skip
+
+    @on(Input.Submitted, "#name")
+    def _submitted(self, event: Input.Submitted) -> None:
+        event.stop()
+        self.dismiss(event.value.strip())
+
+    def action_leave(self) -> None:
+        self.dismiss(None)
 
 
 class ShowToken(Dialog):

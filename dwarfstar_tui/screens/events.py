@@ -83,7 +83,7 @@ class Timeline(RunsView, can_focus=True):
         self.number = None if index >= last else self.events[max(0, index)].number
         self.set_lines(self.lines, self._index())
         self.show_cursor()
-        self.post_message(self.Pointed(self, self._index() or 0, again=False))
+        self.post_message(self.Pointed(self, self._index() or 0, 0, again=False))
 
 
 class EventsScreen(AppScreen):

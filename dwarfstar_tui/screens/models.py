@@ -9,15 +9,18 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 
+from dwarfstar_engine.plan.planner import rate
 from dwarfstar_tui import text, updates
 from dwarfstar_tui.cluster_rows import Runs
 from dwarfstar_tui.screens.base import AppScreen
+from dwarfstar_tui.screens.get_model import GetModel
 from dwarfstar_tui.store import State
 from dwarfstar_tui.text import Glyphs, fit, matches
-from dwarfstar_tui.updates import ModelFile, ModelsFound, Update
+from dwarfstar_tui.updates import Fit, ModelFile, ModelsFound, ModelsJudged, PullSeen, Update
 from dwarfstar_tui.widgets.runs_view import RunsView
 
-GB = 1e9
+FIT = 18  # columns of what the planner says, at least
+MIDDLE, ROOMY, LONG = 70, 96, 110  # columns of a list with type and layers, with everything, and with long words
 
 
 def loaded_lines(state: State, width: int, glyphs: Glyphs) -> list[Runs]:
@@ -41,23 +44,41 @@ def loaded_lines(state: State, width: int, glyphs: Glyphs) -> list[Runs]:
 
 
 def file_heading(width: int) -> str:
-    return f"  {fit('file', name_width(width))}{'GB':>8} {'layers':>7} {'type':8}{'architecture'}"
+    fits = "fits, tok/s" if width < LONG else "fits, tok/s of one stream"
+    wide = f" {'layers':>7} {'type':8}" + (f"{'architecture':13}" if width >= ROOMY else "")
+    return fit(f"  {fit('file', name_width(width))}{'GiB':>8}{wide if width >= MIDDLE else ''} {fits}", width)
 
 
 def name_width(width: int) -> int:
-    return max(12, min(48, width - 42))
+    others = 2 + 8 + (17 if width >= MIDDLE else 0) + (13 if width >= ROOMY else 0) + 1 + FIT
+    return max(12, min(48, width - others))
 
 
-def file_line(file: ModelFile, loaded: str, width: int, glyphs: Glyphs) -> Runs:
+def fit_words(found: Fit | None, glyphs: Glyphs) -> tuple[str, str]:
+    """What the planner says of a file, and its role; None: it was not asked, or has not answered."""
+    if found is None:
+        return glyphs.unknown, "muted"
+    if found.problem:
+        return f"{glyphs.lost} no: {text.clean(found.problem)}", "late"
+    where = "1 machine" if found.stages == 1 else f"{found.stages} machines"
+    return f"{glyphs.ok} {where}, {rate(found.single_tok_s)}", "ok"
+
+
+def file_line(file: ModelFile, loaded: str, found: Fit | None, width: int, glyphs: Glyphs) -> Runs:
     mark = glyphs.mark if loaded and file.path.endswith(f"/{loaded}.gguf") else " "
     name = text.clean(file.name) + (" (comes with DwarfStar)" if file.demo else "")
     start = (f"{mark} ", "ok"), (fit(name, name_width(width), ellipsis=glyphs.ellipsis), "name")
-    figures = f"{file.size_bytes / GB:8.2f} "
+    figures = f"{text.size(file.size_bytes):>8} "
     if file.problem:
         room = max(0, width - name_width(width) - len(figures) - 3)
         return (*start, (figures, "plain"), (fit(text.clean(file.problem), room, ellipsis=glyphs.ellipsis), "late"))
-    figures += f"{file.layers:>7} {file.quantisation:8}{file.architecture}"
-    return (*start, (figures, "plain"))
+    if width >= MIDDLE:
+        figures += f"{file.layers:>7} {fit(file.quantisation, 8)}"
+    if width >= ROOMY:
+        figures += f"{fit(file.architecture, 12, ellipsis=glyphs.ellipsis)} "
+    words, role = fit_words(found, glyphs)
+    room = max(0, width - 2 - name_width(width) - len(figures))
+    return (*start, (figures, "plain"), (fit(words, room, ellipsis=glyphs.ellipsis), role))
 
 
 class FileList(RunsView, can_focus=True):
@@ -84,14 +105,22 @@ class ModelsScreen(AppScreen):
     FILTERS = True
     LESSON = (
         "Above, the model that is served and where. Below, the GGUF files of this machine's models folder; ✓ marks "
-        "the one that is loaded. Type is that of most weights. To serve another, stop the engine (palette) and choose "
-        "again."
+        "the one that is loaded. Type is that of most weights. Fits is what the planner says of the machines there "
+        "are, each file served alone. g gets a model from a hub. To serve another, stop the engine (palette) and "
+        "choose again."
     )
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("r", "look_again", "look again", id="models.refresh")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("r", "look_again", "look again", id="models.refresh"),
+        Binding("g", "pull", "get a model", id="models.pull"),
+        Binding("X", "stop_pull", "stop it", id="models.stop-pull"),
+    ]
 
     def __init__(self) -> None:
         super().__init__()
         self._found: ModelsFound | None = None
+        self._fits: dict[str, Fit] = {}
+        self._judged: tuple[object, ...] = ()
+        self._pull: PullSeen | None = None
 
     def body(self) -> ComposeResult:
         with Vertical(id="models-body"):
@@ -112,8 +141,46 @@ class ModelsScreen(AppScreen):
         self.host.submit(updates.FindModels())
 
     def take(self, update: Update) -> None:
-        if isinstance(update, ModelsFound):
-            self._found = update
+        match update:
+            case ModelsFound():
+                self._found = update
+            case ModelsJudged(fits):
+                self._fits = {one.path: one for one in fits}
+            case PullSeen():
+                self._pull = update
+                self.refresh_bindings()
+            case _:
+                return
+        if self.is_current:
+            self.show(self.host.state)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        pulling = self._pull is not None and not self._pull.over
+        if action == "stop_pull":
+            return pulling
+        if action == "pull":
+            return None if pulling or self.host.readonly else True
+        return super().check_action(action, parameters)
+
+    def action_pull(self) -> None:
+        self.app.push_screen(GetModel(), lambda wanted: self._get(wanted) if wanted else None)
+
+    def _get(self, wanted: str) -> None:
+        self.host.submit(updates.PullModel(wanted))
+
+    def action_stop_pull(self) -> None:
+        self.host.submit(updates.StopPull())
+
+    def _judge(self, state: State) -> None:
+        """Ask the planner when files or machines are other than those that it was asked about."""
+        status = state.status
+        if not state.live or status is None or self._found is None:
+            return
+        paths = tuple(file.path for file in self._found.files if not file.problem)
+        nodes = tuple((node.name, node.state in ("joined", "late"), node.effective_vram_gib) for node in status.nodes)
+        if (key := (paths, nodes)) != self._judged:
+            self._judged = key
+            self.host.submit(updates.JudgeModels(paths, status))
 
     def _files(self) -> tuple[ModelFile, ...]:
         files = self._found.files if self._found is not None else ()
@@ -122,6 +189,7 @@ class ModelsScreen(AppScreen):
         return tuple(file for file in files if matches(self.wanted, file.name, file.architecture, file.quantisation))
 
     def present(self, state: State, now: float) -> None:
+        self._judge(state)
         glyphs = self.host.glyphs
         files = self.query_one(FileList)
         width = files.scrollable_content_region.width
@@ -130,13 +198,17 @@ class ModelsScreen(AppScreen):
         loaded.styles.height = len(lines)
         loaded.set_lines(lines)
         name = state.status.model.name if state.status is not None and state.status.model is not None else ""
-        shown = [file_line(file, name, width, glyphs) for file in self._files()]
+        fits = self._fits if state.live else {}
+        shown = [file_line(file, name, fits.get(file.path), width, glyphs) for file in self._files()]
         files.at = max(0, min(files.at, len(shown) - 1))
         files.set_lines(shown, files.at if shown else None)
         self.query_one("#files-heading", RunsView).set_lines([((file_heading(width), "heading"),)])
         self.query_one("#files-note", RunsView).set_lines([((fit(self._note(), width), "muted"),)])
 
     def _note(self) -> str:
+        if self._pull is not None:
+            said = text.clean(self._pull.problem or self._pull.line)
+            return f"{text.clean(self._pull.wanted)}: {said}"
         if self._found is None:
             return "looking …"
         if self._found.problem:

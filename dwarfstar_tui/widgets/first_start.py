@@ -12,14 +12,12 @@ from textual.widgets.option_list import Option
 from dwarfstar_tui import text
 from dwarfstar_tui.updates import ModelFile, ModelsFound
 
-GB = 1e9
-
 
 def label(file: ModelFile, width: int) -> str:
     """One model in a line."""
     if file.problem:
         return f"{text.fit(text.clean(file.name), width)}  cannot be served: {file.problem}"
-    about = f"{file.size_bytes / GB:6.1f} GB  {file.layers:>3} layers  {file.quantisation:7} {file.architecture}"
+    about = f"{text.size(file.size_bytes):>6} GiB  {file.layers:>3} layers  {file.quantisation:7} {file.architecture}"
     return f"{text.fit(text.clean(file.name), width)}{about}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
@@ -41,10 +42,13 @@ class NodeTable(RunsView, can_focus=True):
         self._rows: tuple[NodeRow, ...] = ()
         self._chosen = ""  # id
         self._at: int | None = None  # its place
+        self._marks: frozenset[str] = frozenset()  # ids
         self._tall = 1  # lines of a machine
 
     def show(self, rows: Sequence[NodeRow], moment: Moment) -> None:
         self._rows = tuple(rows)
+        self._marks &= {row.id for row in rows}  # what is not seen is not meant
+        moment = replace(moment, marks=self._marks)
         shown = columns(self.scrollable_content_region.width)
         ids = [row.id for row in rows]
         if self._chosen not in ids:
@@ -68,6 +72,19 @@ class NodeTable(RunsView, can_focus=True):
     @property
     def chosen(self) -> NodeRow | None:
         return next((row for row in self._rows if row.id == self._chosen), None)
+
+    @property
+    def marked(self) -> list[NodeRow]:
+        return [row for row in self._rows if row.id in self._marks]
+
+    def mark(self) -> None:
+        """Mark the machine at the cursor, or take its mark; the cursor goes on."""
+        if self._chosen:
+            self._marks ^= {self._chosen}
+            self.action_move(1)
+
+    def unmark(self) -> None:
+        self._marks = frozenset()
 
     def choose(self, index: int) -> None:
         if self._rows:

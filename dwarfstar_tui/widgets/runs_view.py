@@ -43,6 +43,7 @@ ROLES: dict[str, tuple[str, str]] = {  # role: variable of the theme, how it is 
     "spark": ("ds-spark", ""),
     "weights": ("ds-used", ""),
     "kv": ("ds-planned", ""),
+    "compute": ("ds-spark", ""),
     "free": ("ds-lent", ""),
     "boundary": ("ds-muted", ""),
     "key": ("accent", "bold"),
@@ -103,11 +104,11 @@ class RunsView(ScrollView, can_focus=False):
     ALLOW_SELECT = False
 
     class Pointed(Message):
-        """A line was clicked. again: it had the cursor already."""
+        """A line was clicked, at a cell of it. again: it had the cursor already."""
 
-        def __init__(self, view: RunsView, line: int, *, again: bool) -> None:
+        def __init__(self, view: RunsView, line: int, x: int, *, again: bool) -> None:
             super().__init__()
-            self.view, self.line, self.again = view, line, again
+            self.view, self.line, self.x, self.again = view, line, x, again
 
         @property
         def control(self) -> RunsView:
@@ -209,4 +210,4 @@ class RunsView(ScrollView, can_focus=False):
     async def _on_click(self, event: events.Click) -> None:
         line = event.y + self.scroll_offset.y
         if 0 <= line < len(self._lines):
-            self.post_message(self.Pointed(self, line, again=line == self._cursor))
+            self.post_message(self.Pointed(self, line, round(event.x), again=line == self._cursor))

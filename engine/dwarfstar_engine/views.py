@@ -219,9 +219,10 @@ class PlanRequest(View):
     """What is wished of a plan; nothing: what the planner finds with the engine's own strategy.
 
     cuts: boundaries by hand. order: nodes along the ring, names or ids; with cuts, as many as stages. pins: a node has
-    exactly these layers. excluded: a node gets none. context: of a proposal only. auto: forget what the owner has
-    committed, the planner decides again. pipeline: which one is meant, where there are several; the nodes are its own.
-    take: of a commit: serve as that alternative of the advisor's, and nothing else of this counts.
+    exactly these layers. excluded: a node gets none. context, wire: of a proposal only, as an engine is started with
+    them. auto: forget what the owner has committed, the planner decides again. pipeline: which one is meant, where
+    there are several; the nodes are its own. take: of a commit: serve as that alternative of the advisor's, and nothing
+    else of this counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -233,6 +234,7 @@ class PlanRequest(View):
     pins: dict[str, tuple[int, int]] = Field(default_factory=dict, max_length=MAX_STAGES)
     excluded: tuple[str, ...] = Field(default=(), max_length=MAX_STAGES)
     context: int | None = Field(default=None, ge=16, le=1 << 20)
+    wire: Literal["auto", "f32", "f16", "q8"] | None = None
     auto: bool = False
     pipeline: int = Field(default=0, ge=0)
     take: Literal["single", "replicas", "split", "pipelines"] | None = None
@@ -255,7 +257,7 @@ class ProposalView(View):
     """The plan that runs beside one that is proposed. epoch: to be given with a commit.
 
     clamped: cuts that were moved, and why. error, code: why there is no proposal. owner: the running plan is kept as
-    its owner committed it. undo: there is a plan to go back to.
+    its owner committed it, with pins and excluded by node. undo: there is a plan to go back to.
     """
 
     epoch: int
@@ -267,6 +269,8 @@ class ProposalView(View):
     error: str = ""
     code: str = ""
     owner: bool = False
+    pins: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
     undo: bool = False
     tok_s: float = 0.0  # of all streams, now
 

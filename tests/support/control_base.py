@@ -45,6 +45,9 @@ class UnexpectedControl(control_pb2_grpc.ControlServicer):
     async def Override(self, request: pb.OverrideRequest, context: Context) -> pb.OverrideReply:
         raise AssertionError("nobody should override what a node lends")
 
+    async def Name(self, request: pb.NameRequest, context: Context) -> pb.NameReply:
+        raise AssertionError("nobody should rename a node")
+
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
         raise AssertionError("nobody should drain a node")
 

@@ -27,6 +27,7 @@ from dwarfstar_tui.screens.events import EventsScreen
 from dwarfstar_tui.text import Glyphs
 from dwarfstar_tui.updates import (
     Command,
+    Fit,
     Happened,
     Linked,
     LinkState,
@@ -149,6 +150,11 @@ MODELS = ModelsFound(
                   problem="architecture whisper is not verified to split exactly"),
     ),
 )  # fmt: skip
+FITS = (
+    Fit("/opt/demo/SmolLM2.gguf", 1, 812.0),
+    Fit("/m/gemma-3-27b-it-Q4_K_M.gguf", 1, 33.7),
+    Fit("/m/Llama-3.3-70B-Instruct-Q3_K_M.gguf", 3, 8.62),
+)
 AROUND = Surroundings(
     (NetInterface("enp3s0", "192.168.1.10", False), NetInterface("docker0", "172.17.0.1", True)),
     control="192.168.1.10:8477", join="192.168.1.10:8478", discovery=True, home="/home/ada/.local/share/dwarfstar",
@@ -221,5 +227,5 @@ def replaced(row: StatusView, **more: object) -> StatusView:
     return row.model_copy(update=more)
 
 
-__all__ = ["AROUND", "MODELS", "NOW", "WALL", "Stage", "history", "home_lab", "large", "node", "replace", "replaced",
-           "stage", "status", "story"]  # fmt: skip
+__all__ = ["AROUND", "FITS", "MODELS", "NOW", "WALL", "Stage", "history", "home_lab", "large", "node", "replace",
+           "replaced", "stage", "status", "story"]  # fmt: skip

@@ -12,17 +12,31 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dwarfstar_engine.views import EventsView, EventView
+from textual.pilot import Pilot
+
+from dwarfstar_engine.views import EventsView, EventView, PlanRequest, ThroughputView
 from dwarfstar_tui.text import ASCII, FANCY, Glyphs
-from dwarfstar_tui.updates import AnswerOver, AnswerPiece, Happened, Linked, LinkState, StatusSeen, TokenMade, Update
+from dwarfstar_tui.updates import (
+    AnswerOver,
+    AnswerPiece,
+    Happened,
+    Linked,
+    LinkState,
+    PlanChanged,
+    StatusSeen,
+    TokenMade,
+    Update,
+)
 from dwarfstar_tui.widgets.prompt import Prompt
-from support.tui_cluster import AROUND, MODELS, NOW, WALL, Stage, history, home_lab, large, status
+from support.tui_cluster import AROUND, MODELS, NOW, WALL, Stage, history, home_lab, large, replaced, stage, status
+from support.tui_plans import Planner
 
 TOP = Path(__file__).parents[2]
 SCREENSHOTS = TOP / "screenshots"
 TEXTS = TOP / "tests" / "tui" / "screens"
 WIDTHS = {60: 20, 80: 24, 120: 34, 200: 50}  # columns: lines
 SVG_SIZE = (120, 34)
+DRAFT = ("2", "right_square_bracket", "left", "left", "left")
 THEMES = ("night", "day", "contrast", "ansi-dark", "ansi-light")
 ANSWER = """A model that is **too large** for one machine runs on several of them:
 
@@ -41,13 +55,15 @@ That buys **capacity**, not speed: a model that fits one GPU is faster there.
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """keys: pressed one after the other. prompt: asked after them. then: told after that."""
+    """keys: pressed one after the other. prompt: asked after them. commit: a plan that is carried out then. then: told
+    after that."""
 
     name: str
     updates: tuple[Update, ...]
     keys: tuple[str, ...] = ()
     then: tuple[Update, ...] = ()
     prompt: str = ""
+    commit: PlanRequest | None = None
     theme: str = "night"
     glyphs: Glyphs = FANCY
 
@@ -79,6 +95,16 @@ SCREENS = (
     Scene("chat", LAB, ("3",), _chat(AnswerOver(1, NOW + 5.2, "stop", 14, 84)), prompt="Why split a model?"),
     Scene("events", LAB, ("4",)),
     Scene("models", LAB, ("5",)),
+    Scene("plan-draft", LAB, DRAFT),
+    Scene("plan-difference", LAB, (*DRAFT, "enter")),
+    Scene("plan-commit", LAB, (*DRAFT, "enter", "y")),
+)
+CUT = PlanRequest(cuts=(44, 63), order=("tower", "garage-box", "mini-pc"))
+AFTER = replaced(
+    home_lab(),
+    epoch=4,
+    stages=(stage("tower", (0, 44), 14.9), stage("garage-box", (44, 63), 18.4), stage("mini-pc", (63, 80), 22.3)),
+    throughput=ThroughputView(tok_s=16.9, active=1, queued=0),
 )
 CASES = (
     Scene("first-start", (Linked(LinkState.NONE, NOW),)),
@@ -88,27 +114,45 @@ CASES = (
     Scene("help", LAB, ("question_mark",)),
     Scene("crowd", tuple(history(large(64), 3))),
     Scene("ascii", LAB, glyphs=ASCII),
+    Scene("lend", LAB, ("v",)),
     Scene("engine-lost", (*LAB, Linked(LinkState.DOWN, NOW, "no answer"))),
+    Scene("plan-done", LAB, (*DRAFT, "enter", "y"), (StatusSeen(AFTER, NOW, 2.0),), commit=CUT),
+    Scene("plan-clamped", LAB, ("2", "end")),
+    Scene("plan-others", LAB, ("2", "A")),
+    Scene("plan-ascii", LAB, (*DRAFT, "P"), glyphs=ASCII),
 )
 OTHER_THEMES = tuple(Scene(f"theme-{name}", LAB, theme=name) for name in THEMES if name != "night")
 PICTURES = (*SCREENS, CASES[0], *OTHER_THEMES)
 TEXTS_OF = (*((scene, width) for scene in SCREENS for width in WIDTHS), *((scene, 80) for scene in CASES))
 
 
+async def answered(planner: Planner, stage: Stage, pilot: Pilot[None]) -> None:
+    """Until the app has nothing to ask any more."""
+    await pilot.pause()
+    stage.running.tick()
+    while planner.answer(stage):
+        await pilot.pause()
+        stage.running.tick()
+
+
 async def play(scene: Scene, size: tuple[int, int]) -> tuple[str, str]:
     """The scene as (SVG, text)."""
-    stage = Stage(list(scene.updates), theme=scene.theme, glyphs=scene.glyphs)
-    app = stage.app()
+    here = Stage(list(scene.updates), theme=scene.theme, glyphs=scene.glyphs)
+    app = here.app()
     async with app.run_test(size=size) as pilot:
-        stage.play()
-        stage.tell(AROUND, MODELS)
+        planner = Planner()
+        here.play()
+        here.tell(AROUND, MODELS)
         for key in scene.keys:
             await pilot.press(key)
+            await answered(planner, here, pilot)
         if scene.prompt:
             app.screen.query_one(Prompt).text = scene.prompt
             await pilot.press("enter")
-        stage.tell(AROUND, MODELS, *scene.then)
-        await pilot.pause()
+        if scene.commit is not None:
+            here.tell(PlanChanged(planner.committed(scene.commit)))
+        here.tell(AROUND, MODELS, *scene.then)
+        await answered(planner, here, pilot)
         for prompt in app.screen.query(Prompt):
             prompt.cursor_blink = False
         app.tick()

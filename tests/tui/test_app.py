@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
 
-from dwarfstar_engine.views import EventsView, EventView
+from dwarfstar_engine.views import EventsView, EventView, OverrideView
 from dwarfstar_tui import text, updates
 from dwarfstar_tui.app import DwarfStarApp
 from dwarfstar_tui.preferences import Preferences
@@ -17,6 +18,7 @@ from dwarfstar_tui.screens.chat import ChatScreen
 from dwarfstar_tui.screens.dialogs import Confirm, ShowToken, is_host
 from dwarfstar_tui.screens.events import Timeline
 from dwarfstar_tui.screens.help import HelpScreen, JumpScreen
+from dwarfstar_tui.screens.lend_dialog import Lend
 from dwarfstar_tui.updates import (
     AnswerOver,
     AnswerPiece,
@@ -24,10 +26,13 @@ from dwarfstar_tui.updates import (
     Drain,
     Happened,
     KeepChat,
+    LentSet,
     Linked,
     LinkState,
     MakeToken,
+    NameNode,
     Remove,
+    SetLent,
     StartEngine,
     StatusSeen,
     StopAnswer,
@@ -37,7 +42,7 @@ from dwarfstar_tui.widgets.header_bar import HeaderBar
 from dwarfstar_tui.widgets.node_table import NodeTable
 from dwarfstar_tui.widgets.prompt import Prompt
 from dwarfstar_tui.widgets.runs_view import RunsView
-from support.tui_cluster import AROUND, MODELS, NOW, WALL, Stage, history, home_lab, large, node, status
+from support.tui_cluster import AROUND, FITS, MODELS, NOW, WALL, Stage, history, home_lab, large, node, status
 
 SIZE = (100, 30)
 AppPilot = Pilot[None]
@@ -125,6 +130,16 @@ async def test_the_cursor_stays_with_its_machine() -> None:
         assert table.chosen.view.name == "laptop"
 
 
+async def test_a_high_screen_has_what_happened_last_in_sight() -> None:
+    for size, seen in (((160, 48), True), ((120, 34), False)):
+        stage = Stage(history(home_lab()))
+        async with stage.app().run_test(size=size) as pilot:
+            app = await begin(stage, pilot)
+            assert ("laptop is late" in app.screen.query_one("#recent", RunsView).text) is seen
+            assert app.screen.query_one("#recent").display is seen
+            assert app.screen.query_one(NodeTable).region.height >= 5
+
+
 async def test_enter_opens_the_details_on_a_narrow_screen() -> None:
     stage = Stage(history(home_lab()))
     async with stage.app().run_test(size=(80, 30)) as pilot:
@@ -151,6 +166,17 @@ async def test_drain_asks_and_the_same_key_undoes_it() -> None:
         assert asked(stage, Drain)[1:] == [Drain("n-tower", undo=True)]
 
 
+async def test_a_machine_is_given_a_name_or_its_own_again() -> None:
+    stage = Stage(history(home_lab()))
+    async with stage.app().run_test(size=SIZE) as pilot:
+        await begin(stage, pilot)
+        await pilot.press("n", "escape")
+        assert asked(stage, NameNode) == []
+        await pilot.press("n", *"den", "enter")
+        await pilot.press("n", "backspace", "enter")
+        assert asked(stage, NameNode) == [NameNode("n-tower", "den"), NameNode("n-tower", "")]
+
+
 async def test_a_serving_machine_is_removed_only_when_its_name_is_typed() -> None:
     stage = Stage(history(home_lab()))
     async with stage.app().run_test(size=SIZE) as pilot:
@@ -168,6 +194,100 @@ async def test_an_idle_machine_is_removed_with_a_key() -> None:
         await begin(stage, pilot)
         await pilot.press("end", "up", "x", "enter")
         assert asked(stage, Remove) == [Remove("n-laptop")]
+
+
+async def test_keys_that_come_in_one_burst_are_sent_in_their_order_and_whole() -> None:
+    """A thin line delivers what was typed in a second at once, enter and the next prompt's beginning among it."""
+    stage = Stage(history(home_lab()))
+    async with stage.app().run_test(size=SIZE) as pilot:
+        app = await begin(stage, pilot)
+        await pilot.press("3")
+        for char in "hello\rmore":
+            app.post_message(events.Key("enter" if char == "\r" else char, char))
+        await pilot.pause()
+        await pilot.pause()
+        questions = [command for command in stage.asked if isinstance(command, Ask)]
+        assert [question.messages[-1] for question in questions] == [("user", "hello")]
+        assert app.screen.query_one(Prompt).text == "more"
+
+
+async def test_marked_machines_are_meant_together() -> None:
+    stage = Stage(history(home_lab()))
+    async with stage.app().run_test(size=SIZE) as pilot:
+        app = await begin(stage, pilot)
+        await pilot.press("space", "down", "space")
+        assert app.screen.query_one(NodeTable).text.count("✓") == 2
+        await pilot.press("d")
+        assert "tower, mini-pc" in shown(app)
+        await pilot.press("y")
+        assert asked(stage, Drain) == [Drain("n-tower"), Drain("n-mini-pc")]
+        app.tick()
+        assert "✓" not in app.screen.query_one(NodeTable).text
+
+
+async def test_an_override_that_is_too_small_is_refused_with_the_least_and_a_new_plan_offered() -> None:
+    stage = Stage(history(home_lab()))
+    async with stage.app().run_test(size=SIZE) as pilot:
+        app = await begin(stage, pilot)
+        await pilot.press("v", *"lots", "enter")
+        assert asked(stage, SetLent) == [], "that is no amount"
+        app.screen.query_one(Input).value = "12"
+        await pilot.press("enter")
+        wish = SetLent("n-tower", "12")
+        assert asked(stage, SetLent) == [wish]
+        stage.tell(LentSet(wish, None, "tower must lend 19.52 GiB at least", "in_use"))
+        await pilot.pause()
+        assert "19.52 GiB at least" in shown(app) and "F2" in shown(app)
+        await pilot.press("f2")
+        again = SetLent("n-tower", "12", replan=True)
+        assert asked(stage, SetLent) == [wish, again]
+        view = OverrideView(node="tower", override="12", effective_vram_gib=12.0, replanned=True)
+        stage.tell(LentSet(again, view))
+        await pilot.pause()
+        assert not isinstance(app.screen, Lend)
+
+
+async def test_an_override_is_a_badge_and_can_be_reset() -> None:
+    view = home_lab()
+    nodes = (view.nodes[0].model_copy(update={"override": "50%", "effective_vram_gib": 12.0}), *view.nodes[1:])
+    stage = Stage([*history(home_lab()), StatusSeen(view.model_copy(update={"nodes": nodes}), NOW, 1.0)])
+    async with stage.app().run_test(size=(120, 34)) as pilot:
+        app = await begin(stage, pilot)
+        assert "tower [50%]" in app.screen.query_one(NodeTable).text
+        await pilot.press("V")
+        assert asked(stage, SetLent) == [SetLent("n-tower", "")]
+        stage.tell(LentSet(SetLent("n-tower", ""), None, "tower must lend 19.52 GiB at least", "in_use"))
+        await pilot.pause()
+        assert isinstance(app.screen, Lend), "what is refused can be had with another plan"
+        await pilot.press("f2")
+        assert asked(stage, SetLent)[1:] == [SetLent("n-tower", "", replan=True)]
+        await pilot.press("escape", "down", "V")
+        assert len(asked(stage, SetLent)) == 2, "nothing is overridden there"
+
+
+async def test_models_say_whether_they_fit_and_more_can_be_pulled() -> None:
+    stage = Stage(history(home_lab()))
+    async with stage.app().run_test(size=(120, 34)) as pilot:
+        app = await begin(stage, pilot)
+        await pilot.press("5")
+        stage.tell(MODELS)
+        app.tick()
+        judged = asked(stage, updates.JudgeModels)
+        assert len(judged) == 1
+        too_large = updates.Fit("/m/gemma-3-27b-it-Q4_K_M.gguf", problem="it takes 15.4 GiB, and there are 8.0")
+        stage.tell(updates.ModelsJudged((*FITS[:1], too_large, *FITS[2:])))
+        assert "3 machines, 8.62" in shown(app)
+        assert "no: it takes 15.4 GiB" in shown(app)
+        await pilot.press("g", *"a/b", "enter")
+        assert asked(stage, updates.PullModel) == [updates.PullModel("a/b")]
+        stage.tell(updates.PullSeen("a/b", "pulling  12%"))
+        assert "a/b: pulling  12%" in shown(app)
+        await pilot.press("X")
+        assert asked(stage, updates.StopPull) == [updates.StopPull()]
+        stage.tell(updates.PullSeen("a/b", "", over=True, problem="stopped"))
+        assert "a/b: stopped" in shown(app)
+        await pilot.press("X")
+        assert len(asked(stage, updates.StopPull)) == 1
 
 
 async def test_a_join_token_is_shown_and_copied() -> None:

@@ -59,3 +59,21 @@ def test_ascii_glyphs_are_ascii_and_differ() -> None:
     assert len(set(glyphs)) == 4
     assert all(glyph.isascii() for glyph in glyphs)
     assert text.spelled("a → b … 71 °C", ascii_only=True).isascii()
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("5.6524", "5.65"), ("18", "18"), ("-2", "-2"), ("50%", "50%"), ("a\x1bb", "ab")]
+)
+def test_overrides_have_no_more_digits_than_say_something(said: str, shown: str) -> None:
+    assert text.override(said) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "–"), (0, "0.00"), (0.001, "<0.01"), (0.006, "0.01"), (31.94, "31.9")]
+)
+def test_gib_are_never_nothing_for_something(value: float | None, shown: str) -> None:
+    assert text.gib(value) == shown
+
+
+def test_a_file_has_its_size_in_gib() -> None:
+    assert text.size(17 * (1 << 30)) == "17.0"

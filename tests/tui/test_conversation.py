@@ -124,3 +124,18 @@ def test_files_that_cannot_be_read_are_told_and_left(tmp_path: Path) -> None:
 def test_an_id_is_no_path(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         ChatFiles(tmp_path).keep("../escape", "x")
+
+
+def test_the_note_names_the_machines_that_served_it() -> None:
+    answer = Answer(1, "go on", 0.0).with_piece("a b", 2, 1.0, 2.0)
+    there = answer.with_ring(("tower", "nas", "pi")).with_ring(("tower", "nas", "pi"))
+    assert there.note().endswith("2 tokens · served by tower → nas → pi")
+    moved = there.with_ring(()).with_ring(("tower", "pi"))
+    assert moved.note().endswith("served by tower → nas → pi, then tower → pi")
+    many = answer.with_ring(tuple(f"node{index}" for index in range(64)))
+    assert many.note().endswith("served by node0 → 62 more → node63")
+
+
+def test_a_prompt_that_failed_was_served_by_nobody() -> None:
+    answer = Answer(1, "go on", 0.0).with_ring(("tower",))
+    assert ended(answer, "failed", 0, 0, "no").note() == "no"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dwarfstar_engine.views import EventsView, EventView
-from dwarfstar_tui.mailbox import EVENTS_MAX, Mailbox
-from dwarfstar_tui.updates import Happened, Notice, StatusSeen
+from dwarfstar_tui.mailbox import EVENTS_MAX, NEWS_MAX, Mailbox
+from dwarfstar_tui.updates import AnswerOver, AnswerPiece, Happened, Notice, PullSeen, StatusSeen
 from support.tui_cluster import NOW, home_lab
 
 
@@ -47,3 +47,25 @@ def test_it_wakes_once_until_it_is_emptied_and_only_for_news() -> None:
     assert [update.text for update in box.take() if isinstance(update, Notice)] == ["a", "b"]
     box.put(Notice("c"))
     assert woken == [1, 1]
+
+
+def test_of_an_answer_no_piece_is_lost_however_many_wait() -> None:
+    box, count = Mailbox(), 2 * NEWS_MAX
+    box.put(Notice("before"))
+    for index in range(count):
+        box.put(AnswerPiece(1, f"{index} ", 1, index, index + 0.5))
+    box.put(AnswerPiece(2, "another", 1, count, count))
+    box.put(AnswerOver(1, count, "stop"))
+    before, first, other, over = box.take()
+    assert isinstance(before, Notice) and isinstance(over, AnswerOver)
+    assert first == AnswerPiece(1, "".join(f"{index} " for index in range(count)), count, 0, count - 0.5)
+    assert other == AnswerPiece(2, "another", 1, count, count)
+
+
+def test_of_a_download_the_latest_is_told_and_its_end_stays() -> None:
+    box = Mailbox()
+    for line in ("1 %", "2 %"):
+        box.put(PullSeen("a/b", line))
+    box.put(PullSeen("a/b", "pulled", over=True))
+    box.put(PullSeen("a/b", "again"))
+    assert box.take() == [PullSeen("a/b", "pulled", over=True), PullSeen("a/b", "again")]

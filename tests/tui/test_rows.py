@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from dwarfstar_engine.views import StatusView
 from dwarfstar_tui import text
 from dwarfstar_tui.cluster_rows import (
     Moment,
@@ -23,7 +24,8 @@ from dwarfstar_tui.cluster_rows import (
 )
 from dwarfstar_tui.event_lines import event_line, role_of
 from dwarfstar_tui.header_lines import Badges, status_line, tab_line, width_of
-from dwarfstar_tui.plan_lines import bar_lines, table_lines, titled
+from dwarfstar_tui.plan_lines import bar_lines, of_status, table_lines, titled
+from dwarfstar_tui.plan_panel import stepper_lines
 from dwarfstar_tui.store import NodeRow, State, reduce
 from dwarfstar_tui.updates import Linked, LinkState, StatusSeen
 from support.tui_cluster import NOW, history, home_lab, node, story
@@ -109,9 +111,11 @@ def test_the_bottleneck_is_marked_once() -> None:
 @given(WIDTHS)
 def test_the_plan_bar_fills_its_width(width: int) -> None:
     assert STATE.status is not None
-    lines = bar_lines(STATE.status, STATE.rows, width, text.FANCY)
+    stages = of_status(STATE.status, STATE.rows)
+    lines = bar_lines(stages, width, text.FANCY, 1)
     assert [width_of(line) for line in lines] == [width] * 3
-    assert len({width_of(line) for line in table_lines(STATE.status, STATE.rows, width, text.FANCY)}) == 1
+    assert len({width_of(line) for line in table_lines(stages, width, text.FANCY, predicted=True)}) == 1
+    assert {width_of(line) for line in stepper_lines(stages, 0, width, text.FANCY)} <= {width, width - 1}
 
 
 @given(WIDTHS)
@@ -119,10 +123,13 @@ def test_each_pipeline_has_a_bar_under_its_number(width: int) -> None:
     lab = home_lab()
     other = tuple(one.model_copy(update={"pipeline": 1}) for one in lab.stages)
     both = lab.model_copy(update={"stages": (*other, *lab.stages)})
-    lines = titled(both, lambda chain: bar_lines(chain, STATE.rows, width, text.FANCY))
-    one = bar_lines(lab, STATE.rows, width, text.FANCY)
-    assert lines == [(("pipeline 0", "heading"),), *one, (("pipeline 1", "heading"),), *one]
-    assert titled(lab, lambda chain: bar_lines(chain, STATE.rows, width, text.FANCY)) == one
+
+    def bars(chain: StatusView) -> list[Runs]:
+        return bar_lines(of_status(chain, STATE.rows), width, text.FANCY)
+
+    one = bars(lab)
+    assert titled(both, bars) == [(("pipeline 0", "heading"),), *one, (("pipeline 1", "heading"),), *one]
+    assert titled(lab, bars) == one
 
 
 @given(st.integers(50, 220), st.sampled_from(list(LinkState)), st.booleans())

@@ -94,8 +94,19 @@ def test_events_are_kept_once_in_order_and_bounded() -> None:
 
 def test_another_engine_begins_anew() -> None:
     state = after(one(), happened(event(50)))
-    state = reduce(state, StatusSeen(status([node("b", "cpu", 8, 2, 6)], [], last_event=3), NOW + 9, 1.0))
-    assert ([row.view.name for row in state.rows], state.events) == (["b"], ())
+    anew = StatusSeen(status([node("b", "cpu", 8, 2, 6)], [], last_event=3), NOW + 9, 1.0, engine=1)
+    for told in ((anew, Happened(EventsView(events=(event(1),)), NOW, engine=1)),
+                 (Happened(EventsView(events=(event(1),)), NOW, engine=1), anew)):  # fmt: skip
+        state_then = after(*told, one(), happened(event(51)), state=state)
+        assert [row.view.name for row in state_then.rows] == ["b"]
+        assert [kept.number for kept in state_then.events] == [1]
+
+
+def test_a_status_that_is_older_than_the_events_takes_none_away() -> None:
+    """It was asked for before they happened, and comes behind them."""
+    state = after(one(), happened(event(1), event(2)))
+    state = reduce(state, StatusSeen(status([node("a", "cpu", 8, 2, 6)], [], last_event=1), NOW + 1, 1.0))
+    assert [kept.number for kept in state.events] == [1, 2]
 
 
 def test_a_status_that_has_waited_does_not_hide_that_the_link_is_lost() -> None:

@@ -14,7 +14,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from dwarfstar_engine.cli import shared
 from dwarfstar_engine.cluster.membership import COPIED, REMOVED
+from dwarfstar_engine.cluster.state import ClusterState
 from dwarfstar_engine.errors import PeerError, TrustError
 from dwarfstar_engine.node import control as control_module
 from dwarfstar_engine.node import journal as journal_module
@@ -422,3 +424,31 @@ async def test_a_node_that_does_not_answer_is_refused(
         await node.call.write(pb.NodeMessage(offer=pb.Offer(same=True)))
         assert (await node.call.read()).HasField("welcome")
         assert cluster.coordinator.members[files.key_id()].file is None
+
+
+async def test_a_node_is_called_as_its_owner_says_also_when_it_comes_back(cluster: Cluster) -> None:
+    files, other = cluster.machine("localhost"), cluster.machine("attic")
+    nodes, me = cluster.coordinator.nodes, files.key_id()
+    tasks = [asyncio.create_task(cluster.daemon(one, one.folder.name).run(cluster.address)) for one in (files, other)]
+    await until(lambda: len(nodes.members) == 2)
+    async with calling(cluster, NodeFiles(cluster.folder / "trust")) as stub:
+        told = await stub.Name(pb.NameRequest(node="localhost", name=" tower "), timeout=DEADLINE_S)
+        assert (told.node_id, told.before, told.name) == (me, "localhost", "tower")
+        for node, name, code in (("tower", "attic", "bad_setting"), ("tower", "a\nb", "bad_setting"),
+                                 ("tower", "x" * 65, "bad_setting"), ("localhost", "x", "no_such_node")):  # fmt: skip
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Name(pb.NameRequest(node=node, name=name), timeout=DEADLINE_S)
+            assert dict(refused.value.trailing_metadata() or ())[channel.CODE] == code
+        assert {one.name for one in cluster.coordinator.status().nodes} == {"tower", "attic"}
+        nodes.members[me].dismiss()
+        log = cluster.coordinator.journal._log
+        await until(lambda: ("node_rejoined", "tower") in [(one.kind, one.node) for one in log.since(0)[0]])
+        kept = shared.with_lent({me: {"effective_vram": "1"}, "x": {"removed": True}}, cluster.coordinator)
+        assert kept == {me: {"name": "tower"}, "x": {"removed": True}}
+        await stub.Name(pb.NameRequest(node=me), timeout=DEADLINE_S)
+    assert nodes.members[me].name == "localhost" and not nodes.names
+    shared.restore(cluster.coordinator, ClusterState(overrides=kept))
+    assert nodes.names == {me: "tower"}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

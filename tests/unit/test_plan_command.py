@@ -12,13 +12,13 @@ from typer.testing import CliRunner, Result
 
 from dwarfstar_engine.cli.main import app
 from dwarfstar_engine.cli.plan import Asked, answer, running_cluster
-from dwarfstar_engine.cli.plan_view import shares
 from dwarfstar_engine.errors import DwarfStarError, PlanError
 from dwarfstar_engine.model.costs import model_costs, stage_bytes
 from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.plan.capacity import usable_bytes
 from dwarfstar_engine.plan.cluster import Kind, Link, Measured
 from dwarfstar_engine.plan.forecast import Objective, Strategy
+from dwarfstar_engine.plan.shown import shares
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CoordinatorView, ModelView, NodeView, StageView, StatusView, ThroughputView
 from support import gguf_bytes as g

@@ -67,6 +67,8 @@ async def test_a_proposal_changes_nothing_and_says_what_would(monkeypatch: Any, 
         assert bad.proposed is None and bad.code == "no_such_node" and bad.present is not None
         small = await coordinator.steering.propose(PlanRequest(context=64))
         assert small.proposed is not None and small.proposed.context == 64
+        wire = await coordinator.steering.propose(PlanRequest(wire="q8"))
+        assert wire.proposed is not None and wire.proposed.context == view.present.context
 
 
 async def test_a_committed_plan_serves_and_is_taken_back(monkeypatch: Any, tmp_path: Path) -> None:
@@ -94,6 +96,8 @@ async def test_the_planner_decides_again_when_it_is_asked_to(monkeypatch: Any, t
         await serving(coordinator)
         await coordinator.steering.commit(PlanRequest(pins={"b": (0, 2)}), 0)
         assert slices(coordinator) == [("id-b", (0, 2)), ("id-a", (2, 8))]
+        look = await coordinator.steering.propose(PlanRequest())
+        assert (look.pins, look.excluded, look.owner) == ({"b": (0, 2)}, (), True)
         await coordinator.steering.commit(PlanRequest(auto=True), 0)
         assert slices(coordinator) == AUTO and not coordinator.steering.decided
         same = await coordinator.steering.commit(PlanRequest(), 0)
@@ -110,6 +114,7 @@ async def test_what_is_not_as_asked_is_not_carried_out(monkeypatch: Any, tmp_pat
         )
         assert (await refused(coordinator.steering.commit(cuts(1), 1))).code == "not_possible"
         assert (await refused(coordinator.steering.commit(PlanRequest(context=64), 1))).code == "needs_restart"
+        assert (await refused(coordinator.steering.commit(PlanRequest(wire="q8"), 1))).code == "needs_restart"
         coordinator.nodes.broken(a.member)
         await until(lambda: not coordinator.serving)
         assert (await refused(coordinator.steering.commit(cuts(4), 0))).code == "not_serving"

@@ -150,8 +150,8 @@ def _job(
             raise SettingsError("no model is named: give a GGUF file, 'demo', or --layers and --weights-gib")
         if asked.model is None and served is not None:
             name = DEMO if served.name == Path(DEMO_FILE).stem else served.name
-            return _file_job(name, settings, served.context, files)
-        return _file_job(asked.model or "", settings, None, files)
+            return file_job(name, settings, served.context, files)
+        return file_job(asked.model or "", settings, None, files)
     if files:
         raise SettingsError(f"node.model of {min(files)!r} is a file: then name the model it is of by a file, too")
     job = shape.job(asked.context)
@@ -171,8 +171,9 @@ def _shape(given: dict[str, Any]) -> ModelShape:
         raise SettingsError(f"{option}{said}") from None
 
 
-def _file_job(name: str, settings: Settings, served: int | None, files: Mapping[str, str]) -> tuple[str, Job]:
-    """served: the context it is served with now, if it is. Raises ModelError: of a file, or that two differ."""
+def file_job(name: str, settings: Settings, served: int | None, files: Mapping[str, str]) -> tuple[str, Job]:
+    """A model file's name and figures. Raises DwarfStarError. served: the context it is served with now, if it is.
+    files: those of other quantisations, by node."""
     source = open_source(name, settings.models_dir, settings.kv)
     context = settings.context or served or min(source.train_context, DEFAULT_CONTEXT)
     job = Job(source.costs, source.cuts, need(settings, source, context), context, kv_type=settings.kv)

@@ -14,6 +14,7 @@ from rich.text import Text
 from dwarfstar_engine.cli.status_text import files_text
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.planner import rate
+from dwarfstar_engine.plan.shown import shares
 from dwarfstar_engine.views import MemoryView, PlannedStageView, PlanView, ProposalView
 
 BAR_UNITS = 10_000  # of a GiB, as finely as views tell
@@ -111,14 +112,6 @@ def _bar(memory: MemoryView, width: int) -> Text:
     for (glyph, style, _), count in zip(PARTS, cells, strict=True):
         found.append(glyph * count, style)
     return found
-
-
-def shares(sizes: list[int], width: int) -> list[int]:
-    """Cells for each size, which add up to ``width``: at least one for each that is more than a hundredth."""
-    total = max(1, sum(sizes))
-    cells = [max(int(size * 100 > total), round(size * width / total)) for size in sizes]
-    cells[cells.index(max(cells))] += width - sum(cells)  # the largest part shows it least
-    return cells
 
 
 def _alternatives(told: PlanView, width: int) -> Iterator[RenderableType]:

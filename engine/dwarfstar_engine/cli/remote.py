@@ -117,6 +117,12 @@ def undo(engine: running.Running, home: Path) -> CommitView:
     return CommitView.model_validate_json(_call(engine, home, "Undo", pb.UndoRequest(), DRAIN_S).json)
 
 
+def rename(engine: running.Running, home: Path, node: str, name: str) -> str:
+    """Call a node so, empty: as it calls itself; what came of it. Raises DwarfStarError."""
+    reply = _call(engine, home, "Name", pb.NameRequest(node=node, name=name), CALL_S)
+    return f"{reply.before} is called {reply.name} from now on"
+
+
 def override(engine: running.Running, home: Path, node: str, text: str, *, replan: bool) -> OverrideView:
     """Set what a node lends; empty: as it was started. Raises DwarfStarError."""
     request = pb.OverrideRequest(node=node, text=text, replan=replan)

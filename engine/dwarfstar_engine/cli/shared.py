@@ -24,7 +24,7 @@ SHARED = (
 )  # fmt: skip
 
 OWNER_PLAN, TAKEN = "owner_plan", "taken"  # of the state's wishes
-LENT = "effective_vram"  # of the state's overrides
+LENT, NAME = "effective_vram", "name"  # of the state's overrides
 
 
 def wishes_of(settings: Settings, source: Source) -> dict[str, Scalar]:
@@ -49,16 +49,21 @@ def with_plan(
 def with_lent(
     overrides: Mapping[str, Mapping[str, Scalar]], coordinator: Coordinator
 ) -> dict[str, Mapping[str, Scalar]]:
-    """The overrides with what the owner has set nodes to lend."""
-    bare = {node: {key: one for key, one in said.items() if key != LENT} for node, said in overrides.items()}
-    lent = coordinator.steering.lent
-    merged = {node: {**bare.get(node, {}), LENT: text} for node, text in lent.items()}
-    return {node: said for node, said in {**bare, **merged}.items() if said}
+    """The overrides with what the owner has set nodes to lend, and calls them."""
+    told = {
+        node: {key: one for key, one in said.items() if key not in (LENT, NAME)} for node, said in overrides.items()
+    }
+    for key, given in ((LENT, coordinator.steering.lent), (NAME, coordinator.nodes.names)):
+        for node, text in given.items():
+            told.setdefault(node, {})[key] = text
+    return {node: said for node, said in told.items() if said}
 
 
 def restore(coordinator: Coordinator, state: ClusterState) -> Coordinator:
     """With what its owner has decided."""
     lent = {node: said[LENT] for node, said in state.overrides.items() if LENT in said}
+    names = {node: name for node, said in state.overrides.items() if isinstance(name := said.get(NAME), str) and name}
+    coordinator.nodes.names = names
     coordinator.steering.restore(state.wishes.get(OWNER_PLAN), lent)
     coordinator.restore(state.wishes.get(TAKEN))
     return coordinator

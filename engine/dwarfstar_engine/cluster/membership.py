@@ -242,6 +242,11 @@ class Membership:
         """The connection that counts for this node, None if it has none."""
         return known.link.instance if (known := self._nodes.get(node)) and known.open else None
 
+    def rename(self, node: NodeId, name: str) -> None:
+        """What it is called from now on, while it holds this connection."""
+        if (known := self._nodes.get(node)) is not None:
+            known.link.name = name
+
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Raises ClusterError only for ``Removed``, beyond MAX_FENCED."""
         t = self._steady.at(now)

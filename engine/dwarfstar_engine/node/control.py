@@ -32,6 +32,7 @@ from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.gossip import sound_hosts
 from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.moves import find
+from dwarfstar_engine.node.nodes import MAX_NAME
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.plan.advisor import Kind
@@ -46,7 +47,6 @@ log = logging.getLogger("dwarfstar.control")
 
 HELLO_DEADLINE_S = 10.0
 OFFER_DEADLINE_S = 60.0  # for a node to look through its models folder, which may lie on a slow disk
-MAX_NAME = 64
 NOT_LEADING = "not_leading"
 
 
@@ -271,6 +271,17 @@ class ControlService(ControlServicer):
             await _refuse(context, error)
         await self._keep()
         return pb.OverrideReply(json=view.model_dump_json().encode())
+
+    async def Name(self, request: pb.NameRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.NameReply:
+        await _owner_only(context)
+        nodes = self._coordinator.nodes
+        try:
+            member = find(nodes.members.values(), request.node)
+            before = nodes.rename(member, request.name)
+        except DwarfStarError as error:
+            await _refuse(context, error)
+        await self._keep()
+        return pb.NameReply(node_id=member.id, name=member.name, before=before)
 
     async def _change(
         self, context: grpc.aio.ServicerContext[Any, Any], change: Callable[[], Awaitable[CommitView]]

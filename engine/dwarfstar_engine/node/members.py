@@ -27,8 +27,9 @@ class Member:
     """One attached node. ``host``: where its stages are reached. held: the last event of each of its stages, by layers.
 
     drained: it gets no layers. tidied: the epoch under which it was last told which stages to keep. lent: what the
-    cluster's owner set it to lend while it runs, in their words; empty: what it was started with counts. file: of the
-    model that is wanted, another file that it runs its layers from; None: the served one.
+    cluster's owner set it to lend while it runs, in their words; empty: what it was started with counts. own_name: what
+    it calls itself, where its owner calls it ``name``. file: of the model that is wanted, another file that it runs its
+    layers from; None: the served one.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Member:
     tidied: int = 0
     lent: str = ""
     file: Source | None = None
+    own_name: str = ""
     profile: pb.StageProfile = field(default_factory=pb.StageProfile)  # of the stage that was measured here last
     profiled: int = 0  # its layers
     hosts: tuple[str, ...] = ()  # all its machine's addresses, for its peers

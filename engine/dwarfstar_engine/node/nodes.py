@@ -35,7 +35,8 @@ from dwarfstar_engine.cluster.membership import (
     Timings,
     Warn,
 )
-from dwarfstar_engine.errors import PeerError
+from dwarfstar_engine.cluster.state import MAX_ENTRIES
+from dwarfstar_engine.errors import PeerError, SettingsError
 from dwarfstar_engine.node.journal import Journal, Kind
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.once import Once
@@ -45,6 +46,7 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import local_build
 
 SETTLE_S = 0.5  # what a node sent may be on its way for so long; less if it speaks oftener
+MAX_NAME = 64  # characters of a node's name, as in the settings
 MAX_REASON = 200  # characters of why a node leaves, in its own words
 
 
@@ -74,12 +76,14 @@ class Host(Protocol):
 
 
 class Nodes:
-    """See the module. clock: monotonic, s. stopping: nodes that go are no news any more."""
+    """See the module. clock: monotonic, s. stopping: nodes that go are no news any more. names: by node id, what the
+    cluster's owner calls it."""
 
     def __init__(
         self, settings: Settings, host: Host, journal: Journal, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.members: dict[str, Member] = {}
+        self.names: dict[str, str] = {}
         self.stopping = False
         self._timings, self._host, self._journal, self._clock = timings(settings), host, journal, clock
         self._machine = Membership(self._timings, clock())
@@ -91,6 +95,8 @@ class Nodes:
 
     def attach(self, member: Member) -> None:
         """A node has opened a control stream and said who it is. It is welcomed or refused, now or later."""
+        member.own_name = member.own_name or member.name
+        member.name = self.names.get(member.id, member.own_name)
         held = self.members.get(member.id)
         if held is not None and member.instance and held.instance == member.instance:
             self._handle(Broken(NodeId(member.id), held.connection, "its process has connected again"))
@@ -98,6 +104,26 @@ class Nodes:
         member.connection = InstanceId(str(next(self._numbers)))
         self._open[member.connection] = member
         self._handle(Attached(NodeId(member.id), member.name, member.connection, member.peer))
+
+    def rename(self, member: Member, wanted: str) -> str:
+        """Call a node so from now on, empty: as it calls itself; what it was called. Raises SettingsError."""
+        before, given = member.name, wanted.strip()
+        name = given or member.own_name
+        others = [one for one in self.members.values() if one is not member]
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise SettingsError(f"a name has {MAX_NAME} characters at most, all of them to be seen")
+        if any(name in (one.name, one.id) for one in others):
+            raise SettingsError(f"another node is called {name!r}: give it a name of its own")
+        if given and member.id not in self.names and len(self.names) >= MAX_ENTRIES:
+            raise SettingsError(f"{MAX_ENTRIES} nodes have been given a name, which is the most")
+        self.names.pop(member.id, None)
+        if given:
+            self.names[member.id] = given
+        member.name = name
+        self._machine.rename(NodeId(member.id), name)
+        if name != before:
+            self._journal.add(Kind.OVERRIDE, f"{before} is called {name} from now on", name, {"name": given})
+        return before
 
     def heard(self, member: Member, number: int) -> None:
         """A heartbeat. number: counts up within a connection."""

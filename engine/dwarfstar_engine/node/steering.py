@@ -289,12 +289,13 @@ class Steering:
         host = self._host
         survey = self._survey()
         present, wanted = self._present(survey), self._wanted(request, survey)
-        measured = host.measured_ms
-        said = "given" if self._owned is not None and not self._aside else ""
+        measured, own, names = host.measured_ms, self._owned, survey.names
+        said = "given" if own is not None and not self._aside else ""
         asked = survey
-        if request.context is not None:
-            context = min(request.context, host.source.train_context)
-            asked = self.surveyor.survey(self._members(survey), host.source, host.settings, context)
+        if request.context is not None or request.wire is not None:
+            context = min(request.context or host.context, host.source.train_context)
+            settings = host.settings.model_copy(update={"wire": request.wire or host.settings.wire})
+            asked = self.surveyor.survey(self._members(survey), host.source, settings, context)
 
         def answer() -> ProposalView:
             shown = None
@@ -306,7 +307,9 @@ class Steering:
                 legal_cuts=host.source.cuts,
                 present=shown,
                 proposed=None,
-                owner=self._owned is not None,
+                owner=own is not None,
+                pins={names.get(node, node): layers for node, layers in own.pins.items()} if own else {},
+                excluded=tuple(sorted(names.get(node, node) for node in own.excluded)) if own else (),
                 undo=bool(self._undo),
                 tok_s=round(host.tok_s, 2),
             )
@@ -347,6 +350,8 @@ class Steering:
         host = self._host
         if request.context not in (None, host.context):
             raise PlanError("the context is set when the engine starts: --context there", code="needs_restart")
+        if request.wire not in (None, host.settings.wire):
+            raise PlanError("the wire's precision is set when the engine starts: --wire there", code="needs_restart")
         async with self._order:
             self._serves(base_epoch)
             survey = self._survey()

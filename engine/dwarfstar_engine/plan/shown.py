@@ -118,3 +118,11 @@ def _delta(costs: Costs, one: NodeDelta, old: Plan, new: Plan) -> DeltaView:
 
 def _gib(size: int) -> float:
     return round(size / GIB, 4)
+
+
+def shares(sizes: Sequence[int], width: int) -> list[int]:
+    """Cells for each size, which add up to ``width``: at least one for each that is more than a hundredth."""
+    total = max(1, sum(sizes))
+    cells = [max(int(size * 100 > total), round(size * width / total)) for size in sizes]
+    cells[cells.index(max(cells))] += width - sum(cells)  # the largest part shows it least
+    return cells

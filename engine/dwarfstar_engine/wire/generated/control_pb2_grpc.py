@@ -210,6 +210,11 @@ class ControlStub:
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideRequest.SerializeToString,
                 response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideReply.FromString,
                 _registered_method=True)
+        self.Name = channel.unary_unary(
+                '/dwarfstar.v1.Control/Name',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameReply.FromString,
+                _registered_method=True)
         self.Lead = channel.stream_stream(
                 '/dwarfstar.v1.Control/Lead',
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.SerializeToString,
@@ -301,6 +306,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Name(self, request, context):
+        """What a node is called from now on. Of the owner only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Lead(self, request_iterator, context):
         """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it.
         """
@@ -372,6 +384,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Override,
                     request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideRequest.FromString,
                     response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideReply.SerializeToString,
+            ),
+            'Name': grpc.unary_unary_rpc_method_handler(
+                    servicer.Name,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameReply.SerializeToString,
             ),
             'Lead': grpc.stream_stream_rpc_method_handler(
                     servicer.Lead,
@@ -682,6 +699,33 @@ class Control:
             '/dwarfstar.v1.Control/Override',
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideRequest.SerializeToString,
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.OverrideReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Name(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/Name',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameReply.FromString,
             options,
             channel_credentials,
             insecure,

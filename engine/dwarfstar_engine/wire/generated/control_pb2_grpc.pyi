@@ -104,6 +104,8 @@ class ControlStub:
     """Back to the plan before the last Commit."""
     Override: _grpc.UnaryUnaryMultiCallable[_control_pb2.OverrideRequest, _control_pb2.OverrideReply]
     """What a node lends, from now on."""
+    Name: _grpc.UnaryUnaryMultiCallable[_control_pb2.NameRequest, _control_pb2.NameReply]
+    """What a node is called from now on. Of the owner only."""
     Lead: _grpc.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]
     """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
     Forward: _grpc.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]
@@ -134,6 +136,8 @@ class ControlAsyncStub(ControlStub):
     """Back to the plan before the last Commit."""
     Override: _aio.UnaryUnaryMultiCallable[_control_pb2.OverrideRequest, _control_pb2.OverrideReply]  # type: ignore[assignment]
     """What a node lends, from now on."""
+    Name: _aio.UnaryUnaryMultiCallable[_control_pb2.NameRequest, _control_pb2.NameReply]  # type: ignore[assignment]
+    """What a node is called from now on. Of the owner only."""
     Lead: _aio.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]  # type: ignore[assignment]
     """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
     Forward: _aio.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]  # type: ignore[assignment]
@@ -227,6 +231,14 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.OverrideReply, _abc.Awaitable[_control_pb2.OverrideReply]]:
         """What a node lends, from now on."""
+
+    @_abc_1.abstractmethod
+    def Name(
+        self,
+        request: _control_pb2.NameRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.NameReply, _abc.Awaitable[_control_pb2.NameReply]]:
+        """What a node is called from now on. Of the owner only."""
 
     @_abc_1.abstractmethod
     def Lead(
