@@ -38,12 +38,13 @@ def test_another_quantisation_is_the_same_model(tmp_path: Path) -> None:
             "llama.attention.head_count_kv is 2 in one",
         ),
         (g.Pair("tokenizer.ggml.tokens", g.ARR, ["<unk>", "a"], g.STR), "tokens"),
-        (g.Pair("llama.rope.scaling.factor", g.F32, 8.0), "llama.rope.scaling.factor is 4 in one and 8 in the other"),
+        (g.Pair("llama.logit_scale", g.F32, 8.0), "llama.logit_scale is 4 in one and 8 in the other"),
+        (g.Pair("llama.rope.scaling.factor", g.F32, 8.0), "llama.rope.scaling.factor is missing in one and 8 in"),
         (g.Pair("general.finetune", g.STR, "Chat"), "general.finetune is Base in one and Chat in the other"),
     ],
 )
 def test_the_difference_is_told(tmp_path: Path, pair: g.Pair, words: str) -> None:
-    other = {"general.finetune": "Base", "llama.rope.scaling.factor": 4.0}  # they say something only if both have them
+    other = {"general.finetune": "Base", "llama.logit_scale": 4.0}  # they say something only if both have them
     a = make(tmp_path / "a.gguf", *([g.Pair(pair.key, pair.kind, other[pair.key])] if pair.key in other else []))
     b = make(tmp_path / "b.gguf", pair)
     told = same_base(a, b)
@@ -61,8 +62,14 @@ def test_tokens_are_compared_one_by_one(tmp_path: Path) -> None:
 
 
 def test_a_key_that_one_file_only_has_and_what_a_file_claims_say_nothing(tmp_path: Path) -> None:
-    a = make(tmp_path / "a.gguf", g.Pair("llama.rope.scaling.factor", g.F32, 8.0))
+    a = make(tmp_path / "a.gguf", g.Pair("llama.logit_scale", g.F32, 8.0))
     assert same_base(a, make(tmp_path / "b.gguf", g.Pair("llama.context_length", g.U32, 77))) is None
+
+
+def test_files_that_may_be_divided_elsewhere_are_not_mixed(tmp_path: Path) -> None:
+    model = read_model(g.write(tmp_path / "a.gguf", g.llama_pairs(4), g.llama_tensors(4)))
+    told = same_base(base_of(model, cuts=(1, 2, 3)), base_of(model, cuts=(2,)))
+    assert told == "the list of legal cuts is 1,2,3 in one and 2 in the other"
 
 
 def test_norms_tell_other_weights_where_both_are_known(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ DIMENSIONS = (
     "attention.value_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "attention.sliding_window",
     "expert_count",
     "expert_used_count",
 )
@@ -36,6 +39,7 @@ CLAIMS = frozenset({"context_length"})  # says what the file was made for, and c
 TOKENIZER = tuple(f"tokenizer.ggml.{name}" for name in ("model", "pre", "bos_token_id", "eos_token_id"))
 NAMES = ("general.basename", "general.finetune", "general.size_label")
 TOKENS = "tokenizer.ggml.tokens"
+CUTS = "the list of legal cuts"
 MAX_FACTS = 128  # an architecture has some forty keys at most
 MAX_TEXT = 80  # characters of a key, and of a value: a longer one stands as its beginning and a digest
 _DIGEST = 16  # characters of that
@@ -53,22 +57,23 @@ class Base:
     norms: str = ""
 
 
-def base_of(model: Directory, norms: str = "") -> Base:
-    """What a file is compared by."""
+def base_of(model: Directory, norms: str = "", cuts: Sequence[int] = ()) -> Base:
+    """What a file is compared by. cuts: where it may be divided, which follows from keys that one may lack."""
     prefix = f"{model.architecture}."
     first = [*(prefix + name for name in DIMENSIONS), *TOKENIZER, *NAMES]
     claims = {prefix + name for name in CLAIMS}
     more = sorted(key for key in model.metadata if key.startswith(prefix) and key not in claims)
-    keys = [key for key in dict.fromkeys([*first, *more]) if key in model.metadata][:MAX_FACTS]
+    keys = [key for key in dict.fromkeys([*first, *more]) if key in model.metadata][: MAX_FACTS - 1]
     tokens = model.metadata.get(TOKENS, ())
     tokens = tokens if _is_array(tokens) else ()
     digest = hashlib.sha256()
     for token in tokens:
         raw = str(token).encode("utf-8", "surrogateescape")
         digest.update(len(raw).to_bytes(8, "little") + raw)
+    facts = {_bounded(key): _bounded(_text(model.metadata[key])) for key in keys}
     return Base(
         architecture=model.architecture,
-        facts={_bounded(key): _bounded(_text(model.metadata[key])) for key in keys},
+        facts={**facts, CUTS: _bounded(",".join(map(str, cuts)))},
         tokens=len(tokens),
         vocabulary=digest.hexdigest(),
         norms=norms,

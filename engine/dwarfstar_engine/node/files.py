@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dwarfstar_engine.errors import DwarfStarError, ModelError, PeerError
-from dwarfstar_engine.model.arch import rules
+from dwarfstar_engine.model.arch import legal_cuts, rules
 from dwarfstar_engine.model.catalogue import models_of, quantisation
 from dwarfstar_engine.model.costs import ModelCosts, model_costs
 from dwarfstar_engine.model.ggml_types import F32
@@ -133,7 +133,7 @@ def _described(path: Path) -> pb.OtherFile:
 
 
 def read_base(model: GgufModel) -> Base:
-    """What a file is compared by, with its norms, some kilobytes a layer. Raises OSError."""
+    """What a file is compared by, with its norms, some kilobytes a layer. Raises OSError, ModelError."""
     digest, found = hashlib.sha256(), False
     for name, tensor in sorted(model.tensors.items()):
         if name.endswith(_NORMS) and tensor.type == F32 and len(tensor.shape) == 1:
@@ -141,7 +141,7 @@ def read_base(model: GgufModel) -> Base:
             with Path(tensor.path).open("rb") as file:
                 file.seek(tensor.offset)
                 digest.update(name.encode() + file.read(tensor.nbytes))
-    return base_of(model, digest.hexdigest() if found else "")
+    return base_of(model, digest.hexdigest() if found else "", legal_cuts(model))
 
 
 # --- of the coordinator: which of them a node runs ----------------------------------------------------------------
@@ -172,7 +172,8 @@ def read_offer(told: pb.Offer) -> tuple[Offered, ...]:
 
 def _offered(file: pb.OtherFile) -> Offered:
     facts = dict(file.facts)
-    words = (file.path, file.fingerprint, file.quantisation, file.problem, file.architecture)
+    names = (file.path, file.fingerprint, file.quantisation, file.architecture, file.vocabulary, file.norms)
+    words = (*names, file.problem)
     sizes = (*file.layer_bytes, *file.active_bytes, file.head_bytes, file.embedding_bytes, file.shared_bytes)
     longest = max((len(text) for pair in facts.items() for text in pair), default=0)
     if (
