@@ -74,8 +74,9 @@ class ChatScreen(AppScreen):
     # --- what is shown ---
 
     def present(self, state: State, now: float) -> None:
-        if self._answer is not None and state.serving and state.status is not None:
-            self._answer = self._answer.with_ring(tuple(stage.node for stage in in_order(state.status)))
+        chains = state.status.chains() if state.serving and state.status is not None else ()
+        if self._answer is not None and len(chains) == 1:  # of several nobody tells which one has it
+            self._answer = self._answer.with_ring(tuple(stage.node for stage in in_order(chains[0])))
         glyphs, width = self.host.glyphs, max(10, self.size.width - 4)
         title = self.chat.title or "New conversation"
         facts = [

@@ -478,7 +478,7 @@ class PlanScreen(AppScreen):
     def as_toml(self) -> dict[str, object] | None:
         status = self.host.state.status
         stages = self.stages(self.host.state)
-        if status is None or not stages:
+        if status is None or not status.stages:
             return None
         told: list[dict[str, object]] = [{"node": stage.node, "layers": list(stage.layers)} for stage in stages] or [
             {"node": stage.node, "layers": list(stage.layers), "pipeline": stage.pipeline} for stage in in_order(status)

@@ -109,3 +109,10 @@ class PlanBar(RunsView):
         if layer != (hold.layer if self._told is None else self._told):
             self.post_message(self.Dragged(hold.boundary, layer, first=self._told is None))
             self._told = layer
+
+    def on_mouse_up(self) -> None:
+        if self._hold is not None:
+            self.release_mouse()
+
+    def on_mouse_release(self) -> None:
+        self._hold = None

@@ -20,7 +20,7 @@ from dwarfstar_tui.screens.plan_dialogs import Alternatives, Difference, Machine
 from dwarfstar_tui.updates import CommitPlan, Linked, LinkState, PlanChanged, Propose, Proposed, StatusSeen, UndoPlan
 from dwarfstar_tui.widgets.plan_bar import PlanBar
 from dwarfstar_tui.widgets.runs_view import RunsView
-from support.tui_cluster import NOW, Stage, history, home_lab, large, replaced
+from support.tui_cluster import NOW, Stage, history, home_lab, large, replaced, stage
 from support.tui_plans import Planner
 
 SIZE = (120, 34)
@@ -386,3 +386,16 @@ async def test_a_context_without_room_for_it_says_so() -> None:
         await found.press("c", *"500000", "enter")
         assert "do not fit" in found.says("plan-panel")
         assert "started with --context 500000" in found.says("plan-panel")
+
+
+async def test_several_pipelines_are_shown_each_and_none_is_drafted() -> None:
+    both = (stage("tower", (0, 80), 20.0), stage("garage-box", (0, 80), 40.0, pipeline=1))
+    there = Stage([Linked(LinkState.UP, NOW), StatusSeen(replaced(home_lab(), stages=both), NOW, 2.0)])
+    async with there.app().run_test(size=SIZE) as pilot:
+        there.play()
+        found = Desk(there, Planner(), pilot)
+        await found.press("2", "left", "A", "enter", "escape")
+        assert found.screen.editor.draft is None
+        assert "pipeline 1" in found.says("bar") and "pipeline 1" in found.says("plan-table")
+        told = found.screen.as_toml()
+        assert told is not None and [one["pipeline"] for one in told["plan"]["stages"]] == [0, 1]  # type: ignore[index]
