@@ -45,6 +45,12 @@ class UnexpectedControl(control_pb2_grpc.ControlServicer):
     async def Override(self, request: pb.OverrideRequest, context: Context) -> pb.OverrideReply:
         raise AssertionError("nobody should override what a node lends")
 
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelReply:
+        raise AssertionError("nobody should load a model")
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.LoadModelReply:
+        raise AssertionError("nobody should unload the model")
+
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
         raise AssertionError("nobody should drain a node")
 
