@@ -142,7 +142,8 @@ class DwarfStarApp(App[None]):
         return self._fresh()
 
     def submit(self, command: Command) -> None:
-        changes = (updates.Drain, updates.Remove, updates.StopEngine, updates.StartEngine, updates.MakeToken)
+        changes = (updates.Drain, updates.Remove, updates.StopEngine, updates.StartEngine, updates.MakeToken,
+                   updates.LoadModel, updates.UnloadModel)  # fmt: skip
         if self.readonly and isinstance(command, changes):
             self.tell("read-only: nothing is changed", "warning")
             return

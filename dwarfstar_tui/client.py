@@ -24,7 +24,7 @@ from dwarfstar_engine.cli.background import Background
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.facts import interfaces
 from dwarfstar_engine.settings import Settings
-from dwarfstar_engine.views import EventsView, StatusView
+from dwarfstar_engine.views import EventsView, LoadRequest, LoadView, StatusView
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlStub
@@ -91,6 +91,12 @@ class RemoteEngine:
     async def remove(self, node: str) -> str:
         found = await asyncio.to_thread(remote.remove_node, self._address.running, self._home, node)
         return f"removed {found[1]}: " + ("it was told, and ends" if found[2] else "it will be refused")
+
+    async def load(self, request: LoadRequest) -> LoadView:
+        return await asyncio.to_thread(remote.load, self._address.running, self._home, request)
+
+    async def unload(self) -> LoadView:
+        return await asyncio.to_thread(remote.unload, self._address.running, self._home)
 
     async def stop(self) -> None:
         await asyncio.to_thread(remote.stop, self._address.running, self._home)

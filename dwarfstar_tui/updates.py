@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from dwarfstar_engine.views import EventsView, StatusView
+from dwarfstar_engine.views import EventsView, LoadView, StatusView
 
 # --- session to app --------------------------------------------------------------------------------------------------
 
@@ -86,6 +86,19 @@ class ModelsFound:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelChecked:
+    """A model of that path can be loaded, as ``view`` says."""
+
+    path: str
+    view: LoadView
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOrderOver:
+    """What was ordered of the model is done, or was refused, which a notice has told."""
+
+
+@dataclass(frozen=True, slots=True)
 class NetInterface:
     name: str
     address: str
@@ -146,7 +159,7 @@ class ChatsRead:
 
 Update = (
     Linked | StatusSeen | Happened | StartLine | Notice | ModelsFound | Surroundings | TokenMade | AnswerPiece
-    | AnswerOver | ChatsRead
+    | AnswerOver | ChatsRead | ModelChecked | ModelOrderOver
 )  # fmt: skip
 
 # --- app to session --------------------------------------------------------------------------------------------------
@@ -170,6 +183,21 @@ class MakeToken:
 
 @dataclass(frozen=True, slots=True)
 class FindModels:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class CheckModel:
+    path: str  # on the engine's machine
+
+
+@dataclass(frozen=True, slots=True)
+class LoadModel:
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadModel:
     pass
 
 
@@ -219,5 +247,5 @@ class KeepChat:
 
 Command = (
     Drain | Remove | MakeToken | FindModels | LookAround | StartEngine | StopEngine | Ask | StopAnswer | ReadChats
-    | KeepChat
+    | KeepChat | CheckModel | LoadModel | UnloadModel
 )  # fmt: skip

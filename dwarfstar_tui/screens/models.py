@@ -12,6 +12,7 @@ from textual.containers import Vertical
 from dwarfstar_tui import text, updates
 from dwarfstar_tui.cluster_rows import Runs
 from dwarfstar_tui.screens.base import AppScreen
+from dwarfstar_tui.screens.model_orders import ModelOrders
 from dwarfstar_tui.store import State
 from dwarfstar_tui.text import Glyphs, fit, matches
 from dwarfstar_tui.updates import ModelFile, ModelsFound, Update
@@ -84,10 +85,14 @@ class ModelsScreen(AppScreen):
     FILTERS = True
     LESSON = (
         "Above, the model that is served and where. Below, the GGUF files of this machine's models folder; ✓ marks "
-        "the one that is loaded. Type is that of most weights. To serve another, stop the engine (palette) and choose "
-        "again."
+        "the one that is loaded. Type is that of most weights. l loads the one under the cursor, u unloads the "
+        "one that is served; both tell what that means, and ask."
     )
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("r", "look_again", "look again", id="models.refresh")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("l", "load", "load", id="models.load"),
+        Binding("u", "unload", "unload", id="models.unload"),
+        Binding("r", "look_again", "look again", id="models.refresh"),
+    ]
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,6 +106,7 @@ class ModelsScreen(AppScreen):
             yield RunsView(id="files-note")
 
     def on_mount(self) -> None:
+        self._orders = ModelOrders(self.app, self.host)
         super().on_mount()
         self.host.submit(updates.FindModels())
         self.query_one(FileList).focus()
@@ -111,7 +117,16 @@ class ModelsScreen(AppScreen):
     def action_look_again(self) -> None:
         self.host.submit(updates.FindModels())
 
+    def action_load(self) -> None:
+        files = self._files()
+        self._orders.load(files[min(self.query_one(FileList).at, len(files) - 1)] if files else None)
+        self.show(self.host.state)
+
+    def action_unload(self) -> None:
+        self._orders.unload()
+
     def take(self, update: Update) -> None:
+        self._orders.take(update)
         if isinstance(update, ModelsFound):
             self._found = update
 
@@ -137,6 +152,8 @@ class ModelsScreen(AppScreen):
         self.query_one("#files-note", RunsView).set_lines([((fit(self._note(), width), "muted"),)])
 
     def _note(self) -> str:
+        if order := self._orders.note:
+            return order
         if self._found is None:
             return "looking …"
         if self._found.problem:

@@ -152,10 +152,13 @@ def test_what_was_loaded_is_served_after_a_restart_that_names_no_model(engine: E
         again.wait_serving()
         model = again.status().model
         assert model is not None and (model.name, model.context) == (SMOL, 256)
-        assert direct(again, "demo", check=True).slots == 4, "without --slots it is as this engine was started"
+        assert direct(again, "demo", check=True, context=256).slots == 4, (
+            "without --slots it is as this engine was started"
+        )
         remote.unload(running.require(home), home)
         remote.stop(running.require(home), home)
         again.end()
     with EngineProcess(home, *kept) as third:
         until(lambda: third.health()[1].get("code") == "no_model", "it waits for a model")
+        until(lambda: len(third.status().nodes) == 2, "its nodes are there")
         assert direct(third, "toy:4").epoch and served(third) == ["toy:4"]
