@@ -36,8 +36,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(home: Path) -> Iterator[EngineProcess]:
-    with EngineProcess(home, TOY, *OPTIONS) as engine:
-        yield engine.wait_serving()
+    """Started without a model, and given one."""
+    with EngineProcess(home, *OPTIONS) as engine:
+        until(lambda: engine.health()[1].get("code") == "no_model", "it waits for a model")
+        until(lambda: len(engine.status().nodes) == 2, "its nodes are there")
+        assert direct(engine, TOY).before == ""
+        yield engine
 
 
 def load(engine: EngineProcess, model: str, *options: str) -> dict[str, Any]:
@@ -155,10 +159,3 @@ def test_what_was_loaded_is_served_after_a_restart_that_names_no_model(engine: E
         assert direct(again, "demo", check=True, context=256).slots == 4, (
             "without --slots it is as this engine was started"
         )
-        remote.unload(running.require(home), home)
-        remote.stop(running.require(home), home)
-        again.end()
-    with EngineProcess(home, *kept) as third:
-        until(lambda: third.health()[1].get("code") == "no_model", "it waits for a model")
-        until(lambda: len(third.status().nodes) == 2, "its nodes are there")
-        assert direct(third, "toy:4").epoch and served(third) == ["toy:4"]

@@ -55,7 +55,7 @@ async def to_models(stage: Stage, pilot: AppPilot) -> DwarfStarApp:
 
 
 def note(app: DwarfStarApp) -> str:
-    return app.screen.query_one("#files-note", RunsView).text
+    return app.screen.query_one("#files-note", RunsView).text.strip()
 
 
 def toasts(app: DwarfStarApp) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from dwarfstar_engine.cli import shared
-from dwarfstar_engine.cluster.state import ClusterState
-from dwarfstar_engine.errors import DwarfStarError, ModelError, NoModel, Overloaded, Unavailable
+from dwarfstar_engine.cli import serve, shared
+from dwarfstar_engine.cli.standby import Understudy
+from dwarfstar_engine.cluster.state import ClusterState, Version
+from dwarfstar_engine.errors import ClusterError, DwarfStarError, ModelError, NoModel, Overloaded, Unavailable
 from dwarfstar_engine.node import loader as module
 from dwarfstar_engine.node import moves as moves_module
 from dwarfstar_engine.node.coordinator import Coordinator
@@ -273,3 +274,60 @@ async def test_what_is_kept_is_what_is_served(tmp_path: Path) -> None:
     leader.loader.adopt(Chosen(settings, NO_MODEL, NO_MODEL, ToyVocab()))
     empty: Mapping[str, Any] = shared.model_of(leader, state)
     assert empty["model"] == "" and not shared.find_source(Settings(), state.changed(1, "a", **empty)).loaded
+
+
+def kept(coordinator: Coordinator, name: str, before: ClusterState) -> ClusterState:
+    """The cluster's state once that model was loaded; empty: once it was unloaded."""
+    source = open_source(name, coordinator.settings.home) if name else NO_MODEL
+    settings = coordinator.settings.model_copy(update={"context": 128, "slots": 2})
+    coordinator.loader.adopt(Chosen(settings, source, source, ToyVocab()))
+    return before.changed(2, "a", **shared.model_of(coordinator, before))
+
+
+async def test_a_node_that_takes_over_serves_the_present_model(tmp_path: Path) -> None:
+    leader = make(tmp_path)
+    understudy = Understudy(Settings(home=tmp_path), leader.trust, "k-1")
+    with pytest.raises(ClusterError, match="start the engine first"):
+        await understudy.make(ClusterState())
+    state = kept(leader, "toy:6", ClusterState())
+    made = await understudy.make(state)
+    assert (made.main.name, made.context, made.settings.slots) == ("toy:6", 128, 2)
+    state = kept(leader, "", state)
+    made = await understudy.make(state)
+    assert not made.main.loaded and made.status().model is None
+    await understudy.close()
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_an_engine_that_leads_again_serves_what_was_loaded_meanwhile(tmp_path: Path, named: bool) -> None:
+    """By another leader; but at its start the model that was named counts."""
+    engine = make(tmp_path)
+    state = kept(make(tmp_path), "toy:6", ClusterState())
+    chair = serve._chair(engine, engine.settings, named=named)
+
+    class Lead:
+        boot_version = state.version
+
+    chair.lead = Lead()  # type: ignore[assignment]
+    assert (await chair._make(state)).main.name == ("toy:8" if named else "toy:6")
+    Lead.boot_version = Version()
+    assert (await chair._make(state)).main.name == "toy:6" and engine.context == 128
+    assert (await chair._make(kept(make(tmp_path), "", state))).main is NO_MODEL
+
+
+async def test_the_draft_model_is_used_with_its_own_model_only(tmp_path: Path) -> None:
+    drafts: Any = object()
+    coordinator = make(tmp_path)
+    coordinator.drafter = drafts
+
+    def chosen(name: str, **given: int) -> Chosen:
+        source = open_source(name, tmp_path)
+        return Chosen(coordinator.loader.base.model_copy(update=given), source, source, ToyVocab())
+
+    coordinator.loader.adopt(chosen("toy:6"))
+    assert coordinator.drafter is None
+    assert "the draft model is not used" in coordinator.status().warnings[0]
+    coordinator.loader.adopt(chosen("toy:8"))
+    assert coordinator.drafter is drafts
+    coordinator.loader.adopt(chosen("toy:8", slots=8))
+    assert coordinator.drafter is None, "it was started for fewer"
