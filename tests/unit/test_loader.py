@@ -19,6 +19,7 @@ from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.loader import Chosen
 from dwarfstar_engine.node.source import NO_MODEL, Source, open_source
 from dwarfstar_engine.node.vocab import ToyVocab, Vocab
+from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.serving import Request, Sampling
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import LoadRequest, PlanRequest
@@ -255,6 +256,35 @@ async def test_nodes_are_dealt_out_for_the_new_model(monkeypatch: pytest.MonkeyP
         await until(lambda: set(coordinator.dealer.dealt.values()) == {0})
         await loads(coordinator, LoadRequest(model="toy:8"))
         assert sorted(test_several.rings(coordinator)) == ["a", "b"]
+
+
+async def test_what_was_taken_for_a_model_is_for_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with test_several.playing(monkeypatch, tmp_path, "a", "b", replicas=0) as (coordinator, players):
+        await until(lambda: test_several.rings(coordinator) == ["ab"])
+        await coordinator.take(Kind.REPLICAS)
+        assert sorted(test_several.rings(coordinator)) == ["a", "b"]
+        players["b"].refuses = "toy:6"
+        assert "toy:8 is loaded again" in (await refused(coordinator.loader.load(OTHER))).message
+        assert sorted(test_several.rings(coordinator)) == ["a", "b"], "as its owner had it"
+        players["b"].refuses = ""
+        await loads(coordinator)
+        assert sorted(filter(None, test_several.rings(coordinator))) == ["ab"] and served(coordinator) == "toy:6"
+        assert not coordinator.dealer.taken
+
+
+async def test_a_change_that_is_not_over_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with playing(monkeypatch, tmp_path) as (coordinator, _, b):
+        await until(lambda: served(coordinator) == "toy:8")
+        state = ClusterState().changed(1, "a", **shared.model_of(coordinator, ClusterState()))
+        b.answers = False
+        work = asyncio.create_task(loads(coordinator))
+        await until(lambda: coordinator.main.name == "toy:6")
+        assert shared.model_of(coordinator, state) == {"model": "toy:8", "wishes": state.wishes}
+        b.answers = True
+        await until(lambda: b.layers.end == 6)
+        b.say(pb.STAGE_STATE_READY)
+        await work
+        assert shared.model_of(coordinator, state)["model"] == "toy:6"
 
 
 async def test_what_is_kept_is_what_is_served(tmp_path: Path) -> None:

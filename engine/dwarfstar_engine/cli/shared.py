@@ -25,7 +25,7 @@ SHARED = (
 
 LOADED_WITH = ("context", "slots")  # of those: what ``load`` may set
 
-OWNER_PLAN = "owner_plan"  # of the state's wishes
+OWNER_PLAN, TAKEN = "owner_plan", "taken"  # of the state's wishes
 LENT = "effective_vram"  # of the state's overrides
 
 
@@ -38,6 +38,8 @@ def wishes_of(settings: Settings, source: Source) -> dict[str, Scalar]:
 
 def model_of(coordinator: Coordinator, before: ClusterState) -> dict[str, Any]:
     """The state's model and wishes. The path stays that of whoever loaded the model first."""
+    if coordinator.loader.changing and before.wishes:
+        return {"model": before.model, "wishes": before.wishes}
     settings, main = coordinator.loader.kept
     wishes = wishes_of(settings, main)
     if before.wishes.get("fingerprint") == main.fingerprint:
@@ -73,7 +75,7 @@ def with_plan(
     plan = made or (before.get("plan", "") if same else "")
     if coordinator.dealer.wanted.several:
         plan = ""  # nodes are dealt out anew; one that is asked for the slice it has keeps it
-    return {**wishes, "plan": plan, OWNER_PLAN: coordinator.steering.owner_text}
+    return {**wishes, "plan": plan, OWNER_PLAN: coordinator.steering.owner_text, TAKEN: coordinator.dealer.text}
 
 
 def with_lent(
@@ -90,6 +92,7 @@ def restore(coordinator: Coordinator, state: ClusterState) -> Coordinator:
     """With what its owner has decided."""
     lent = {node: said[LENT] for node, said in state.overrides.items() if LENT in said}
     coordinator.steering.restore(state.wishes.get(OWNER_PLAN), lent)
+    coordinator.restore(state.wishes.get(TAKEN))
     return coordinator
 
 

@@ -32,6 +32,7 @@ from dwarfstar_engine.errors import (
     StageError,
     Unavailable,
 )
+from dwarfstar_engine.node.dealer import Dealer
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.journal import Journal, Kind
 from dwarfstar_engine.node.members import Member
@@ -70,9 +71,15 @@ class Host(Protocol):
     journal: Journal
     news: News
     decided: Decided
+    dealer: Dealer
+    taking: asyncio.Lock
     pipelines: list[Pipeline]
     term: int
     open_vocab: Callable[[Source], Awaitable[Vocab]]
+
+    @property
+    def first(self) -> Pipeline:
+        """One that serves, if any does."""
 
     @property
     def serving(self) -> bool: ...
@@ -94,13 +101,14 @@ class Host(Protocol):
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A model and how it is served. main: that is wanted; source: a smaller one may be served in its place, whose
-    vocabulary this is. owned: what its owner has decided of plans, by pipeline."""
+    vocabulary this is. owned: what its owner has decided of plans, by pipeline. taken: and of pipelines."""
 
     settings: Settings
     main: Source
     source: Source
     vocab: Vocab
     owned: Mapping[int, str] = field(default_factory=dict)
+    taken: str = ""
 
 
 class Loader:
@@ -139,6 +147,11 @@ class Loader:
             raise Unavailable(told, code=LOADING, retry_after_s=settings.rescue_s) from None
         finally:
             self.waiting -= 1
+
+    @property
+    def changing(self) -> bool:
+        """Whether what is served may be taken back."""
+        return self._changing.locked()
 
     # --- what the coordinator tells ---
 
@@ -228,7 +241,11 @@ class Loader:
     async def _alone(self) -> AsyncIterator[None]:
         """With nothing else being changed by the owner, and requests at the gate. Raises PlanError: something is."""
         pipelines = self._host.pipelines
-        locks = [self._changing, *(lock for one in pipelines for lock in (one.steering.order, one.moves.order))]
+        locks = [
+            self._changing,
+            self._host.taking,
+            *(lock for one in pipelines for lock in (one.steering.order, one.moves.order)),
+        ]
         if any(lock.locked() for lock in locks):
             raise _busy()
         async with contextlib.AsyncExitStack() as stack:
@@ -261,7 +278,7 @@ class Loader:
         self._tell(f"the model {name} is loaded by the owner in {took_s:.1f} s", name)
         told = {"streams": streams, "epoch": host.epoch, "took_s": round(took_s, 2)}
         with contextlib.suppress(PlanError):  # it broke in this moment
-            return view.model_copy(update={**told, "plan": host.pipelines[0].steering.present_view()})
+            return view.model_copy(update={**told, "plan": host.first.steering.present_view()})
         return view.model_copy(update=told)
 
     async def _unload(self, view: LoadView) -> LoadView:
@@ -291,7 +308,7 @@ class Loader:
     def _present(self) -> Chosen:
         host = self._host
         owned = {one.number: one.steering.owner_text for one in host.pipelines}
-        return Chosen(host.settings, host.main, host.source, host.vocab, owned)
+        return Chosen(host.settings, host.main, host.source, host.vocab, owned, host.dealer.text)
 
     def _change(self, chosen: Chosen, why: str, reason: str) -> int:
         """Put down what runs and have this brought up; how many streams ended. reason: for who asks meanwhile."""
@@ -321,8 +338,10 @@ class Loader:
                 host.drafter,
             )
         same = host.main.fingerprint == chosen.main.fingerprint
+        taken = chosen.taken or (host.dealer.text if same else "")
         host.settings, host.main, host.source, host.vocab = chosen.settings, chosen.main, chosen.source, chosen.vocab
         host.drafter = self._drafter_of(chosen)
+        host.dealer.for_model(taken)
         for one in host.pipelines:
             one.planner.serve(chosen.main, chosen.settings)
             one.steering.other_model(chosen.owned.get(one.number, one.steering.owner_text if same else ""))
