@@ -328,18 +328,17 @@ async def test_a_node_that_takes_over_serves_the_present_model(tmp_path: Path) -
     await understudy.close()
 
 
-@pytest.mark.parametrize("named", [True, False])
-async def test_an_engine_that_leads_again_serves_what_was_loaded_meanwhile(tmp_path: Path, named: bool) -> None:
-    """By another leader; but at its start the model that was named counts."""
+async def test_an_engine_that_leads_again_serves_what_was_loaded_meanwhile(tmp_path: Path) -> None:
+    """By another leader; but at its start the model that it was started with counts."""
     engine = make(tmp_path)
     state = kept(make(tmp_path), "toy:6", ClusterState())
-    chair = serve._chair(engine, engine.settings, named=named)
+    chair = serve._chair(engine, engine.settings)
 
     class Lead:
         boot_version = state.version
 
     chair.lead = Lead()  # type: ignore[assignment]
-    assert (await chair._make(state)).main.name == ("toy:8" if named else "toy:6")
+    assert (await chair._make(state)).main.name == "toy:8"
     Lead.boot_version = Version()
     assert (await chair._make(state)).main.name == "toy:6" and engine.context == 128
     assert (await chair._make(kept(make(tmp_path), "", state))).main is NO_MODEL

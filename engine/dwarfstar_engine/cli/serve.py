@@ -144,7 +144,7 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
         if coordinator.drafter is not None:
             stack.push_async_callback(coordinator.drafter.close)
-        chair = _chair(coordinator, base, named=bool(start.model))
+        chair = _chair(coordinator, base)
         chair.service = ControlService(None, admission, stopping.set, chair)
         chair.lead = lead = Lead(
             OWNER,
@@ -216,13 +216,13 @@ def _first_model(start: Start, settings: Settings, kept: Kept, say: Callable[[st
     return source, shared.as_loaded(settings, state) if source.loaded else settings
 
 
-def _chair(coordinator: Coordinator, settings: Settings, *, named: bool) -> Chair:
-    """The engine's: it has its coordinator, model and vocabulary from the start, and its files say what is kept. named:
-    the model was, and so counts rather than the one that the cluster served before this start."""
+def _chair(coordinator: Coordinator, settings: Settings) -> Chair:
+    """The engine's: it has its coordinator, model and vocabulary from the start, and its files say what is kept. If
+    another node led since the start, what that one served counts."""
     store, roster = KeyStore(key_folder(settings.home), utc_now), RosterStore(settings.home / "trust", utc_now)
 
     async def make(state: ClusterState) -> Coordinator:
-        if state.wishes and not (named and state.version == chair.lead.boot_version):
+        if state.wishes and state.version != chair.lead.boot_version:
             await _adopt(coordinator, settings, state)
         return shared.restore(coordinator, state)
 
@@ -244,9 +244,11 @@ def _chair(coordinator: Coordinator, settings: Settings, *, named: bool) -> Chai
 
 async def _adopt(coordinator: Coordinator, own: Settings, state: ClusterState) -> None:
     """Serve what the cluster serves: another node led it meanwhile. Raises DwarfStarError: this machine cannot."""
-    if state.wishes.get("fingerprint") == coordinator.main.fingerprint:
+    settings = shared.settings_of(own, state).model_copy(update={"wait_nodes": own.wait_nodes})
+    now = coordinator.settings
+    same = state.wishes.get("fingerprint") == coordinator.main.fingerprint
+    if same and (settings.context, settings.slots) == (now.context, now.slots):
         return
-    settings = shared.as_loaded(own, state)
     source = await asyncio.to_thread(shared.find_source, settings, state)
     vocab, old = await open_vocab(source), coordinator.vocab
     coordinator.loader.adopt(Chosen(settings, source, source, vocab))
