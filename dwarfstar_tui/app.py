@@ -45,7 +45,8 @@ FUNCTION_KEY = re.compile(r"f\d+")  # as they stand on keyboards, and in texts
 BACK_MAX = 20  # screens that esc remembers
 CHANGES = (
     updates.Drain, updates.Remove, updates.NameNode, updates.StopEngine, updates.StartEngine, updates.MakeToken,
-    updates.CommitPlan, updates.UndoPlan, updates.SetLent, updates.PullModel,
+    updates.CommitPlan, updates.UndoPlan, updates.SetLent, updates.PullModel, updates.LoadModel,
+    updates.UnloadModel,
 )  # fmt: skip
 
 

@@ -24,7 +24,16 @@ from dwarfstar_engine.cli.background import Background
 from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node.facts import interfaces
 from dwarfstar_engine.settings import Settings
-from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
+from dwarfstar_engine.views import (
+    CommitView,
+    EventsView,
+    LoadRequest,
+    LoadView,
+    OverrideView,
+    PlanRequest,
+    ProposalView,
+    StatusView,
+)
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlStub
@@ -95,6 +104,12 @@ class RemoteEngine:
 
     async def rename(self, node: str, name: str) -> str:
         return await asyncio.to_thread(remote.rename, self._address.running, self._home, node, name)
+
+    async def load(self, request: LoadRequest) -> LoadView:
+        return await asyncio.to_thread(remote.load, self._address.running, self._home, request)
+
+    async def unload(self) -> LoadView:
+        return await asyncio.to_thread(remote.unload, self._address.running, self._home)
 
     async def stop(self) -> None:
         await asyncio.to_thread(remote.stop, self._address.running, self._home)

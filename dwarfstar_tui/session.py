@@ -20,11 +20,31 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
+from dwarfstar_engine.views import (
+    CommitView,
+    EventsView,
+    LoadRequest,
+    LoadView,
+    OverrideView,
+    PlanRequest,
+    ProposalView,
+    StatusView,
+)
 from dwarfstar_tui import updates
 from dwarfstar_tui.mailbox import Mailbox
+from dwarfstar_tui.model_change import done_text
 from dwarfstar_tui.plan_calls import Plans
-from dwarfstar_tui.updates import AnswerOver, AnswerPiece, Command, Happened, Linked, LinkState, Notice, StatusSeen
+from dwarfstar_tui.updates import (
+    AnswerOver,
+    AnswerPiece,
+    Command,
+    Happened,
+    Linked,
+    LinkState,
+    Notice,
+    StatusSeen,
+    Update,
+)
 
 STATUS_S = 0.25
 SLOW_STATUS_S = 1.0  # over a thin line
@@ -64,6 +84,8 @@ class Engine(Protocol):
     async def commit(self, request: PlanRequest, base_epoch: int) -> CommitView: ...
     async def undo(self) -> CommitView: ...
     async def override(self, node: str, text: str, replan: bool) -> OverrideView: ...
+    async def load(self, request: LoadRequest) -> LoadView: ...
+    async def unload(self) -> LoadView: ...
     def chat(self, messages: Sequence[tuple[str, str]], options: dict[str, float | int]) -> AsyncIterator[Delta]: ...
     async def close(self) -> None: ...
 
@@ -308,8 +330,25 @@ class Session:
                 await self._pull(wanted)
             case updates.StopPull():
                 self._pull_stopped.set()
+            case updates.CheckModel() | updates.LoadModel() | updates.UnloadModel():
+                await self._change_model(command)
             case updates.StopAnswer():
                 pass  # is done when it is accepted
+
+    async def _change_model(self, order: updates.CheckModel | updates.LoadModel | updates.UnloadModel) -> None:
+        """Check, load or unload; its end is told whatever becomes of it."""
+        told: Update = updates.ModelOrderOver()
+        try:
+            engine = self._attached_engine()
+            match order:
+                case updates.CheckModel(path):
+                    told = updates.ModelChecked(path, await engine.load(LoadRequest(model=path, check=True)))
+                case updates.LoadModel(path):
+                    self._say(done_text(await engine.load(LoadRequest(model=path))))
+                case updates.UnloadModel():
+                    self._say(done_text(await engine.unload()))
+        finally:
+            self._mailbox.put(told)
 
     def _attached_engine(self) -> Engine:
         if self._engine is None:

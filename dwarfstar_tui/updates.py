@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
+from dwarfstar_engine.views import (
+    CommitView,
+    EventsView,
+    LoadView,
+    OverrideView,
+    PlanRequest,
+    ProposalView,
+    StatusView,
+)
 
 # --- session to app --------------------------------------------------------------------------------------------------
 
@@ -89,6 +97,19 @@ class ModelsFound:
     files: tuple[ModelFile, ...]
     more: int = 0  # that are not listed
     problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChecked:
+    """A model of that path can be loaded, as ``view`` says."""
+
+    path: str
+    view: LoadView
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOrderOver:
+    """What was ordered of the model is done, or was refused, which a notice has told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +227,8 @@ class PullSeen:
 
 Update = (
     Linked | StatusSeen | Happened | StartLine | Notice | ModelsFound | Surroundings | TokenMade | AnswerPiece
-    | AnswerOver | ChatsRead | Proposed | PlanChanged | LentSet | ModelsJudged | PullSeen
+    | AnswerOver | ChatsRead | Proposed | PlanChanged | LentSet | ModelsJudged | PullSeen | ModelChecked
+    | ModelOrderOver
 )  # fmt: skip
 
 # --- app to session --------------------------------------------------------------------------------------------------
@@ -238,6 +260,21 @@ class MakeToken:
 
 @dataclass(frozen=True, slots=True)
 class FindModels:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class CheckModel:
+    path: str  # on the engine's machine
+
+
+@dataclass(frozen=True, slots=True)
+class LoadModel:
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadModel:
     pass
 
 
@@ -334,4 +371,5 @@ class StopPull:
 Command = (
     Drain | Remove | NameNode | MakeToken | FindModels | LookAround | StartEngine | StopEngine | Ask | StopAnswer
     | ReadChats | KeepChat | Propose | CommitPlan | UndoPlan | SetLent | JudgeModels | PullModel | StopPull
+    | CheckModel | LoadModel | UnloadModel
 )  # fmt: skip

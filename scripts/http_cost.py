@@ -50,6 +50,9 @@ class Clock:
         self.begun = self.tokens = 0
         self.warm = asyncio.Event()  # all streams run
 
+    async def settled(self) -> None:
+        return None
+
     def model(self) -> ModelInfo:
         return ModelInfo("clock", 0, 1 << 20, len(PIECES), 1, frozenset())
 

@@ -14,6 +14,7 @@ from dwarfstar_tui import text, updates
 from dwarfstar_tui.cluster_rows import Runs
 from dwarfstar_tui.screens.base import AppScreen
 from dwarfstar_tui.screens.get_model import GetModel
+from dwarfstar_tui.screens.model_orders import ModelOrders
 from dwarfstar_tui.store import State
 from dwarfstar_tui.text import Glyphs, fit, matches
 from dwarfstar_tui.updates import Fit, ModelFile, ModelsFound, ModelsJudged, PullSeen, Update
@@ -106,10 +107,12 @@ class ModelsScreen(AppScreen):
     LESSON = (
         "Above, the model that is served and where. Below, the GGUF files of this machine's models folder; ✓ marks "
         "the one that is loaded. Type is that of most weights. Fits is what the planner says of the machines there "
-        "are, each file served alone. g gets a model from a hub. To serve another, stop the engine (palette) and "
-        "choose again."
+        "are, each file served alone. l loads the one under the cursor, u unloads the one that is served; both tell "
+        "what that means, and ask. g gets a model from a hub."
     )
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("l", "load", "load", id="models.load"),
+        Binding("u", "unload", "unload", id="models.unload"),
         Binding("r", "look_again", "look again", id="models.refresh"),
         Binding("g", "pull", "get a model", id="models.pull"),
         Binding("X", "stop_pull", "stop it", id="models.stop-pull"),
@@ -130,6 +133,7 @@ class ModelsScreen(AppScreen):
             yield RunsView(id="files-note")
 
     def on_mount(self) -> None:
+        self._orders = ModelOrders(self.app, self.host)
         super().on_mount()
         self.host.submit(updates.FindModels())
         self.query_one(FileList).focus()
@@ -140,7 +144,16 @@ class ModelsScreen(AppScreen):
     def action_look_again(self) -> None:
         self.host.submit(updates.FindModels())
 
+    def action_load(self) -> None:
+        files = self._files()
+        self._orders.load(files[min(self.query_one(FileList).at, len(files) - 1)] if files else None)
+        self.show(self.host.state)
+
+    def action_unload(self) -> None:
+        self._orders.unload()
+
     def take(self, update: Update) -> None:
+        self._orders.take(update)
         match update:
             case ModelsFound():
                 self._found = update
@@ -150,7 +163,7 @@ class ModelsScreen(AppScreen):
                 self._pull = update
                 self.refresh_bindings()
             case _:
-                return
+                pass
         if self.is_current:
             self.show(self.host.state)
 
@@ -206,6 +219,8 @@ class ModelsScreen(AppScreen):
         self.query_one("#files-note", RunsView).set_lines([((fit(self._note(), width), "muted"),)])
 
     def _note(self) -> str:
+        if order := self._orders.note:
+            return order
         if self._pull is not None:
             said = text.clean(self._pull.problem or self._pull.line)
             return f"{text.clean(self._pull.wanted)}: {said}"

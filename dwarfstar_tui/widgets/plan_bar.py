@@ -112,6 +112,7 @@ class PlanBar(RunsView):
 
     def on_mouse_up(self) -> None:
         if self._hold is not None:
+            self._hold = None  # now: the next movement may come before the release is told
             self.release_mouse()
 
     def on_mouse_release(self) -> None:

@@ -11,7 +11,8 @@
     ├── RequestError               a request that can never work (HTTP 4xx)
     │   └── ContextLengthError
     ├── Unavailable                a request that may work later (HTTP 503, Retry-After)
-    │   └── Overloaded             a bounded queue is full (HTTP 429)
+    │   ├── Overloaded             a bounded queue is full (HTTP 429)
+    │   └── NoModel                no model is loaded
     ├── PeerError                  another process spoke wrongly
     │   ├── VersionMismatch        it runs another protocol or llama.cpp build: names both
     │   ├── FrameError             a malformed, corrupted or stale frame
@@ -94,6 +95,13 @@ class Unavailable(DwarfStarError):
 class Overloaded(Unavailable):
     code = "overloaded"
     http_status = 429
+
+
+class NoModel(Unavailable):
+    code = "no_model"
+
+    def __init__(self) -> None:
+        super().__init__("no model is loaded: `dwarfstar load MODEL` on the engine's machine loads one")
 
 
 class PeerError(DwarfStarError):

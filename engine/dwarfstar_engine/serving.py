@@ -107,8 +107,15 @@ class ModelInfo:
 class Engine(Protocol):
     """What serves the model. All calls raise :class:`~dwarfstar_engine.errors.DwarfStarError`."""
 
+    async def settled(self) -> None:
+        """Wait while the model is being changed: what is made tokens before that is of no use after it.
+
+        Raises Overloaded if too many wait, Unavailable if it takes too long.
+        """
+        ...
+
     def model(self) -> ModelInfo:
-        """The model served now. Raises Unavailable (with retry_after_s) while there is none."""
+        """The model served now. Raises Unavailable (with retry_after_s) while it is not, NoModel if there is none."""
         ...
 
     def health(self) -> Mapping[str, Any]:

@@ -291,6 +291,32 @@ class CommitView(View):
     reads: tuple[ReadView, ...] = ()
 
 
+class LoadRequest(View):
+    """A model to load: a path on the engine's machine, a name in its models folder, or demo. context, slots: None: as
+    the engine was started. check: only say what would come of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1, max_length=4096)
+    context: int | None = Field(default=None, ge=16, le=1 << 20)
+    slots: int | None = Field(default=None, ge=1, le=64)
+    check: bool = False
+
+
+class LoadView(View):
+    """What came, or would come, of loading a model or of unloading it. model: empty: none. before: what was loaded.
+    streams: that ended for it; of a check, those in flight. plan: with its forecast; None: nothing is served."""
+
+    model: str
+    before: str
+    streams: int
+    plan: PlanView | None = None
+    context: int = 0
+    slots: int = 0
+    epoch: int = 0
+    took_s: float = 0.0
+
+
 class OverrideView(View):
     node: str
     override: str  # that counts now: 18, 50% or -2; empty: none

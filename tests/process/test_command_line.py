@@ -87,7 +87,6 @@ def tiny(folder: Path, family: str) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--serve",), ("needs a model",)),
         (("--serve", "--demo", "toy:4"), ("--demo brings its own model",)),
         (("--serve", "toy:4", "--wire", "x"), ("--wire", "f32", "'x'")),
         (("--serve", "toy:4", "--split-mode", "x"), ("--split-mode", "'x'")),

@@ -48,6 +48,12 @@ class UnexpectedControl(control_pb2_grpc.ControlServicer):
     async def Name(self, request: pb.NameRequest, context: Context) -> pb.NameReply:
         raise AssertionError("nobody should rename a node")
 
+    async def LoadModel(self, request: pb.LoadModelRequest, context: Context) -> pb.LoadModelReply:
+        raise AssertionError("nobody should load a model")
+
+    async def UnloadModel(self, request: pb.UnloadModelRequest, context: Context) -> pb.LoadModelReply:
+        raise AssertionError("nobody should unload the model")
+
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainReply:
         raise AssertionError("nobody should drain a node")
 

@@ -61,6 +61,9 @@ class FakeEngine:
         self._pieces = [bytes([byte]) for byte in range(256)] + [b"", *pieces]
         self._ids = {piece: token for token, piece in enumerate(self._pieces) if piece}
 
+    async def settled(self) -> None:
+        return None
+
     def model(self) -> ModelInfo:
         if self.refusal is not None:
             raise self.refusal

@@ -8,7 +8,16 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from dwarfstar_engine.errors import DwarfStarError, PlanError
-from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
+from dwarfstar_engine.views import (
+    CommitView,
+    EventsView,
+    LoadRequest,
+    LoadView,
+    OverrideView,
+    PlanRequest,
+    ProposalView,
+    StatusView,
+)
 from dwarfstar_tui import updates
 from dwarfstar_tui.mailbox import Mailbox
 from dwarfstar_tui.session import Delta, Session
@@ -32,6 +41,7 @@ class FakeEngine:
         self.drained: list[tuple[str, bool]] = []
         self.proposed: list[PlanRequest] = []
         self.slow = threading.Event()  # the planner thinks as long as it is set
+        self.loaded: list[LoadRequest] = []
 
     async def status(self) -> StatusView:
         if self.lost.is_set():
@@ -50,6 +60,15 @@ class FakeEngine:
 
     async def remove(self, node: str) -> str:
         raise DwarfStarError(f"there is no {node}")
+
+    async def load(self, request: LoadRequest) -> LoadView:
+        self.loaded.append(request)
+        if request.model == "/m/bad.gguf":
+            raise DwarfStarError("bad.gguf is no GGUF file")
+        return LoadView(model="b", before="a", streams=0, took_s=2.1)
+
+    async def unload(self) -> LoadView:
+        return LoadView(model="", before="b", streams=2)
 
     async def stop(self) -> None:
         self.lost.set()
@@ -287,6 +306,33 @@ def test_commands_are_carried_out_and_refusals_told() -> None:
     assert place.engines[-1].drained == [("n-1", False)]
     told = {update.text for update in listener.told if isinstance(update, Notice)}
     assert told == {"n-1 is drained", "n-1 is called attic", "there is no n-2"}
+
+
+def test_a_model_is_checked_loaded_and_unloaded_and_each_end_is_told() -> None:
+    place = FakePlace()
+    with running(place) as (session, listener):
+        listener.until(linked(LinkState.UP))
+        session.submit(updates.CheckModel("/m/b.gguf"))
+        checked = listener.until(lambda update: isinstance(update, updates.ModelChecked))
+        session.submit(updates.LoadModel("/m/b.gguf"))
+        listener.until(lambda update: isinstance(update, updates.ModelOrderOver))
+        session.submit(updates.CheckModel("/m/bad.gguf"))
+        listener.until(lambda update: isinstance(update, updates.ModelOrderOver), times=2)
+        session.submit(updates.UnloadModel())
+        listener.until(lambda update: isinstance(update, updates.ModelOrderOver), times=3)
+        listener.until(lambda update: isinstance(update, Notice), times=3)
+    assert isinstance(checked, updates.ModelChecked) and (checked.path, checked.view.model) == ("/m/b.gguf", "b")
+    assert [(one.model, one.check) for one in place.engines[-1].loaded] == [
+        ("/m/b.gguf", True),
+        ("/m/b.gguf", False),
+        ("/m/bad.gguf", True),
+    ]
+    told = [update.text for update in listener.told if isinstance(update, Notice)]
+    assert told == [
+        "b is loaded, in 2.1 s",
+        "bad.gguf is no GGUF file",
+        "b is unloaded; 2 requests did not finish in time",
+    ]
 
 
 def test_a_fault_of_ours_is_told_and_ends_nothing_else() -> None:

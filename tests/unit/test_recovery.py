@@ -65,6 +65,7 @@ class Player:
         self.member = Member(f"id-{name}", name, "127.0.0.1", device, "first")
         self.told: list[str] = []
         self.returns = self.answers = True
+        self.refuses = ""  # the name of a model that it cannot load
         self.layers = pb.Slice()
         self.keeps: list[tuple[int, int]] = []  # of each link: its epoch, and the one whose sequences are kept
         self.reaches: Callable[[], bool] = lambda: True  # the next stage
@@ -77,7 +78,9 @@ class Player:
             self.told.append(what)
             if what == "assign":
                 self.layers = pb.Slice(begin=message.assign.layer_begin, end=message.assign.layer_end)
-                self.say(pb.STAGE_STATE_READY if self.answers else pb.STAGE_STATE_LOADING)
+                failed = message.assign.model.name == self.refuses
+                state = pb.STAGE_STATE_READY if self.answers else pb.STAGE_STATE_LOADING
+                self.say(pb.STAGE_STATE_FAILED if failed else state)
             if what == "link":
                 self.keeps.append((message.link.epoch, message.link.keep))
             if what == "link" and message.link.next_hop and not self.reaches():

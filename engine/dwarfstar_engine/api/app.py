@@ -31,6 +31,7 @@ from dwarfstar_engine.api.priority import priority_of
 from dwarfstar_engine.api.reply import Reply
 from dwarfstar_engine.api.run import Deadline, unless_over
 from dwarfstar_engine.api.schemas import ChatBody, DetokenizeBody, TextBody, TokenizeBody
+from dwarfstar_engine.errors import NoModel
 from dwarfstar_engine.serving import Engine, ModelInfo
 
 MAX_BODY_BYTES = 4 << 20  # four million characters are beyond any context served
@@ -101,11 +102,18 @@ def create_app(
 
     @v1.get("/models")
     async def models() -> Response:
-        return errors.json_response({"object": "list", "data": [_model(engine.model())]})
+        try:
+            served = [_model(engine.model())]
+        except NoModel:
+            served = []
+        return errors.json_response({"object": "list", "data": served})
 
     @v1.get("/models/{name:path}")
     async def model(name: str) -> Response:
-        served = engine.model()
+        try:
+            served = engine.model()
+        except NoModel as error:
+            raise errors.UnknownModel(error.message, param="model") from None
         if name != served.name:
             raise errors.UnknownModel(f"the model served is {served.name}, not {name}", param="model")
         return errors.json_response(_model(served))
@@ -114,7 +122,7 @@ def create_app(
     @app.post("/tokenize", dependencies=[Depends(authorized)])
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeBody, await read_body(request, max_body_bytes))
-        tokens = await unless_over(request.receive, deadline(), engine.text_tokens(body.content))
+        tokens = await unless_over(request.receive, deadline(), _tokens(engine, body.content))
         return errors.json_response({"tokens": tokens})
 
     @app.post("/detokenize", dependencies=[Depends(authorized)])
@@ -132,6 +140,12 @@ def create_app(
 
     app.include_router(v1)
     return app
+
+
+async def _tokens(engine: Engine, text: str) -> list[int]:
+    await engine.settled()
+    engine.model()  # there is one
+    return await engine.text_tokens(text)
 
 
 def _model(model: ModelInfo) -> dict[str, Any]:

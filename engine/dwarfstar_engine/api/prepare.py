@@ -36,6 +36,7 @@ async def plan_chat(engine: Engine, body: ChatBody, priority: int) -> Plan:
     """Raises RequestError, or what the engine raises."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")
+    await engine.settled()
     model = engine.model()
     prompt = await engine.chat_tokens([_message(message) for message in body.messages])
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -49,6 +50,7 @@ async def plan_text(engine: Engine, body: TextBody, priority: int) -> Plan:
         raise RequestError("best_of: must equal n, or be left out: all answers are returned", param="best_of")
     if body.echo and body.logprobs is not None:
         raise RequestError("echo: cannot be joined with logprobs: those of a prompt are not kept", param="echo")
+    await engine.settled()
     model = engine.model()
     prompts = [await _tokens(engine, model, prompt) for prompt in body.prompt]
     echo = [_echo(engine, prompt) if body.echo else "" for prompt in body.prompt]

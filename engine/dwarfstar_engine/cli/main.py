@@ -23,6 +23,8 @@ from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.cli.events import FollowOption, SinceOption
 from dwarfstar_engine.cli.events import show as show_events
 from dwarfstar_engine.cli.keys import keys_app
+from dwarfstar_engine.cli.load import load as load_model
+from dwarfstar_engine.cli.load import unload as unload_model
 from dwarfstar_engine.cli.models import models as list_models
 from dwarfstar_engine.cli.models import pull_model
 from dwarfstar_engine.cli.status_text import status_text
@@ -47,6 +49,8 @@ app = typer.Typer(
 app.add_typer(keys_app, name="key")
 app.command("models")(list_models)
 app.command("pull")(pull_model)
+app.command("load")(load_model)
+app.command("unload")(unload_model)
 node_commands = typer.Typer(invoke_without_command=True)
 token_commands = typer.Typer(invoke_without_command=True)
 app.add_typer(node_commands, name="node")
@@ -203,22 +207,20 @@ def start(
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, pipelines=pipelines, replicas=replicas, discovery=discovery, home=home, models=models,
     )  # fmt: skip
-    if model is None and not demo and serve:
-        raise SettingsError("--serve needs a model: give a GGUF file, or --demo to try a small one")
     if model is not None and demo:
         raise SettingsError("--demo brings its own model: leave the other one out")
     if not serve and app_module.can_draw(os.environ):
         look = app_module.Look(attach, readonly, low_bandwidth, ascii_only, mouse, theme)
         app_module.open_app(settings, look, sys.argv[1:], wants_engine=model is not None or demo)
         return
-    if model is None and not demo:
+    if model is None and not demo and not serve:
         print(_status_text(settings.home))
         return
     from dwarfstar_engine.cli.serve import Start
     from dwarfstar_engine.cli.serve import serve as run_engine
 
     _log_to_stderr(verbose)
-    _run(run_engine(Start(model or "demo", local_nodes, demo, pin), settings))
+    _run(run_engine(Start(model or ("demo" if demo else ""), local_nodes, demo, pin), settings))
 
 
 @node_commands.callback()

@@ -11,7 +11,16 @@ import grpc
 
 from dwarfstar_engine.cli import running
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.views import CommitView, EventsView, OverrideView, PlanRequest, ProposalView, StatusView
+from dwarfstar_engine.views import (
+    CommitView,
+    EventsView,
+    LoadRequest,
+    LoadView,
+    OverrideView,
+    PlanRequest,
+    ProposalView,
+    StatusView,
+)
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlStub
@@ -20,6 +29,7 @@ from dwarfstar_engine.wire.trust import NodeFiles
 CALL_S = 5.0
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.FAILED_PRECONDITION)  # with a sentence for people
 DRAIN_S = 600.0  # a node's layers may have to be loaded from slow disks
+LOAD_S = 1260.0  # requests finish, a model is loaded, and perhaps the one before once more
 PLAN_S = 60.0  # a search over many nodes
 STOP_S = 15.0  # until a stopped engine's process is gone
 
@@ -127,3 +137,14 @@ def override(engine: running.Running, home: Path, node: str, text: str, *, repla
     """Set what a node lends; empty: as it was started. Raises DwarfStarError."""
     request = pb.OverrideRequest(node=node, text=text, replan=replan)
     return OverrideView.model_validate_json(_call(engine, home, "Override", request, DRAIN_S).json)
+
+
+def load(engine: running.Running, home: Path, request: LoadRequest) -> LoadView:
+    """Serve another model; returns when it serves. Raises DwarfStarError: what served before does."""
+    asked = pb.LoadModelRequest(json=request.model_dump_json().encode())
+    return LoadView.model_validate_json(_call(engine, home, "LoadModel", asked, LOAD_S).json)
+
+
+def unload(engine: running.Running, home: Path) -> LoadView:
+    """Serve no model. Raises DwarfStarError."""
+    return LoadView.model_validate_json(_call(engine, home, "UnloadModel", pb.UnloadModelRequest(), LOAD_S).json)

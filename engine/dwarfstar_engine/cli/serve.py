@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TextIO
 
 import grpc.aio
@@ -28,7 +27,7 @@ from dwarfstar_engine.cli.sockets import bind, port_of
 from dwarfstar_engine.cli.standby import control_server, serve_http
 from dwarfstar_engine.cluster.candidates import MAX_HOSTS, Advert, Interface
 from dwarfstar_engine.cluster.state import ClusterState, Scalar
-from dwarfstar_engine.errors import TrustError
+from dwarfstar_engine.errors import ModelError, TrustError
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.admission import Admission
 from dwarfstar_engine.node.bandwidth import known_gb_s
@@ -54,14 +53,15 @@ from dwarfstar_engine.node.gossip import Peer
 from dwarfstar_engine.node.kept import Kept
 from dwarfstar_engine.node.lead import REMOVED, Lead
 from dwarfstar_engine.node.led import Led
+from dwarfstar_engine.node.loader import Chosen
 from dwarfstar_engine.node.local import LocalNode
 from dwarfstar_engine.node.mdns import Advertiser, instance
 from dwarfstar_engine.node.needs import kv_cells, reserve_bytes
 from dwarfstar_engine.node.roster import RosterStore
-from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source, find_model, open_source
+from dwarfstar_engine.node.source import DEFAULT_CONTEXT, NO_MODEL, Source, find_model, open_source
 from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.tunnel import Tunnel
-from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
+from dwarfstar_engine.node.vocab import Vocab, open_vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
 from dwarfstar_engine.settings import MAX_SLOTS, Settings
 from dwarfstar_engine.stage.fingerprint import fingerprint
@@ -88,7 +88,8 @@ DEMO_ROOM = 1.5  # and all together: what a slice needs cannot be divided as one
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What to run. local_nodes 0: this process is the one node. pin: one core for each local node."""
+    """What to run. model: empty: the one that was served last, if any. local_nodes 0: this process is the one node.
+    pin: one core for each local node."""
 
     model: str
     local_nodes: int = 0
@@ -104,15 +105,17 @@ async def serve(start: Start, settings: Settings, out: TextIO = sys.stderr) -> N
 
 async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -> None:
     started = time.monotonic()
-    source = open_source(start.model, settings.models_dir, settings.kv)
-    _check_cuts(source, settings.cuts)
+    trust = NodeFiles(settings.home / "trust")
     local = start.local_nodes or (DEMO_NODES if start.demo else 0)
-    settings = settings.model_copy(
+    base = settings.model_copy(
         update={
             "wait_nodes": max(settings.wait_nodes, local, len(settings.cuts) + 1 if settings.cuts else 0),
             "control_host": _control_host(settings, local),
         }
     )
+    source, settings = await asyncio.to_thread(_first_model, start, base, Kept(trust.folder / "lead"), say)
+    if source.loaded:
+        _check_cuts(source, settings.cuts)
     found = settings.discovery and not is_loopback(settings.control_host)
     lent = _lent(start, settings, source)
     lent_gib = measure(lent).override_bytes / GIB if lent else None
@@ -130,19 +133,18 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         authority = load_or_create_authority(settings.home / "trust", utc_now())
         lifetime = timedelta(hours=settings.certificate_hours)
         admission = Admission(authority, settings.home / "trust", utc_now, lifetime)
-        trust = NodeFiles(settings.home / "trust")
         issue_local(authority, trust, OWNER, utc_now(), lifetime)
-        vocab = await _open_vocab(source)
+        vocab = await open_vocab(source)
         coordinator = Coordinator(settings, source, vocab, trust, OWNER)
+        coordinator.loader.base = base
         stack.push_async_callback(lambda: coordinator.vocab.close())
         coordinator.planner.fallbacks = tuple(
             open_source(name, settings.models_dir, settings.kv) for name in settings.fallback
         )
-        coordinator.open_vocab = _open_vocab
         coordinator.drafter = await _open_drafter(coordinator, vocab, settings)
         if coordinator.drafter is not None:
             stack.push_async_callback(coordinator.drafter.close)
-        chair = _chair(coordinator, settings, source)
+        chair = _chair(coordinator, base)
         chair.service = ControlService(None, admission, stopping.set, chair)
         chair.lead = lead = Lead(
             OWNER,
@@ -200,16 +202,32 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
             task.result()
 
 
-def _chair(coordinator: Coordinator, settings: Settings, source: Source) -> Chair:
-    """The engine's: it has its coordinator, model and vocabulary from the start, and its files say what is kept."""
+def _first_model(start: Start, settings: Settings, kept: Kept, say: Callable[[str], None]) -> tuple[Source, Settings]:
+    """What to serve: what was asked for, or what was served last, as it was. Raises ModelError: what was asked for
+    cannot be served."""
+    if start.model:
+        return open_source(start.model, settings.models_dir, settings.kv), settings
+    state = kept.state()
+    try:
+        source = shared.find_source(settings, state)
+    except ModelError as error:
+        say(f"{state.model}, which was served last, is not loaded: {error.message}")
+        return NO_MODEL, settings
+    return source, shared.as_loaded(settings, state) if source.loaded else settings
+
+
+def _chair(coordinator: Coordinator, settings: Settings) -> Chair:
+    """The engine's: it has its coordinator, model and vocabulary from the start, and its files say what is kept. If
+    another node led since the start, what that one served counts."""
     store, roster = KeyStore(key_folder(settings.home), utc_now), RosterStore(settings.home / "trust", utc_now)
-    wishes = shared.wishes_of(settings, source)
 
     async def make(state: ClusterState) -> Coordinator:
+        if state.wishes and state.version != chair.lead.boot_version:
+            await _adopt(coordinator, settings, state)
         return shared.restore(coordinator, state)
 
     def describe(state: ClusterState, now: Coordinator) -> Mapping[str, Any]:
-        told: dict[str, Any] = {"model": source.name, "wishes": shared.with_plan(wishes, state.wishes, now)}
+        told: dict[str, Any] = shared.model_of(now, state)
         told["overrides"] = shared.with_lent(state.overrides, now)
         with contextlib.suppress(TrustError):  # a damaged file is told of where it is used; what was kept stays
             told["keys"] = keys = keys_of(store.read())
@@ -220,7 +238,21 @@ def _chair(coordinator: Coordinator, settings: Settings, source: Source) -> Chai
             told["overrides"] = shared.with_lent(removed, now)
         return told
 
-    return Chair(make, describe, forwarded_app(settings))
+    chair = Chair(make, describe, forwarded_app(settings))
+    return chair
+
+
+async def _adopt(coordinator: Coordinator, own: Settings, state: ClusterState) -> None:
+    """Serve what the cluster serves: another node led it meanwhile. Raises DwarfStarError: this machine cannot."""
+    settings = shared.settings_of(own, state).model_copy(update={"wait_nodes": own.wait_nodes})
+    now = coordinator.settings
+    same = state.wishes.get("fingerprint") == coordinator.main.fingerprint
+    if same and (settings.context, settings.slots) == (now.context, now.slots):
+        return
+    source = await asyncio.to_thread(shared.find_source, settings, state)
+    vocab, old = await open_vocab(source), coordinator.vocab
+    coordinator.loader.adopt(Chosen(settings, source, source, vocab))
+    await old.close()
 
 
 class _Told:
@@ -319,6 +351,8 @@ async def _open_drafter(coordinator: Coordinator, vocab: Vocab, settings: Settin
     """The draft model, if one is asked for. Raises ModelError if it does not suit the model served."""
     if settings.draft_model is None or settings.speculation == "off":
         return None
+    if not coordinator.main.loaded:
+        return None
     path = find_model(settings.draft_model, settings.models_dir)
     # One for all pipelines. Where they have more slots than it, it reads a text again that it had to let go.
     sequences = min(settings.slots * coordinator.dealer.count, MAX_SLOTS)
@@ -327,14 +361,6 @@ async def _open_drafter(coordinator: Coordinator, vocab: Vocab, settings: Settin
     drafter = Drafter(path, coordinator.source.name, ours, options)
     await drafter.start()
     return drafter
-
-
-async def _open_vocab(source: Source) -> Vocab:
-    if source.toy:
-        return ToyVocab()
-    vocab = ProcessVocab(Path(source.path))
-    await vocab.start()
-    return vocab
 
 
 async def _joining(

@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from dwarfstar_engine.cluster.state import ClusterState, Scalar
-from dwarfstar_engine.errors import ClusterError
+from dwarfstar_engine.errors import ClusterError, ModelError
 from dwarfstar_engine.node import kept_plan
 from dwarfstar_engine.node.coordinator import Coordinator
-from dwarfstar_engine.node.source import Source
+from dwarfstar_engine.node.source import DEMO, NO_MODEL, Source, open_source
 from dwarfstar_engine.settings import Settings
 
 SHARED = (
@@ -22,6 +22,8 @@ SHARED = (
     "batching", "wire", "rejoin_s", "on_loss", "rescue_s", "replan", "frame_deadline_s", "strategy", "objective",
     "auto_balance", "pipelines", "replicas", "mixed",
 )  # fmt: skip
+
+LOADED_WITH = ("context", "slots")  # of those: what ``load`` may set
 
 OWNER_PLAN, TAKEN = "owner_plan", "taken"  # of the state's wishes
 LENT, NAME = "effective_vram", "name"  # of the state's overrides
@@ -32,6 +34,36 @@ def wishes_of(settings: Settings, source: Source) -> dict[str, Scalar]:
     shared: dict[str, Scalar] = {name: getattr(settings, name) for name in SHARED}
     cuts = ",".join(map(str, settings.cuts))
     return {**shared, "cuts": cuts, "fingerprint": source.fingerprint, "path": source.path, "plan": ""}
+
+
+def model_of(coordinator: Coordinator, before: ClusterState) -> dict[str, Any]:
+    """The state's model and wishes. The path stays that of whoever loaded the model first."""
+    if coordinator.loader.changing and before.wishes:
+        return {"model": before.model, "wishes": before.wishes}
+    settings, main = coordinator.loader.kept
+    wishes = wishes_of(settings, main)
+    if before.wishes.get("fingerprint") == main.fingerprint:
+        wishes["path"] = before.wishes.get("path", main.path)
+    return {"model": main.name, "wishes": with_plan(wishes, before.wishes, coordinator)}
+
+
+def find_source(own: Settings, state: ClusterState) -> Source:
+    """This machine's file of the model served: looked for as a stage looks for it (``NodeDaemon``); none, if none is.
+
+    It reads files: call it in a thread. Raises ModelError: it is not here.
+    """
+    if not state.model:
+        return NO_MODEL
+    wanted, problem = state.wishes.get("fingerprint"), ""
+    for name in (state.model, DEMO, str(state.wishes.get("path", ""))):
+        try:
+            source = open_source(name, own.models_dir, str(state.wishes.get("kv", "f16")))
+        except ModelError as error:
+            problem = problem or error.message
+            continue
+        if source.fingerprint == wanted:
+            return source
+    raise ModelError(problem or f"the file of {state.model} here is not the one that is served: copy that one here")
 
 
 def with_plan(
@@ -79,3 +111,14 @@ def settings_of(own: Settings, state: ClusterState) -> Settings:
         raise ClusterError(
             "the settings in the cluster's state are not of this version: run the same one on all machines"
         ) from None
+
+
+def as_loaded(own: Settings, state: ClusterState) -> Settings:
+    """An engine's own settings with what the model was loaded with; what its start names counts more."""
+    kept = {
+        name: state.wishes[name] for name in LOADED_WITH if name in state.wishes and name not in own.model_fields_set
+    }
+    try:
+        return Settings(**{**own.model_dump(exclude_unset=True), **kept})
+    except ValidationError:  # of another release
+        return own

@@ -13,7 +13,6 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -26,7 +25,7 @@ from dwarfstar_engine.cli.front import Front, StateKeys, forwarded_app
 from dwarfstar_engine.cli.sockets import bind
 from dwarfstar_engine.cluster.candidates import MAX_HOSTS
 from dwarfstar_engine.cluster.state import ClusterState
-from dwarfstar_engine.errors import ClusterError, DwarfStarError, ModelError, SettingsError
+from dwarfstar_engine.errors import ClusterError, DwarfStarError, SettingsError
 from dwarfstar_engine.node.admission import Deputy
 from dwarfstar_engine.node.chair import Chair, RingDoor
 from dwarfstar_engine.node.control import ControlService
@@ -37,9 +36,9 @@ from dwarfstar_engine.node.gossip import Peer
 from dwarfstar_engine.node.kept import Kept
 from dwarfstar_engine.node.lead import Lead
 from dwarfstar_engine.node.led import Led
-from dwarfstar_engine.node.source import DEMO, Source, open_source
+from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.node.tunnel import Tunnel
-from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
+from dwarfstar_engine.node.vocab import Vocab, open_vocab
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire import door as ports
@@ -64,6 +63,7 @@ class Understudy:
     def __init__(self, settings: Settings, files: NodeFiles, me: str) -> None:
         self._settings, self._files, self._me = settings, files, me
         self._ready: _Ready | None = None
+        self._made: Coordinator | None = None  # the last
         self._preparing = asyncio.Lock()
 
     async def keep_ready(self, lead: Lead) -> None:
@@ -71,7 +71,7 @@ class Understudy:
         told = ""
         while True:
             signal = lead.signal()
-            if lead.state.model:
+            if lead.state.wishes:  # an engine has told them
                 try:
                     await self._prepare(lead.state)
                     lead.able(True)
@@ -90,37 +90,26 @@ class Understudy:
             if self._ready is not None and self._ready.key == key:
                 return self._ready
             await self._drop()
-            source = await asyncio.to_thread(self._find, state)
-            vocab: Vocab = ToyVocab()
-            if not source.toy:
-                process = ProcessVocab(Path(source.path))
-                await process.start()
-                vocab = process
-            self._ready = _Ready(key, source, vocab)
-            log.info("ready to lead with %s", source.name)
+            source = await asyncio.to_thread(shared.find_source, self._settings, state)
+            self._ready = _Ready(key, source, await open_vocab(source))
+            log.info("ready to lead with %s", source.name or "no model")
             return self._ready
-
-    def _find(self, state: ClusterState) -> Source:
-        """This machine's file of the model served: looked for as a stage looks for it (``NodeDaemon``)."""
-        wanted, problem = state.wishes.get("fingerprint"), ""
-        for name in (state.model, DEMO, str(state.wishes.get("path", ""))):
-            try:
-                source = open_source(name, self._settings.models_dir, str(state.wishes.get("kv", "f16")))
-            except ModelError as error:
-                problem = problem or error.message
-                continue
-            if source.fingerprint == wanted:
-                return source
-        raise ModelError(problem or f"the file of {state.model} here is not the one that is served: copy that one here")
 
     async def make(self, state: ClusterState) -> Coordinator:
         """A coordinator as the state says. Raises DwarfStarError."""
-        if not state.model:
+        if not state.wishes:
             raise ClusterError("no engine has told this node what to serve: start the engine first", code="no_state")
         ready = await self._prepare(state)
         settings = shared.settings_of(self._settings, state)
-        made = Coordinator(settings, ready.source, ready.vocab, self._files, self._me)
-        return shared.restore(made, state)
+        await self._close_loaded()
+        self._made = Coordinator(settings, ready.source, ready.vocab, self._files, self._me)
+        return shared.restore(self._made, state)
+
+    async def _close_loaded(self) -> None:
+        """What a coordinator of before has loaded by itself."""
+        made, self._made = self._made, None
+        if made is not None and (self._ready is None or made.vocab is not self._ready.vocab):
+            await made.vocab.close()
 
     async def _drop(self) -> None:
         ready, self._ready = self._ready, None
@@ -128,13 +117,14 @@ class Understudy:
             await ready.vocab.close()
 
     async def close(self) -> None:
+        await self._close_loaded()
         await self._drop()
 
 
 def _describe(state: ClusterState, coordinator: Coordinator) -> Mapping[str, Any]:
-    """A stand-in changes the plan and what nodes lend only."""
+    """A stand-in changes the model, the plan and what nodes lend only."""
     return {
-        "wishes": shared.with_plan(state.wishes, state.wishes, coordinator),
+        **shared.model_of(coordinator, state),
         "overrides": shared.with_lent(state.overrides, coordinator),
     }
 

@@ -22,6 +22,10 @@ PROGRESS_EVERY_S = 1.0  # of a load: a line for each percent would scroll everyt
 
 def opening(source: Source, settings: Settings, local: int, lent_gib: float | None) -> Iterator[str]:
     """The first lines: the model, what it needs, and what it is given."""
+    if not source.loaded:
+        yield f"no model: `dwarfstar load MODEL{home_option(settings.home)}` loads one while the engine runs"
+        yield f"starting {local} local node{'s' * (local > 1)}" if local else "starting; this machine is the first node"
+        return
     context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
     weights = sum(source.costs.layer_bytes) + source.costs.head_bytes
     kv = kv_cells(settings, context) * sum(source.costs.kv_bytes_per_token)

@@ -11,12 +11,12 @@ import contextlib
 import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 from urllib.parse import unquote
 
 import grpc
 import grpc.aio
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dwarfstar_engine.errors import (
     ClusterError,
@@ -36,7 +36,7 @@ from dwarfstar_engine.node.nodes import MAX_NAME
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.plan.advisor import Kind
-from dwarfstar_engine.views import CommitView, PlanRequest, StatusView
+from dwarfstar_engine.views import CommitView, LoadRequest, LoadView, PlanRequest, StatusView
 from dwarfstar_engine.wire import channel
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.generated.control_pb2_grpc import ControlServicer
@@ -48,6 +48,8 @@ log = logging.getLogger("dwarfstar.control")
 HELLO_DEADLINE_S = 10.0
 OFFER_DEADLINE_S = 60.0  # for a node to look through its models folder, which may lie on a slow disk
 NOT_LEADING = "not_leading"
+
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class Duties(Protocol):
@@ -232,7 +234,7 @@ class ControlService(ControlServicer):
     async def Plan(self, request: pb.PlanRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.PlanReply:
         await _owner_only(context)
         try:
-            asked = _asked(request)
+            asked = _asked(PlanRequest, request.json)
             view = await self._coordinator.pipeline_at(asked.pipeline).steering.propose(asked)
         except DwarfStarError as error:
             await _refuse(context, error)
@@ -242,7 +244,7 @@ class ControlService(ControlServicer):
         await _owner_only(context)
 
         async def commit() -> CommitView:
-            asked = _asked(request)
+            asked = _asked(PlanRequest, request.json)
             if asked.take is not None:
                 return await self._coordinator.take(Kind(asked.take), request.base_epoch)
             if asked.auto and self._coordinator.dealer.taken:
@@ -283,6 +285,36 @@ class ControlService(ControlServicer):
         await self._keep()
         return pb.NameReply(node_id=member.id, name=member.name, before=before)
 
+    async def LoadModel(
+        self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.LoadModelReply:
+        await _owner_only(context)
+
+        async def load() -> LoadView:
+            return await self._coordinator.loader.load(_asked(LoadRequest, request.json))
+
+        return await self._change_model(context, load)
+
+    async def UnloadModel(
+        self, request: pb.UnloadModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.LoadModelReply:
+        await _owner_only(context)
+
+        async def unload() -> LoadView:
+            return await self._coordinator.loader.unload()
+
+        return await self._change_model(context, unload)
+
+    async def _change_model(
+        self, context: grpc.aio.ServicerContext[Any, Any], change: Callable[[], Awaitable[LoadView]]
+    ) -> pb.LoadModelReply:
+        try:
+            view = await change()
+        except (DwarfStarError, TimeoutError) as error:
+            await _refuse(context, error)
+        await self._keep()
+        return pb.LoadModelReply(json=view.model_dump_json().encode())
+
     async def _change(
         self, context: grpc.aio.ServicerContext[Any, Any], change: Callable[[], Awaitable[CommitView]]
     ) -> pb.PlanReply:
@@ -298,10 +330,10 @@ class ControlService(ControlServicer):
             await self._duties.kept()
 
 
-def _asked(request: pb.PlanRequest) -> PlanRequest:
+def _asked(kind: type[Asked], json: bytes) -> Asked:
     """Raises PlanError: it is no request."""
     try:
-        return PlanRequest.model_validate_json(request.json or b"{}")
+        return kind.model_validate_json(json or b"{}")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

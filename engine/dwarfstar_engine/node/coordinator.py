@@ -8,6 +8,7 @@ and the service that the last stages' hops come in by. The coordinator holds no 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import logging
@@ -16,7 +17,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, 
 from typing import Any
 
 from dwarfstar_engine.batch.router import route
-from dwarfstar_engine.errors import PlanError, Unavailable
+from dwarfstar_engine.errors import DwarfStarError, NoModel, PlanError, StageError, Unavailable
 from dwarfstar_engine.node.dealer import Dealer, Seen
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import Epoch
@@ -25,6 +26,7 @@ from dwarfstar_engine.node.gossip import Gossip
 from dwarfstar_engine.node.journal import Journal
 from dwarfstar_engine.node.journal import Kind as Happening
 from dwarfstar_engine.node.kept_plan import KeptPlan
+from dwarfstar_engine.node.loader import Loader
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.moves import REPLAN_IDLE_S, Moves
 from dwarfstar_engine.node.news import News
@@ -33,7 +35,7 @@ from dwarfstar_engine.node.pipeline import LOAD_DEADLINE_S, RETRY_AFTER_S, Pipel
 from dwarfstar_engine.node.planner import Planner, served_context
 from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.node.steering import STALE, Decided, Steering
-from dwarfstar_engine.node.vocab import Vocab
+from dwarfstar_engine.node.vocab import Vocab, open_vocab
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.proportional import TOO_LARGE, Plan
 from dwarfstar_engine.plan.shares import SPARE
@@ -56,8 +58,8 @@ MAX_EPOCH_SEEN = 1 << 31  # what a node says to have seen is believed up to here
 
 class Coordinator:
     """See the module. ``api_url`` and ``address`` are for the status only, set once they are known. Before it runs:
-    ``drafter``, if there is a draft model; ``planner.fallbacks``, smaller models for when ``source`` does not fit,
-    with ``open_vocab``."""
+    ``drafter``, if there is a draft model; ``planner.fallbacks``, smaller models for when ``source`` does not fit.
+    source may be ``NO_MODEL``."""
 
     def __init__(self, settings: Settings, source: Source, vocab: Vocab, trust: NodeFiles, name: str) -> None:
         self.settings, self.source, self.vocab, self.trust, self.name = settings, source, vocab, trust, name
@@ -65,7 +67,7 @@ class Coordinator:
         self.address = self.api_url = ""
         self.term = 1
         self.main = source
-        self.open_vocab: Callable[[Source], Awaitable[Vocab]] | None = None
+        self.open_vocab: Callable[[Source], Awaitable[Vocab]] = open_vocab
         self.journal = Journal()
         self.nodes = Nodes(settings, self, self.journal)
         self.members = self.nodes.members
@@ -83,11 +85,12 @@ class Coordinator:
         self._warnings: dict[str, tuple[float, str]] = {}
         self._created = int(time.time())
         self.dealer = Dealer(self, self.decided.surveyor)
-        self._taking = asyncio.Lock()
+        self.taking = asyncio.Lock()  # held while nodes are dealt out as ordered
         self._served = asyncio.Event()  # a pipeline began to
         self._group: asyncio.TaskGroup | None = None  # while it runs
         self.pipelines: list[Pipeline] = []
         self._add_pipelines()
+        self.loader = Loader(self, settings)
 
     def _add_pipelines(self) -> None:
         """Have as many as nodes are dealt out to."""
@@ -141,7 +144,12 @@ class Coordinator:
 
     # --- serving.Engine ---
 
+    async def settled(self) -> None:
+        await self.loader.settled()
+
     def model(self) -> ModelInfo:
+        if not self.source.loaded:
+            raise NoModel
         return ModelInfo(
             name=self.source.name,
             created=self._created,
@@ -207,6 +215,7 @@ class Coordinator:
     def retire(self, cause: str) -> None:
         """Lead no more: every request ends now, and nodes are sent away. ``run`` is to be cancelled."""
         self._stopping = True
+        self.loader.served()  # it looks
         for pipeline in self.pipelines:
             pipeline.end(cause)
         self.nodes.stopping = True
@@ -222,10 +231,12 @@ class Coordinator:
         self._floor = max(self._floor, min(member.epoch_seen, MAX_EPOCH_SEEN))
         self.gossip.changed()
         self.gossip.tell(member, self.members.values())
-        changed = self.dealer.joined(member, on_main=self.source is self.main)
+        changed = self.dealer.joined(member, on_main=self.on_main)
         self._dealt(changed)
         if member.id not in changed:
             self.pipeline_of(member).joined(member)
+        if not self.main.loaded:
+            self.moves.beside.release(member, (), self.term, self.next_epoch())  # it was away when that was unloaded
 
     def gone(self, member: Member) -> None:
         """See ``nodes.Host``."""
@@ -262,7 +273,7 @@ class Coordinator:
         Returns when all of it serves. Streams wait meanwhile. Raises DwarfStarError: that is not possible, or no more;
         TimeoutError: it is being loaded still."""
         why = "what its owner had taken is over" if kind is None else f"its owner has taken: {kind}"
-        async with self._taking:
+        async with self.taking:
             if base_epoch not in (0, self.first.epoch):
                 raise PlanError("another plan serves than the one this was proposed for: look again", code=STALE)
             if self.source is not self.main:
@@ -325,6 +336,23 @@ class Coordinator:
             case "leave_wish":
                 pipeline.moves.wish(member)
 
+    @property
+    def on_main(self) -> bool:
+        """Whether the model that is wanted is served, and no smaller one, nor none."""
+        return self.source is self.main and self.main.loaded
+
+    def deal_anew(self) -> None:
+        """See ``loader.Host``."""
+        self._add_pipelines()
+        if len(self.pipelines) > 1 or self.dealer.wanted.several:
+            with contextlib.suppress(PlanError):  # nobody is here
+                self._dealt(self.dealer.anew())
+
+    @property
+    def in_flight(self) -> int:
+        schedulers = [one.dispatcher.scheduler for one in self.pipelines if one.dispatcher is not None]
+        return sum(one.active + one.queued for one in schedulers) + sum(len(one.waiting) for one in self.pipelines)
+
     # --- pipeline.Host ---
 
     @property
@@ -364,8 +392,13 @@ class Coordinator:
         self._last_epoch = max(self._last_epoch, self._floor) + 1
         return self._last_epoch
 
+    def failed(self, pipeline: Pipeline, error: DwarfStarError) -> None:
+        if pipeline.members or not pipeline.number:
+            self.loader.failed(error)
+
     def serves(self) -> None:
         self._served.set()
+        self.loader.served()
         if not self._frozen:  # once: what is frozen is never collected, and later there are requests among it
             self._frozen = True
             gc.collect()
@@ -373,7 +406,7 @@ class Coordinator:
 
     def gave_up(self, pipeline: Pipeline) -> bool:
         now = time.monotonic()
-        changed = self.dealer.mended(now, self._seen(now)) if self.source is self.main else {}
+        changed = self.dealer.mended(now, self._seen(now)) if self.on_main else {}
         self._dealt(changed)
         if pipeline.number in changed.values():
             return False
@@ -390,8 +423,11 @@ class Coordinator:
         """Who waits has tokens of the old one. Raises ModelError."""
         if source is self.source:
             return
-        assert self.open_vocab is not None
+        main = self.main
         vocab = await self.open_vocab(source)
+        if self.main is not main:
+            await vocab.close()
+            raise StageError("its owner has changed the model meanwhile")
         log.warning("serving %s from now on in the place of %s", source.name, self.source.name)
         told = f"{self.source.name} is not served any more, {source.name} is: send the request again"
         for pipeline in self.pipelines:
@@ -423,6 +459,7 @@ class Coordinator:
         for watcher in watchers:
             watcher.cancel()
         self._stopping = self.nodes.stopping = True
+        self.loader.served()  # it looks
         self.journal.release()
         for pipeline in self.pipelines:
             pipeline.end("the engine is stopping")
@@ -438,7 +475,7 @@ class Coordinator:
                     self.broke(pipeline, for_good=False)
             if len(self.pipelines) > 1:
                 self._level()
-            self._dealt(self.dealer.look(now, self._seen(now), on_main=self.source is self.main))
+            self._dealt(self.dealer.look(now, self._seen(now), on_main=self.on_main))
 
     def _seen(self, now: float) -> list[Seen]:
         return [Seen(one.serving, one.gone_at, one.idle_s(now) >= REPLAN_IDLE_S) for one in self.pipelines]
@@ -474,7 +511,9 @@ class Coordinator:
                 legal_cuts=source.cuts,
                 weights_gib=round(total / GIB, 4),
                 context=self.context,
-            ),
+            )
+            if source.loaded
+            else None,
             epoch=self.epoch,
             state="serving" if serving else "starting" if first.code in ("starting", "loading") else "unavailable",
             reason="" if serving else first.reason,
@@ -483,7 +522,7 @@ class Coordinator:
             throughput=ThroughputView(
                 tok_s=round(sum(one.tok_s(now) for one in serving), 2),
                 active=sum(one.scheduler.active for one in serving),
-                queued=sum(one.scheduler.queued for one in serving),
+                queued=sum(one.scheduler.queued for one in serving) + self.loader.waiting,
             ),
             last_event=self.journal.last,
             standbys=tuple(view for one in self.pipelines for view in one.moves.views()),

@@ -142,6 +142,12 @@ class Dealer:
             self.wanted, self._begun = wanted, not wanted.several
             self.count = max(self.count, wanted.count)
 
+    def for_model(self, text: object) -> None:
+        """Another model is wanted: what was taken was for the one before. text: what is kept for this one."""
+        given = wanted_of(self._host.settings)
+        self.wanted = from_text(text, given, self._host.main.fingerprint) or given
+        self.count = max(self.count, self.wanted.count)
+
     def take(self, kind: Kind | None) -> dict[str, int]:
         """Deal out as one of the advisor's alternatives has it, or as it was given: who changes the pipeline. Raises
         PlanError: there is no such alternative, and nothing has changed."""

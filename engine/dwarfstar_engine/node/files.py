@@ -253,7 +253,8 @@ class Files:
     def look(self) -> pb.Look | None:
         """What a node is to be asked before it is welcomed; None: nothing."""
         main = self._host.main
-        return pb.Look(model=main.ref, architecture=main.architecture) if self._host.settings.mixed else None
+        asks = self._host.settings.mixed and main.loaded
+        return pb.Look(model=main.ref, architecture=main.architecture) if asks else None
 
     async def choose(self, look: pb.Look, told: pb.Offer, node: str) -> Source | None:
         """What a node runs in the place of the served file; None: that one. Raises ModelError, PeerError."""

@@ -58,6 +58,7 @@ class Kind(StrEnum):
     STREAMS_GIVEN_UP = "streams_given_up"
     SETTINGS = "settings"
     OWNER_PLAN = "owner_plan"  # committed, set aside, or back
+    OWNER_MODEL = "owner_model"  # loaded or unloaded as ordered, or not
     OVERRIDE = "override"
     BALANCE = "balance"
     LEADER = "leader"  # kept for leadership

@@ -121,6 +121,11 @@ class Moves:
         self._no_plan = error
         self._settled.set()
 
+    @property
+    def order(self) -> asyncio.Lock:
+        """Held while a plan is changed or a node is drained."""
+        return self._order
+
     def stop(self) -> None:
         """The epoch is over: what is done beside it is in vain."""
         work, self._work = self._work, None

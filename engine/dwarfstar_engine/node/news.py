@@ -66,6 +66,10 @@ class News:
         text = f"epoch {ring.number} serves {source.name} over {count} stage{'s' * (count > 1)}"
         self._journal.add(Kind.EPOCH_UP, text, details={"epoch": ring.number, "stages": _stages(ring)})
 
+    def unloaded(self) -> None:
+        """The next model is news, also if it is the same."""
+        self._model = ""
+
     def epoch_over(self, number: int, cause: str, *, served: bool, sure: bool, planned: bool) -> None:
         """While an epoch is brought up this is one attempt of several, and no warning. sure: the cause is the first.
         planned: it was ended for the next one."""

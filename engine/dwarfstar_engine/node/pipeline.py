@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from dwarfstar_engine.batch.router import Load
 from dwarfstar_engine.batch.scheduler import Scheduler
 from dwarfstar_engine.batch.speculate import Speculation
-from dwarfstar_engine.errors import DwarfStarError, PeerError, PlanError, StageError, Unavailable
+from dwarfstar_engine.errors import DwarfStarError, NoModel, PeerError, PlanError, StageError, Unavailable
 from dwarfstar_engine.node.balancer import Balancer
 from dwarfstar_engine.node.beside import CRASHED, loaded
 from dwarfstar_engine.node.dispatcher import Dispatcher
@@ -100,6 +100,9 @@ class Host(Protocol):
     def broke(self, pipeline: Pipeline, *, for_good: bool) -> None:
         """It is down, and why is known: others may carry its streams. for_good: they need not wait for it."""
 
+    def failed(self, pipeline: Pipeline, error: DwarfStarError) -> None:
+        """An epoch of it was not brought up, or there is no plan for one."""
+
     def gave_up(self, pipeline: Pipeline) -> bool:
         """It will not serve soon: who waits for it may wait for another that will. False: it gets other nodes."""
 
@@ -141,6 +144,7 @@ class Pipeline:
         self._returned = asyncio.Event()  # the last stage's hop to us is open
         self._came = asyncio.Event()  # a node came: a pause between attempts ends
         self._served_at = 0.0  # monotonic time the last epoch began to serve; 0.0: none has
+        self._down = -1  # the epoch at which it was put down last
 
     # --- what the coordinator tells ---
 
@@ -271,6 +275,16 @@ class Pipeline:
             self.waiting.rescue(streams, self._broke_at)
         self.host.news.waiting(len(self.waiting))
 
+    def put_down(self, why: str, reason: str, code: str) -> int:
+        """What it serves is served no more: streams end with an error that may be tried again; how many. reason, code:
+        for who asks from now on. What is to be served instead is set already."""
+        self.break_up(why, code, planned=True)
+        self._keep, self._next, self._down = 0, None, self.epoch
+        self.reason, self.code = reason, code
+        ended = len(self.waiting)
+        self.give_up(Unavailable(f"{why}: send the request again", retry_after_s=RETRY_AFTER_S))
+        return ended
+
     def give_up(self, error: DwarfStarError) -> None:
         """There will be no pipeline soon: who waits for one is told."""
         self.reviving = False
@@ -363,6 +377,8 @@ class Pipeline:
                     brief = self._next is None and time.monotonic() - self._served_at < STEADY_S
                     failures = min(failures + 1, MAX_BRIEF) if brief else 0
                 except DwarfStarError as error:
+                    if self.epoch != self._down:  # else it was an attempt for what was put down
+                        self.host.failed(self, error)
                     self.break_up(error.message, error.code)
                     self.planner.sound = False
                     failures += 1
@@ -372,8 +388,11 @@ class Pipeline:
             await self._take_down()
 
     def _no_plan(self, error: PlanError) -> None:
-        if self.reason != error.message and (self.members or not self.number):
+        told = error.code != NoModel.code and (self.members or not self.number)
+        if self.reason != error.message and told:
             self.host.news.no_plan(error.code, error.message)
+        if error.code != WAITING:
+            self.host.failed(self, error)
         self.reason, self.code = error.message, error.code
         self.moves.no_plan(error)
         self.host.broke(self, for_good=True)
@@ -406,6 +425,8 @@ class Pipeline:
     def _next_plan(self) -> tuple[Source, Plan]:
         """What to serve, and a plan. Raises PlanError, as ``Planner.now``."""
         prepared, self._next = self._next, None
+        if not self.host.main.loaded:
+            raise PlanError(NoModel().message, code=NoModel.code)
         if self.source is not self.host.main and not self.host.alone(self):
             told = f"{self.source.name} is served in the place of {self.host.main.name}, by another pipeline"
             raise PlanError(told, code=WAITING, retry_after_s=RETRY_AFTER_S)

@@ -67,6 +67,12 @@ class Planner:
         self.gone_at = 0.0
         self.kept = kept
 
+    def serve(self, main: Source, settings: Settings) -> None:
+        """Plan for another model from now on, and for the nodes that are here: who ordered it has seen them."""
+        self.main, self.settings = main, settings
+        self.planned = self.kept = None
+        self.sound, self.served = False, True
+
     def next(self, prepared: Plan | None, source: Source, now: float) -> tuple[Source, Plan]:
         """What to serve, and a plan: what was prepared; else the cuts of before, each slice where it is loaded, and one
         that is nowhere where there is room; else a new one. source: served now. Raises as ``now``."""

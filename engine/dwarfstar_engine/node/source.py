@@ -61,6 +61,15 @@ class Source:
         """What a node finds it by."""
         return pb.ModelRef(name=self.name, fingerprint=self.fingerprint, path_hint=self.path, layers=self.layers)
 
+    @property
+    def loaded(self) -> bool:
+        """Whether it is a model at all, rather than ``NO_MODEL``."""
+        return bool(self.name)
+
+
+NO_MODEL = Source("", "", "", ModelCosts((), 0, 0, (), 0), (), "", DEFAULT_CONTEXT)
+"""In the place of a model while none is loaded. There is no plan for it, and so nothing ever runs with it."""
+
 
 def find_model(name: str, folder: Path) -> Path:
     """The file a model argument means: a path, ``demo``, a name in ``folder``, or the hub's name of a model there.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dwarfstar_engine.cluster.state import MAX_ENTRIES
-from dwarfstar_engine.errors import DwarfStarError, IllegalCutError, PeerError, PlanError, SettingsError
+from dwarfstar_engine.errors import DwarfStarError, IllegalCutError, NoModel, PeerError, PlanError, SettingsError
 from dwarfstar_engine.node.epoch import Epoch
 from dwarfstar_engine.node.journal import Journal, Kind
 from dwarfstar_engine.node.members import GIB, Member
@@ -118,6 +118,15 @@ class Steering:
                     self.lent[node] = text
         for member in self._host.members.values():
             self._lend(member)
+
+    def other_model(self, owner_text: str) -> None:
+        """Another model is served: plans of the one before are none of it. owner_text: kept for this one."""
+        self._owned, self._aside, self._undo, self._found = from_text(owner_text), False, [], []
+
+    @property
+    def order(self) -> asyncio.Lock:
+        """Held while a plan is changed."""
+        return self._order
 
     @property
     def decided(self) -> bool:
@@ -250,6 +259,8 @@ class Steering:
         here = [one for one in nodes if not one.drained]
         if not here:
             raise PlanError("no node has joined yet: start one with `dwarfstar node`", code="no_nodes")
+        if not host.source.loaded:
+            raise PlanError(NoModel().message, code=NoModel.code)
         return self.surveyor.survey(here, host.source, host.settings, host.context, lent)
 
     def survey_present(self) -> tuple[Survey, Planned | None]:

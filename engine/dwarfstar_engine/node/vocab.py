@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from dwarfstar_engine.errors import ModelError, RequestError, Unavailable
 from dwarfstar_engine.node.child import Child
+from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.stage.toy import VOCABULARY
 
 log = logging.getLogger("dwarfstar.vocab")
@@ -155,3 +156,12 @@ class ProcessVocab:
     async def close(self) -> None:
         if self._child is not None:
             await self._child.stop()
+
+
+async def open_vocab(source: Source) -> Vocab:
+    """The vocabulary of a model. Raises ModelError: it cannot be read."""
+    if source.toy:
+        return ToyVocab()
+    vocab = ProcessVocab(Path(source.path))
+    await vocab.start()
+    return vocab

@@ -215,6 +215,16 @@ class ControlStub:
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameRequest.SerializeToString,
                 response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameReply.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/dwarfstar.v1.Control/LoadModel',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelReply.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/dwarfstar.v1.Control/UnloadModel',
+                request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelReply.FromString,
+                _registered_method=True)
         self.Lead = channel.stream_stream(
                 '/dwarfstar.v1.Control/Lead',
                 request_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LeadMessage.SerializeToString,
@@ -313,6 +323,19 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """Serve another model, or none. Returns when that is done; refused, with what served before serving.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Lead(self, request_iterator, context):
         """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it.
         """
@@ -389,6 +412,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Name,
                     request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameRequest.FromString,
                     response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameReply.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelReply.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.UnloadModelRequest.FromString,
+                    response_serializer=dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelReply.SerializeToString,
             ),
             'Lead': grpc.stream_stream_rpc_method_handler(
                     servicer.Lead,
@@ -726,6 +759,60 @@ class Control:
             '/dwarfstar.v1.Control/Name',
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameRequest.SerializeToString,
             dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.NameReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/LoadModel',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dwarfstar.v1.Control/UnloadModel',
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.UnloadModelRequest.SerializeToString,
+            dwarfstar__engine_dot_wire_dot_generated_dot_control__pb2.LoadModelReply.FromString,
             options,
             channel_credentials,
             insecure,

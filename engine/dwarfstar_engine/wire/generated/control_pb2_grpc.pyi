@@ -106,6 +106,9 @@ class ControlStub:
     """What a node lends, from now on."""
     Name: _grpc.UnaryUnaryMultiCallable[_control_pb2.NameRequest, _control_pb2.NameReply]
     """What a node is called from now on. Of the owner only."""
+    LoadModel: _grpc.UnaryUnaryMultiCallable[_control_pb2.LoadModelRequest, _control_pb2.LoadModelReply]
+    """Serve another model, or none. Returns when that is done; refused, with what served before serving."""
+    UnloadModel: _grpc.UnaryUnaryMultiCallable[_control_pb2.UnloadModelRequest, _control_pb2.LoadModelReply]
     Lead: _grpc.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]
     """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
     Forward: _grpc.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]
@@ -138,6 +141,9 @@ class ControlAsyncStub(ControlStub):
     """What a node lends, from now on."""
     Name: _aio.UnaryUnaryMultiCallable[_control_pb2.NameRequest, _control_pb2.NameReply]  # type: ignore[assignment]
     """What a node is called from now on. Of the owner only."""
+    LoadModel: _aio.UnaryUnaryMultiCallable[_control_pb2.LoadModelRequest, _control_pb2.LoadModelReply]  # type: ignore[assignment]
+    """Serve another model, or none. Returns when that is done; refused, with what served before serving."""
+    UnloadModel: _aio.UnaryUnaryMultiCallable[_control_pb2.UnloadModelRequest, _control_pb2.LoadModelReply]  # type: ignore[assignment]
     Lead: _aio.StreamStreamMultiCallable[_control_pb2.LeadMessage, _control_pb2.LeadMessage]  # type: ignore[assignment]
     """Who leads: each node holds such a stream to every node that can lead, and messages go both ways on it."""
     Forward: _aio.StreamStreamMultiCallable[_control_pb2.ForwardPart, _control_pb2.ForwardPart]  # type: ignore[assignment]
@@ -239,6 +245,21 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.NameReply, _abc.Awaitable[_control_pb2.NameReply]]:
         """What a node is called from now on. Of the owner only."""
+
+    @_abc_1.abstractmethod
+    def LoadModel(
+        self,
+        request: _control_pb2.LoadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.LoadModelReply, _abc.Awaitable[_control_pb2.LoadModelReply]]:
+        """Serve another model, or none. Returns when that is done; refused, with what served before serving."""
+
+    @_abc_1.abstractmethod
+    def UnloadModel(
+        self,
+        request: _control_pb2.UnloadModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.LoadModelReply, _abc.Awaitable[_control_pb2.LoadModelReply]]: ...
 
     @_abc_1.abstractmethod
     def Lead(
