@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from dwarfstar_engine.cluster.membership import MAX_NODES
 from dwarfstar_engine.native import WireType
+from dwarfstar_engine.node.facts import is_loopback
 from dwarfstar_engine.node.members import Member
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.source import Source
@@ -120,7 +121,9 @@ class Surveyor:
             wire_bytes=ELEMENT_BYTES.get(settings.wire.upper(), F32_BYTES),
         )
         job = replace(job, depth=min(job.depth, context))
-        return Survey(Cluster(nodes, slowest, dict(self._links)), job, {name: node for node, name in names.items()})
+        head = next((member.host for member in members if is_loopback(member.host)), "")
+        cluster = Cluster(nodes, slowest, dict(self._links), head)
+        return Survey(cluster, job, {name: node for node, name in names.items()})
 
 
 def _node(name: str, member: Member, measured: tuple[Measured, ...], lent: str | None) -> Node:
@@ -132,7 +135,8 @@ def _node(name: str, member: Member, measured: tuple[Measured, ...], lent: str |
         told.bandwidth_gb_s,
         usable or told.effective_vram_bytes,
     )
-    return Node(name, (device,), _override(member, lent), measured, member.host)
+    threads = told.threads or told.cores or 1
+    return Node(name, (device,), _override(member, lent), measured, member.host, told.cores, threads)
 
 
 def _override(member: Member, lent: str | None) -> Override | None:

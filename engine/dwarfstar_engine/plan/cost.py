@@ -8,6 +8,10 @@ slices with and without it were measured: then their difference is the head.
 Rows of several streams run together cost what was measured of that; where nothing was, as much as apart. A prompt's
 rows share one reading of the weights, until arithmetic is what takes the time: at ``FREE_ROWS`` rows.
 
+Nodes of one machine share its cores. What a stage computes on them, what its process does for each row to pass, and
+what the coordinator does for each token if it is there, takes core time, and a machine has so many cores' time a
+second. Where stages compute at the same time each is ``CROWDED`` times as slow: they share caches and memory.
+
 A hop takes its link's latency, the bytes of the rows, and ``HOP_MS`` for the processes that wake. The last stage feeds
 the first one, with ids: that hop carries no activations. A ring of one stage has no hop.
 """
@@ -30,6 +34,10 @@ STAGE_MS = {Kind.GPU: 0.3, Kind.CPU: 0.1}  # launching a graph, sampling, encodi
 FREE_ROWS = {Kind.GPU: 32.0, Kind.CPU: 4.0}  # rows of a prompt that cost as much as one
 HOP_MS = 0.25  # processes wake and caches are cold
 COORDINATOR_MS = 0.1  # of a token: results read, text sent
+# Of nodes that share a machine, measured on two cores with two to four stages:
+CROWDED = 1.1
+ROW_CORE_MS = 0.3  # of a core, that a stage's process takes for a row beside computing: frames in and out
+TOKEN_CORE_MS = 0.35  # of a core, that the coordinator takes for a token: result, text, HTTP
 FIXED_SHARE = 0.1  # of a measured step, at most, is taken as fixed
 BATCHES = (1, 2, 4, 8)  # streams run together in a lane that are considered
 
@@ -180,7 +188,8 @@ class Costs:
         """What a stage takes there, buffers included."""
         costs, need = self.nodes[node].costs, self.job.need
         kv = need.cells * sum(costs.kv_bytes_per_token[a:b])
-        return stage_bytes(costs, a, b, last=b == self.job.layers) + kv + need.reserve_bytes
+        last = b == self.job.layers
+        return stage_bytes(costs, a, b, last=last) + kv + need.buffers_bytes(last=last)
 
 
 def cluster_costs(cluster: Cluster, job: Job) -> Costs:
