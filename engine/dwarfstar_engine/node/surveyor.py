@@ -75,6 +75,7 @@ class Surveyor:
             layers,
             profile.step_ms,
             last=layers[1] == source.layers,
+            head_ms=profile.head_ms,
             batches=((TOGETHER, profile.together_ms),) if profile.batched and profile.together_ms > 0 else (),
             prompt=tuple((cost.rows, cost.ms) for cost in profile.prompt if cost.ms > 0),
         )

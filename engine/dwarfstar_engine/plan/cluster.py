@@ -44,7 +44,7 @@ class Measured:
 
     step_ms: one generated token. prompt: (rows, ms) of prompt chunks. batches: (sequences, ms) of steps run together;
     of a stage's profile its rows together, where it runs them so.
-    last: the slice had the head.
+    last: the slice had the head. head_ms: what of step_ms that took; 0: not told apart.
     """
 
     layers: tuple[int, int]
@@ -52,6 +52,7 @@ class Measured:
     last: bool = False
     batches: tuple[tuple[int, float], ...] = ()
     prompt: tuple[tuple[int, float], ...] = ()
+    head_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 Theory. A generated token reads every active byte of a stage once, so a row takes bytes ÷ bandwidth, ÷ the share of it
 that llama.cpp reaches, and a fixed part for each stage. All layers of a node cost the same per byte; so one measured
-slice of a node gives its rate, and with it every other slice. The head is read like a layer of its size, unless
-slices with and without it were measured: then their difference is the head.
+slice of a node gives its rate, and with it every other slice. The head is read like a layer of its size, unless it was
+measured apart, or slices with and without it were: then their difference is the head.
 
 Rows of several streams run together cost what was measured of that; where nothing was, as much as apart. A prompt's
 rows share one reading of the weights, until arithmetic is what takes the time: at ``FREE_ROWS`` rows.
@@ -32,7 +32,7 @@ from dwarfstar_engine.plan.proportional import Capacity
 EFFICIENCY = {Kind.GPU: 0.7, Kind.CPU: 0.85}  # of the memory's bandwidth that llama.cpp's decode reaches
 STAGE_MS = {Kind.GPU: 0.3, Kind.CPU: 0.1}  # launching a graph, sampling, encoding a frame
 FREE_ROWS = {Kind.GPU: 32.0, Kind.CPU: 4.0}  # rows of a prompt that cost as much as one
-HOP_MS = 0.25  # processes wake and caches are cold
+HOP_MS = 0.15  # processes wake; measured on loopback, from the end of one stage's computing to the next one's start
 COORDINATOR_MS = 0.1  # of a token: results read, text sent
 # Of nodes that share a machine, measured on two cores with two to four stages:
 CROWDED = 1.1
@@ -122,11 +122,12 @@ def _measured_rates(
     """(ms per byte of layers, ms of the head, fixed ms) that explain what was measured."""
     fixed = min(usual_ms, *(FIXED_SHARE * one.step_ms for one in measured))
     sizes = [(one, sum(read[slice(*one.layers)])) for one in measured]
-    without = [(one.step_ms - fixed, size) for one, size in sizes if not one.last]
-    with_head = [(one.step_ms - fixed, size) for one, size in sizes if one.last]
+    without = [(one.step_ms - one.head_ms - fixed, size) for one, size in sizes if not one.last or one.head_ms]
+    with_head = [(one.step_ms - fixed, size) for one, size in sizes if one.last and not one.head_ms]
     if without:
         per_byte = sum(ms for ms, _ in without) / max(1, sum(size for _, size in without))
-        heads = [max(0.0, ms - per_byte * size) for ms, size in with_head]
+        heads = [one.head_ms for one in measured if one.last and one.head_ms]
+        heads = heads or [max(0.0, ms - per_byte * size) for ms, size in with_head]
         return per_byte, sum(heads) / len(heads) if heads else per_byte * head_bytes, fixed
     per_byte = sum(ms for ms, _ in with_head) / max(1, sum(size + head_bytes for _, size in with_head))
     return per_byte, per_byte * head_bytes, fixed

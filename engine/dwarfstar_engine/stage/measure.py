@@ -46,7 +46,7 @@ Clock = Callable[[], float]  # seconds
 class Profile:
     """prompt: (rows, ms) of frames of a prompt. step_ms: one row. together_ms: TOGETHER rows of as many slots.
 
-    window: of the model's sliding attention; 0 if it has none.
+    head_ms: of step_ms what the last stage takes for logits. window: of the model's sliding attention; 0 if it has none.
     """
 
     prompt: tuple[tuple[int, float], ...] = ()
@@ -54,6 +54,7 @@ class Profile:
     together_ms: float = 0.0
     batched: bool = False
     window: int = 0
+    head_ms: float = 0.0
 
 
 def measure_clock(threads: int) -> Clock:
@@ -73,7 +74,10 @@ def measure(slice_: LlamaSlice, threads: int) -> Profile:
         slice_.hot.clear()
         if not profile.batched:
             slice_.open_slots()
-        return replace(profile, prompt=prompt, step_ms=_step(slice_, noise[:1], clock), window=slice_.window)
+        step_ms = _step(slice_, noise[:1], clock)
+        bare_ms = _step(slice_, noise[:1], clock, wanted=False) if slice_.file.last else step_ms
+        head_ms = max(0.0, step_ms - bare_ms)
+        return replace(profile, prompt=prompt, step_ms=step_ms, head_ms=head_ms, window=slice_.window)
     finally:
         slice_.hot.tune(WireType.F32, batched=False)
         slice_.hot.clear()
@@ -118,13 +122,13 @@ def _prompt(slice_: LlamaSlice, noise: FloatRows, clock: Clock) -> tuple[tuple[i
     return tuple(out)
 
 
-def _step(slice_: LlamaSlice, row: FloatRows, clock: Clock) -> float:
-    """One row of a slot that holds next to nothing, in ms."""
+def _step(slice_: LlamaSlice, row: FloatRows, clock: Clock, *, wanted: bool = True) -> float:
+    """One row of a slot that holds next to nothing, in ms. The last stage makes no logits of one that is not wanted."""
     times, other = [], np.zeros(CACHES_BYTES, np.uint8)
     for position in range(WARM + ROUNDS):
         other += 1
         started = clock()
-        slice_.step(row, position, 0, np.ones(1, np.uint8))
+        slice_.step(row, position, 0, np.full(1, wanted, np.uint8))
         times.append(clock() - started)
     return 1000 * statistics.median(times[WARM:])
 

@@ -608,6 +608,7 @@ class StageProfile(_message.Message):
     BATCHED_FIELD_NUMBER: _builtins.int
     TOGETHER_MS_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
+    HEAD_MS_FIELD_NUMBER: _builtins.int
     step_ms: _builtins.float
     """one generated token"""
     batched: _builtins.bool
@@ -616,6 +617,8 @@ class StageProfile(_message.Message):
     """four rows of as many slots so; 0: not measured"""
     window: _builtins.int
     """of the model's sliding attention; 0: none"""
+    head_ms: _builtins.float
+    """of step_ms what the head takes; 0: the slice has none"""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCost]:
         """frames of a prompt, rows increasing"""
@@ -628,10 +631,11 @@ class StageProfile(_message.Message):
         batched: _builtins.bool = ...,
         together_ms: _builtins.float = ...,
         window: _builtins.int = ...,
+        head_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched", b"batched", "prompt", b"prompt", "step_ms", b"step_ms", "together_ms", b"together_ms", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched", b"batched", "head_ms", b"head_ms", "prompt", b"prompt", "step_ms", b"step_ms", "together_ms", b"together_ms", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
