@@ -192,8 +192,8 @@ async def test_a_node_lends_what_its_owner_says(monkeypatch: Any, tmp_path: Path
         assert (await refused(steering.override("nobody", "1", replan=False))).code == "no_such_node"
         with pytest.raises(SettingsError):
             await steering.override("b", "lots", replan=False)
-        moved = await steering.override("b", "0.0195", replan=True)
-        assert moved.replanned and coordinator.epoch == 2 and node.override == "0.0195"
+        moved = await steering.override("b", "0.0976", replan=True)
+        assert moved.replanned and coordinator.epoch == 2 and node.override == "0.0976"
         assert all(layers[1] - layers[0] < 4 for name, layers in slices(coordinator) if name == "id-b")
         back = await steering.override("b", "", replan=False)
         assert back.override == "1" and not steering.lent and node.usable_bytes == GIB

@@ -46,7 +46,7 @@ Clock = Callable[[], float]  # seconds
 class Profile:
     """prompt: (rows, ms) of frames of a prompt. step_ms: one row. together_ms: TOGETHER rows of as many slots.
 
-    head_ms: of step_ms what the last stage takes for logits. window: of the model's sliding attention; 0 if it has none.
+    head_ms: of step_ms, what the last stage takes for logits. window: of the model's sliding attention; 0: it has none.
     """
 
     prompt: tuple[tuple[int, float], ...] = ()
