@@ -212,7 +212,7 @@ class PlanView(View):
     take: str  # the kind of the best of them
     advice: str
     options: tuple[str, ...]
-    bottleneck: str  # a node, or "a → b" for a link
+    bottleneck: str  # a node, "a → b" for a link, or "a + b" for the cores they share
 
 
 class PlanRequest(View):

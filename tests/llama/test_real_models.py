@@ -142,6 +142,8 @@ def test_measuring_gives_sane_figures_and_leaves_every_slot_empty(model: str, as
         rows = [rows for rows, _ in profile["prompt"]]
         assert rows[0] == 64 and rows == sorted(set(rows)) and all(ms > 0 for _, ms in profile["prompt"])
         assert profile["step_ms"] > 0 and profile["together_ms"] > 0
+    heads = [profile["head_ms"] for profile in answer["profiles"]]
+    assert heads[:-1] == [0.0] * (len(heads) - 1) and 0 < heads[-1] < answer["profiles"][-1]["step_ms"]
 
 
 @both

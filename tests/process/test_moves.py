@@ -121,7 +121,7 @@ def test_a_node_that_is_terminated_leaves_in_order(engine: EngineProcess, undist
 
 def test_a_node_that_is_needed_is_not_drained(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("full") / "home"
-    options = ("--local-nodes", "2", "--slots", "1", "--context", "64", "--effective-vram", "0.025")
+    options = ("--local-nodes", "2", "--slots", "1", "--context", "64", "--effective-vram", "0.103")
     with EngineProcess(home, "toy:12", *options) as engine:
         engine.wait_serving()
         before = engine.status()

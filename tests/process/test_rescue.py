@@ -99,7 +99,7 @@ def test_requests_that_come_meanwhile_wait_too(engine: EngineProcess, undisturbe
 def test_what_does_not_fit_any_more_is_said(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Two nodes that are both needed; one is gone, and comes back."""
     home = tmp_path_factory.mktemp("full") / "home"
-    options = ("--local-nodes", "2", "--threads", "1", "--slots", "1", "--context", "512", "--effective-vram", "0.12")
+    options = ("--local-nodes", "2", "--threads", "1", "--slots", "1", "--context", "512", "--effective-vram", "0.2")
     with EngineProcess(home, "demo", *options, variables={"DWARFSTAR_REJOIN_S": "0"}) as engine:
         engine.wait_serving()
         assert len(engine.status().stages) == 2
@@ -132,7 +132,7 @@ def served(engine: EngineProcess) -> str:
 
 def test_a_smaller_model_serves_while_the_other_does_not_fit(tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("fallback") / "home"
-    options = ("--local-nodes", "2", "--threads", "1", "--slots", "1", "--context", "512", "--effective-vram", "0.12")
+    options = ("--local-nodes", "2", "--threads", "1", "--slots", "1", "--context", "512", "--effective-vram", "0.2")
     variables = {"DWARFSTAR_REJOIN_S": "0"}
     with EngineProcess(home, "demo", *options, "--fallback", "toy:6:1", variables=variables) as engine:
         engine.wait_serving()

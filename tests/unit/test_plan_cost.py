@@ -85,6 +85,14 @@ def test_a_head_measured_by_difference() -> None:
     assert one.head_ms == pytest.approx(1.0)
 
 
+def test_a_head_measured_apart() -> None:
+    """One slice is enough then, whatever the head's bytes say."""
+    one = node_costs(gpu("a", 24, 9999, ran(18, 30, 3.0, head_ms=0.6)), replace(SMOL, depth=0))
+    assert one.head_ms == pytest.approx(0.6)
+    assert one.step_ms(18, 30) == pytest.approx(3.0)
+    assert one.step_ms(0, 12) == pytest.approx(2.4)
+
+
 def test_equal_nodes_get_18_and_12_because_of_the_head() -> None:
     """As measured with SmolLM2: the head is worth about six layers."""
     for measured in ((), (ran(0, 15, 2.2),), (ran(15, 30, 3.0),)):

@@ -39,6 +39,8 @@ def test_everything_that_can_be_said() -> None:
         name = "mini"
         device = "cpu"
         memory_gib = 64.0
+        cores = 16
+        threads = 8
         [[node.measured]]
         layers = [0, 7]
         step_ms = 20.5
@@ -67,6 +69,7 @@ def test_everything_that_can_be_said() -> None:
     assert [device.kind for device in tower.devices] == [Kind.GPU, Kind.GPU]
     assert usable_bytes(tower) == int((24 + 11 - 2) * GIB)
     assert mini.measured == (Measured((0, 7), 20.5, False, ((4, 60.0),), ((64, 200.0),)),)
+    assert (mini.machine, mini.cores, mini.threads, tower.cores) == ("mini", 16, 8, 0)
     assert phone.name == "phone" and found.cluster.link == Link(2.5, 0.3)
     assert found.cluster.between(mini, tower) == Link(10, 0.1)
     assert found.expect == {"anything": {"at_all": True}} and found.model is not None

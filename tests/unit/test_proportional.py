@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dwarfstar_engine.errors import IllegalCutError, PlanError
 from dwarfstar_engine.model.costs import ModelCosts, stage_bytes
 from dwarfstar_engine.plan.proportional import GIB, TOO_LARGE, Capacity, Need, Plan, proportional, with_cuts
+from dwarfstar_engine.plan.standby import whole_bytes
 
 NO_NEED = Need(cells=0, reserve_bytes=0)
 MAX_LAYERS = 24
@@ -40,14 +41,15 @@ def problems(draw: st.DrawFn) -> tuple[ModelCosts, list[int], Need, list[Capacit
     sizes = draw(st.lists(st.integers(1, 50), min_size=1, max_size=MAX_LAYERS))
     model = costs(*sizes, head=draw(st.integers(0, 100)), shared=draw(st.integers(0, 5)), kv=draw(st.integers(0, 2)))
     legal = sorted(draw(st.sets(st.integers(1, len(sizes) - 1)))) if len(sizes) > 1 else []
-    need = Need(draw(st.integers(0, 20)), draw(st.integers(0, 20)))
+    need = Need(draw(st.integers(0, 20)), draw(st.integers(0, 20)), last_bytes=draw(st.integers(0, 60)))
     usable = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=6))
     return model, legal, need, nodes(*usable)
 
 
 def need_of(model: ModelCosts, need: Need, a: int, b: int) -> int:
     weights = stage_bytes(model, a, b, last=b == len(model.layer_bytes))
-    return weights + need.cells * sum(model.kv_bytes_per_token[a:b]) + need.reserve_bytes
+    last = need.last_bytes if b == len(model.layer_bytes) else 0
+    return weights + need.cells * sum(model.kv_bytes_per_token[a:b]) + need.reserve_bytes + last
 
 
 def fits_somehow(model: ModelCosts, legal: list[int], need: Need, there: list[Capacity]) -> bool:
@@ -76,7 +78,7 @@ def test_a_plan_is_whole_legal_and_fits_and_there_is_one_if_there_can_be(
     usable = {node.node: node.usable_bytes for node in there}
     for stage in plan.stages:
         assert need_of(model, need, *stage.layers) <= usable[stage.node]
-        assert stage.weights_bytes + stage.kv_bytes + need.reserve_bytes == need_of(model, need, *stage.layers)
+        assert whole_bytes(stage, need) == need_of(model, need, *stage.layers)
     order = [node.node for node in there]
     used, left_out = [stage.node for stage in plan.stages], [node for node, _ in plan.excluded]
     assert used == [node for node in order if node in used]

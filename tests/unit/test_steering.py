@@ -14,6 +14,7 @@ from dwarfstar_engine.node import moves as moves_module
 from dwarfstar_engine.node.balancer import Balancer
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.members import GIB
+from dwarfstar_engine.node.needs import PROCESS_BYTES
 from dwarfstar_engine.node.steering import STALE
 from dwarfstar_engine.plan.balance import GAP_S
 from dwarfstar_engine.views import PlanRequest
@@ -107,10 +108,10 @@ async def test_the_planner_decides_again_when_it_is_asked_to(monkeypatch: Any, t
 async def test_what_is_not_as_asked_is_not_carried_out(monkeypatch: Any, tmp_path: Path) -> None:
     async with playing(monkeypatch, tmp_path) as (coordinator, a, b):
         await serving(coordinator)
-        b.member.device.effective_vram_bytes = 25 << 20  # a few layers
+        b.member.device.effective_vram_bytes = PROCESS_BYTES + (9 << 20)  # a few layers
         view = await coordinator.steering.propose(cuts(1))
         assert (
-            view.proposed is not None and view.proposed.stages[0].layers[1] > 1 and "b has 0.02 GiB" in view.clamped[0]
+            view.proposed is not None and view.proposed.stages[0].layers[1] > 1 and "b has 0.10 GiB" in view.clamped[0]
         )
         assert (await refused(coordinator.steering.commit(cuts(1), 1))).code == "not_possible"
         assert (await refused(coordinator.steering.commit(PlanRequest(context=64), 1))).code == "needs_restart"
@@ -187,7 +188,7 @@ async def test_a_node_lends_what_its_owner_says(monkeypatch: Any, tmp_path: Path
         await serving(coordinator)
         steering, node = coordinator.steering, b.member
         error = await refused(steering.override("b", "0.01", replan=False))
-        assert error.code == "in_use" and "layers 4–7" in error.message and "0.03 GiB at least" in error.message
+        assert error.code == "in_use" and "layers 4–7" in error.message and "0.10 GiB at least" in error.message
         assert (node.override, node.usable_bytes, coordinator.epoch) == ("1", GIB, 1)
         fits = await steering.override("b", "50%", replan=False)
         assert (fits.override, fits.effective_vram_gib, fits.replanned) == ("50%", 0.5, False)
@@ -196,8 +197,8 @@ async def test_a_node_lends_what_its_owner_says(monkeypatch: Any, tmp_path: Path
         assert (await refused(steering.override("nobody", "1", replan=False))).code == "no_such_node"
         with pytest.raises(SettingsError):
             await steering.override("b", "lots", replan=False)
-        moved = await steering.override("b", "0.0195", replan=True)
-        assert moved.replanned and coordinator.epoch == 2 and node.override == "0.0195"
+        moved = await steering.override("b", "0.0976", replan=True)
+        assert moved.replanned and coordinator.epoch == 2 and node.override == "0.0976"
         assert all(layers[1] - layers[0] < 4 for name, layers in slices(coordinator) if name == "id-b")
         back = await steering.override("b", "", replan=False)
         assert back.override == "1" and not steering.lent and node.usable_bytes == GIB

@@ -81,6 +81,18 @@ def test_a_node_with_another_file_is_planned_with_its_bytes(source: Source) -> N
     assert other.runs(open_source("toy:6", Path())) != file, "it stands for one model only"
 
 
+def test_nodes_of_one_machine_share_its_cores(source: Source) -> None:
+    there = [member("1", "a", "127.0.0.1", cores=2, threads=1), member("2", "b", "127.0.0.1", cores=2, threads=1)]
+    found = survey(Surveyor(), source, *there, member("3", "c", "10.0.0.3", cores=16)).cluster
+    assert [(node.machine, node.cores, node.threads) for node in found.nodes] == [
+        ("127.0.0.1", 2, 1),
+        ("127.0.0.1", 2, 1),
+        ("10.0.0.3", 16, 16),
+    ]
+    assert found.head == "127.0.0.1"  # the coordinator is on it
+    assert survey(Surveyor(), source, member("3", "c", "10.0.0.3")).cluster.head == ""
+
+
 def test_what_slices_took_is_kept_by_slice_and_model(source: Source, tmp_path: Path) -> None:
     surveyor, node = Surveyor(), member("1", "a")
     surveyor.heard(source, "1", (0, 4), profile(3.0))

@@ -66,7 +66,7 @@ def set_up(wanted: Wanted, folder: Path, network: Network, machines: list[Machin
     engine.arguments = ["--serve", wanted.model, "--control-host", head.address, *ports, *nodes, *more]
     machines.append(engine)
     engine.start()
-    _until(lambda: (engine.home / "run" / "engine.json").exists(), engine, "the engine runs")
+    wait_announced(engine)
     numbers = range(1, wanted.nodes + 1)
     if wanted.local:
         machines += [LocalNode(f"node{n}", head, folder / f"node{n}", engine=engine) for n in numbers]
@@ -102,6 +102,11 @@ def inside(machine: Machine, work: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def wait_announced(engine: Machine) -> None:
+    """Until it says where it is reached. Raises DwarfStarError."""
+    _until(lambda: (engine.home / "run" / "engine.json").exists(), engine, "the engine runs")
 
 
 def wait_serving(engine: Machine) -> None:

@@ -93,6 +93,8 @@ def _bars(told: PlanView, width: int) -> Iterator[Text]:
         yield Text(line)
     if "→" in told.bottleneck:
         yield Text(f"bottleneck: the link {told.bottleneck}", "red")
+    elif told.bottleneck not in [stage.node for stage in told.stages]:
+        yield Text(f"bottleneck: the cores that {told.bottleneck} share", "red")
 
 
 def _sizes(stage: PlannedStageView) -> str:

@@ -31,6 +31,7 @@ class ModelCosts:
     kv_bytes_per_token: of each layer, for one cell of the cache.
     shared_bytes: what every stage holds besides its layers: final norm, RoPE factors, placeholders.
     active_bytes: of each layer, what one token reads; empty where that is all of it.
+    vocabulary: tokens; 0: not known.
     """
 
     layer_bytes: tuple[int, ...]
@@ -40,6 +41,7 @@ class ModelCosts:
     n_embd: int
     shared_bytes: int = 0
     active_bytes: tuple[int, ...] = ()
+    vocabulary: int = 0
 
     @property
     def read_bytes(self) -> tuple[int, ...]:
@@ -72,6 +74,7 @@ def model_costs(model: GgufModel, kv_type: str = "f16") -> ModelCosts:
         n_embd=model.n_embd,
         shared_bytes=shared,
         active_bytes=_active_bytes(model),
+        vocabulary=embedding.shape[-1] if embedding else 0,
     )
 
 

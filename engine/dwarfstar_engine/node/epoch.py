@@ -63,6 +63,7 @@ class Stage:
         return pb.StageProfile(
             prompt=[pb.RowCost(rows=cost.rows, ms=cost.ms * share) for cost in measured.prompt],
             step_ms=measured.step_ms * share,
+            head_ms=measured.head_ms * share,
             together_ms=measured.together_ms * share,
             batched=measured.batched,
             window=measured.window,

@@ -421,6 +421,7 @@ def _known(assign: pb.Assign) -> dict[str, Any] | None:
     return {
         "prompt": [(cost.rows, cost.ms) for cost in known.prompt],
         "step_ms": known.step_ms,
+        "head_ms": known.head_ms,
         "together_ms": known.together_ms,
         "batched": known.batched,
         "window": known.window,
@@ -429,5 +430,5 @@ def _known(assign: pb.Assign) -> dict[str, Any] | None:
 
 def _profile(told: Mapping[str, Any]) -> pb.StageProfile:
     prompt = [pb.RowCost(rows=rows, ms=ms) for rows, ms in told.get("prompt", ())]
-    figures = {name: told[name] for name in ("step_ms", "together_ms", "batched", "window") if name in told}
+    figures = {name: told[name] for name in ("step_ms", "head_ms", "together_ms", "batched", "window") if name in told}
     return pb.StageProfile(prompt=prompt, **figures)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from dwarfstar_engine.cluster.membership import MAX_NODES
 from dwarfstar_engine.native import WireType
+from dwarfstar_engine.node.facts import is_loopback
 from dwarfstar_engine.node.members import Member
 from dwarfstar_engine.node.needs import need
 from dwarfstar_engine.node.source import Source
@@ -78,6 +79,7 @@ class Surveyor:
             layers,
             profile.step_ms,
             last=layers[1] == source.layers,
+            head_ms=profile.head_ms,
             batches=((TOGETHER, profile.together_ms),) if profile.batched and profile.together_ms > 0 else (),
             prompt=tuple((cost.rows, cost.ms) for cost in profile.prompt if cost.ms > 0),
         )
@@ -129,7 +131,9 @@ class Surveyor:
             files={names[node]: (file.name, file.quantisation) for node, file in files.items()} if mixed else {},
         )
         job = replace(job, depth=min(job.depth, context))
-        return Survey(Cluster(nodes, slowest, dict(self._links)), job, {name: node for node, name in names.items()})
+        head = next((member.host for member in members if is_loopback(member.host)), "")
+        cluster = Cluster(nodes, slowest, dict(self._links), head)
+        return Survey(cluster, job, {name: node for node, name in names.items()})
 
 
 def _node(name: str, member: Member, measured: tuple[Measured, ...], lent: str | None) -> Node:
@@ -141,7 +145,8 @@ def _node(name: str, member: Member, measured: tuple[Measured, ...], lent: str |
         told.bandwidth_gb_s,
         usable or told.effective_vram_bytes,
     )
-    return Node(name, (device,), _override(member, lent), measured, member.host)
+    threads = told.threads or told.cores or 1
+    return Node(name, (device,), _override(member, lent), measured, member.host, told.cores, threads)
 
 
 def _override(member: Member, lent: str | None) -> Override | None:

@@ -44,7 +44,7 @@ class Measured:
 
     step_ms: one generated token. prompt: (rows, ms) of prompt chunks. batches: (sequences, ms) of steps run together;
     of a stage's profile its rows together, where it runs them so.
-    last: the slice had the head.
+    last: the slice had the head. head_ms: what of step_ms that took; 0: not told apart.
     """
 
     layers: tuple[int, int]
@@ -52,6 +52,7 @@ class Measured:
     last: bool = False
     batches: tuple[tuple[int, float], ...] = ()
     prompt: tuple[tuple[int, float], ...] = ()
+    head_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Node:
     """One machine. Several devices are one stage together, or a stage each: the planner tries both.
 
     host: the machine it is a part of; nodes of one host need no network between them. Empty: it is its own.
+    cores: of that machine, which all its nodes share; 0: not known, as many as they want. threads: that a stage has
+    on processors.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Node:
     override: Override | None = None
     measured: tuple[Measured, ...] = ()
     host: str = ""
+    cores: int = 0
+    threads: int = 1
 
     @property
     def machine(self) -> str:
@@ -85,11 +90,13 @@ LOOPBACK = Link(gbit_s=40.0, latency_ms=0.05)  # between processes of one machin
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """pairs: links that differ from ``link``; (a, b) also stands for (b, a)."""
+    """pairs: links that differ from ``link``; (a, b) also stands for (b, a). head: the machine that the coordinator
+    shares with nodes, if it does."""
 
     nodes: tuple[Node, ...]
     link: Link = Link()
     pairs: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    head: str = ""
 
     def between(self, a: Node, b: Node) -> Link:
         if a.machine == b.machine:

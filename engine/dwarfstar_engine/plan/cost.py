@@ -2,11 +2,15 @@
 
 Theory. A generated token reads every active byte of a stage once, so a row takes bytes ÷ bandwidth, ÷ the share of it
 that llama.cpp reaches, and a fixed part for each stage. All layers of a node cost the same per byte; so one measured
-slice of a node gives its rate, and with it every other slice. The head is read like a layer of its size, unless
-slices with and without it were measured: then their difference is the head.
+slice of a node gives its rate, and with it every other slice. The head is read like a layer of its size, unless it was
+measured apart, or slices with and without it were: then their difference is the head.
 
 Rows of several streams run together cost what was measured of that; where nothing was, as much as apart. A prompt's
 rows share one reading of the weights, until arithmetic is what takes the time: at ``FREE_ROWS`` rows.
+
+Nodes of one machine share its cores. What a stage computes on them, what its process does for each row to pass, and
+what the coordinator does for each token if it is there, takes core time, and a machine has so many cores' time a
+second. Where stages compute at the same time each is ``CROWDED`` times as slow: they share caches and memory.
 
 A hop takes its link's latency, the bytes of the rows, and ``HOP_MS`` for the processes that wake. The last stage feeds
 the first one, with ids: that hop carries no activations. A ring of one stage has no hop.
@@ -28,8 +32,12 @@ from dwarfstar_engine.plan.proportional import Capacity
 EFFICIENCY = {Kind.GPU: 0.7, Kind.CPU: 0.85}  # of the memory's bandwidth that llama.cpp's decode reaches
 STAGE_MS = {Kind.GPU: 0.3, Kind.CPU: 0.1}  # launching a graph, sampling, encoding a frame
 FREE_ROWS = {Kind.GPU: 32.0, Kind.CPU: 4.0}  # rows of a prompt that cost as much as one
-HOP_MS = 0.25  # processes wake and caches are cold
+HOP_MS = 0.15  # processes wake; measured on loopback, from the end of one stage's computing to the next one's start
 COORDINATOR_MS = 0.1  # of a token: results read, text sent
+# Of nodes that share a machine, measured on two cores with two to four stages:
+CROWDED = 1.1
+ROW_CORE_MS = 0.3  # of a core, that a stage's process takes for a row beside computing: frames in and out
+TOKEN_CORE_MS = 0.35  # of a core, that the coordinator takes for a token: result, text, HTTP
 FIXED_SHARE = 0.1  # of a measured step, at most, is taken as fixed
 BATCHES = (1, 2, 4, 8)  # streams run together in a lane that are considered
 
@@ -114,11 +122,12 @@ def _measured_rates(
     """(ms per byte of layers, ms of the head, fixed ms) that explain what was measured."""
     fixed = min(usual_ms, *(FIXED_SHARE * one.step_ms for one in measured))
     sizes = [(one, sum(read[slice(*one.layers)])) for one in measured]
-    without = [(one.step_ms - fixed, size) for one, size in sizes if not one.last]
-    with_head = [(one.step_ms - fixed, size) for one, size in sizes if one.last]
+    without = [(one.step_ms - one.head_ms - fixed, size) for one, size in sizes if not one.last or one.head_ms]
+    with_head = [(one.step_ms - fixed, size) for one, size in sizes if one.last and not one.head_ms]
     if without:
         per_byte = sum(ms for ms, _ in without) / max(1, sum(size for _, size in without))
-        heads = [max(0.0, ms - per_byte * size) for ms, size in with_head]
+        heads = [one.head_ms for one in measured if one.last and one.head_ms]
+        heads = heads or [max(0.0, ms - per_byte * size) for ms, size in with_head]
         return per_byte, sum(heads) / len(heads) if heads else per_byte * head_bytes, fixed
     per_byte = sum(ms for ms, _ in with_head) / max(1, sum(size + head_bytes for _, size in with_head))
     return per_byte, per_byte * head_bytes, fixed
@@ -180,7 +189,8 @@ class Costs:
         """What a stage takes there, buffers included."""
         costs, need = self.nodes[node].costs, self.job.need
         kv = need.cells * sum(costs.kv_bytes_per_token[a:b])
-        return stage_bytes(costs, a, b, last=b == self.job.layers) + kv + need.reserve_bytes
+        last = b == self.job.layers
+        return stage_bytes(costs, a, b, last=last) + kv + need.buffers_bytes(last=last)
 
 
 def cluster_costs(cluster: Cluster, job: Job) -> Costs:

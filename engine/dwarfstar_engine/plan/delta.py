@@ -42,7 +42,8 @@ def _layers(plan: Plan, node: str) -> set[int]:
 
 
 def _node(costs: Costs, name: str, old: set[int], new: set[int]) -> NodeDelta:
-    there, reserve = costs.nodes[name], costs.job.need.reserve_bytes
+    there, need = costs.nodes[name], costs.job.need
+    reserve = need.buffers_bytes(last=costs.job.layers - 1 in new)
     load, drop = new - old, old - new
     after = _bytes(costs, name, new)
     return NodeDelta(

@@ -98,7 +98,8 @@ class Forecast:
     """stages: in order. hop_ms: from each stage to the next; the last one's leads back to the first.
 
     single_tok_s: one stream. aggregate_tok_s: ``lanes`` lanes of ``batch`` streams, which keep the bottleneck busy.
-    ttft_ms: of a prompt of ``prompt_tokens``. bottleneck: a node's name, or "a → b" for a link.
+    ttft_ms: of a prompt of ``prompt_tokens``. bottleneck: a node's name, "a → b" for a link, or "a + b" for the cores
+    of a machine that these nodes share.
     """
 
     stages: tuple[StageForecast, ...]

@@ -16,8 +16,9 @@ from itertools import accumulate, pairwise
 
 from dwarfstar_engine.errors import PlanError
 from dwarfstar_engine.model.costs import ModelCosts
-from dwarfstar_engine.plan.cluster import Cluster, Node
-from dwarfstar_engine.plan.cost import BATCHES, Costs, cluster_costs
+from dwarfstar_engine.plan.capacity import usable_bytes
+from dwarfstar_engine.plan.cluster import Cluster, Kind, Node
+from dwarfstar_engine.plan.cost import BATCHES, Costs, cluster_costs, kind_of
 from dwarfstar_engine.plan.forecast import Forecast, Job, Objective, Planned, Strategy, Wishes
 from dwarfstar_engine.plan.predict import plan_of, predict
 from dwarfstar_engine.plan.proportional import GIB, Plan, check_pins, proportional, too_large
@@ -26,6 +27,7 @@ from dwarfstar_engine.plan.search import Found, Measure, Problem, best, is_exact
 SLACK = 0.005  # of the best throughput, given away for a quicker single stream
 ROUGHLY = 1.05  # times the best: batch sizes that a first look finds farther off are given up
 MAX_TOLD = 16  # nodes left out for which the effect of using them is worked out; the others get the reason alone
+CORES_BUSY = "the cores of its machine are busy without it"
 NO_WISHES = Wishes()
 
 
@@ -44,10 +46,13 @@ def plan_cluster(
     _check_wishes(cluster, wishes)
     found: list[Planned] = []
     error: PlanError | None = None
-    for nodes in _variants(usable, wishes):
+    crowded = strategy is Strategy.FASTEST and objective is Objective.THROUGHPUT
+    for nodes in _variants(usable, wishes, crowded=crowded):
         costs = cluster_costs(replace(cluster, nodes=nodes), job)
+        names = {node.name.partition(":")[0] for node in nodes}
+        spare = [(node.name, CORES_BUSY) for node in usable if node.name.partition(":")[0] not in names]
         try:
-            found.append(_planned(costs, strategy, objective, wishes, told))
+            found.append(_planned(costs, strategy, objective, wishes, [*told, *spare]))
         except PlanError as none:
             error = error or none
     if not found:
@@ -72,11 +77,33 @@ def _check_wishes(cluster: Cluster, wishes: Wishes) -> None:
         raise PlanError(f"no node is called {name!r}: there are {', '.join(sorted(known))}", code="no_such_node")
 
 
-def _variants(nodes: Sequence[Node], wishes: Wishes) -> list[tuple[Node, ...]]:
-    """Each machine as one stage; and, where machines have several devices, each unpinned device as a stage."""
+def _variants(nodes: Sequence[Node], wishes: Wishes, *, crowded: bool) -> list[tuple[Node, ...]]:
+    """Each node as one stage; where some have several devices, each unpinned device as a stage; and with ``crowded``,
+    where nodes want more cores than their machine has, as many as it has cores for.
+
+    The search knows stages and links, and not that more stages than cores do not make it faster: so both are tried.
+    """
     whole = tuple(nodes)
+    found = [whole]
     apart = tuple(part for node in nodes for part in ((node,) if node.name in wishes.pins else by_device(node)))
-    return [whole] if len(apart) == len(whole) else [whole, apart]
+    if len(apart) > len(whole):
+        found.append(apart)
+    fewer = _with_cores(whole, wishes)
+    if crowded and len(fewer) < len(whole):
+        found.append(fewer)
+    return found
+
+
+def _with_cores(nodes: Sequence[Node], wishes: Wishes) -> tuple[Node, ...]:
+    """Of each machine the nodes that its cores are enough for: pinned ones first, then those with most room."""
+    left = {node.machine: node.cores for node in nodes}
+    kept = set[str]()
+    for node in sorted(nodes, key=lambda one: (one.name not in wishes.pins, -usable_bytes(one))):
+        counts = node.cores and kind_of(node) is Kind.CPU
+        if not counts or left[node.machine] >= node.threads or node.name in wishes.pins:
+            kept.add(node.name)
+            left[node.machine] -= node.threads if counts else 0
+    return tuple(node for node in nodes if node.name in kept)
 
 
 def by_device(node: Node) -> tuple[Node, ...]:

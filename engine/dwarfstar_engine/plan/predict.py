@@ -4,16 +4,30 @@ A stream's token goes once round the ring: Σ stages + Σ hops + the coordinator
 is a pipeline: it gives a token as often as its slowest part, a stage or a link, is done with one, as soon as there are
 lanes enough to keep that busy. Streams that run together in a lane cost less than apart where that was measured; the
 number of them is the one that gives most.
+
+Where stages share a machine's cores, these are a part of the ring as well: they are busy with a token for as long as
+all its stages there take together, divided by their number. More stages than cores make no token come sooner.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dwarfstar_engine.plan.cost import BATCHES, COORDINATOR_MS, Costs, busy_ms, row_bytes
+from dwarfstar_engine.plan.cluster import Kind
+from dwarfstar_engine.plan.cost import (
+    BATCHES,
+    COORDINATOR_MS,
+    CROWDED,
+    ROW_CORE_MS,
+    TOKEN_CORE_MS,
+    Costs,
+    busy_ms,
+    kind_of,
+    row_bytes,
+)
 from dwarfstar_engine.plan.forecast import Forecast, StageForecast
 from dwarfstar_engine.plan.proportional import Plan, StagePlan, stage_plan
 
@@ -66,7 +80,7 @@ def plan_of(costs: Costs, slices: Sequence[tuple[str, int, int]], excluded: Sequ
 
 def _stage(costs: Costs, stage: StagePlan) -> StageForecast:
     there = costs.nodes[stage.node]
-    compute = costs.job.need.reserve_bytes
+    compute = costs.job.need.buffers_bytes(last=stage.last)
     return StageForecast(
         node=stage.node,
         layers=stage.layers,
@@ -90,8 +104,33 @@ def _pace(costs: Costs, stages: Sequence[StagePlan], batch: int) -> _Pace:
     for a, b in itertools.pairwise(stages):
         taken = busy_ms(costs.link(a.node, b.node), batch * row_bytes(costs.job))
         parts.append((taken, f"{a.node} → {b.node}"))
+    for machine, there in _shared(costs, stages).items():
+        parts += _on_shared_cores(costs, machine, there, batch)
     slowest, where = max(parts, key=lambda part: part[0])
     return _Pace(batch, slowest, round_ms, where)
+
+
+def _shared(costs: Costs, stages: Sequence[StagePlan]) -> dict[str, list[StagePlan]]:
+    """Stages on processors, by machines that have several of them and whose number of cores is known."""
+    found = dict[str, list[StagePlan]]()
+    for stage in stages:
+        node = costs.nodes[stage.node].node
+        if node.cores and kind_of(node) is Kind.CPU:
+            found.setdefault(node.machine, []).append(stage)
+    return {machine: there for machine, there in found.items() if len(there) > 1}
+
+
+def _on_shared_cores(costs: Costs, machine: str, there: Sequence[StagePlan], batch: int) -> Iterator[tuple[float, str]]:
+    """How long a lane's tokens keep each stage on a machine busy, and all its cores; and what that is called."""
+    core_ms = TOKEN_CORE_MS * batch if machine == costs.cluster.head else 0.0
+    cores = 1
+    for stage in there:
+        node = costs.nodes[stage.node].node
+        took = costs.nodes[stage.node].step_ms(*stage.layers, batch) * CROWDED + ROW_CORE_MS * batch
+        cores = node.cores
+        core_ms += took * min(node.threads, cores)
+        yield took, stage.node
+    yield core_ms / cores, " + ".join(stage.node for stage in there)
 
 
 def _ttft_ms(costs: Costs, stages: Sequence[StagePlan], tokens: int) -> float:

@@ -8,7 +8,7 @@ output head, which counts as memory. Weight and room are two figures: a share ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,8 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a run of the model asks beyond weights. cells: KV cells. reserve_bytes: compute buffers of a stage.
+    """What a run of the model asks beyond weights. cells: KV cells. reserve_bytes: a stage's compute buffers and its
+    process; last_bytes: what the last one takes besides, its vocabulary and logits.
 
     forbidden_lengths: slices of so many layers cannot be loaded, unless they are the whole model.
     """
@@ -49,17 +50,23 @@ class Need:
     cells: int
     reserve_bytes: int
     forbidden_lengths: tuple[int, ...] = ()
+    last_bytes: int = 0
+
+    def buffers_bytes(self, *, last: bool) -> int:
+        """What a stage takes besides weights and KV cache."""
+        return self.reserve_bytes + (self.last_bytes if last else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
     """Layers [a, b) on a node. weights_bytes are those of the slice, with what every stage holds and the last one's
-    head."""
+    head. last: follows from the layers and the model."""
 
     node: str
     layers: tuple[int, int]
     weights_bytes: int
     kv_bytes: int
+    last: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +77,10 @@ class Plan:
 
 def stage_plan(costs: ModelCosts, need: Need, node: str, a: int, b: int) -> StagePlan:
     """What layers [a, b) of the model take on a node."""
-    weights = stage_bytes(costs, a, b, last=b == len(costs.layer_bytes))
+    last = b == len(costs.layer_bytes)
+    weights = stage_bytes(costs, a, b, last=last)
     kv = need.cells * sum(costs.kv_bytes_per_token[a:b])
-    return StagePlan(node, (a, b), weights, kv)
+    return StagePlan(node, (a, b), weights, kv, last)
 
 
 def with_cuts(
@@ -104,7 +112,7 @@ def with_cuts(
 
 
 def _bytes(stage: StagePlan, need: Need) -> int:
-    return stage.weights_bytes + stage.kv_bytes + need.reserve_bytes
+    return stage.weights_bytes + stage.kv_bytes + need.buffers_bytes(last=stage.last)
 
 
 def _check_fits(stage: StagePlan, node: Capacity, need: Need) -> None:
@@ -177,9 +185,10 @@ def too_large(costs: ModelCosts, need: Need, nodes: Sequence[Capacity]) -> PlanE
     """The error of a model that does not fit ``nodes``."""
     have = sum(n.usable_bytes for n in nodes)
     whole = stage_plan(costs, need, "", 0, len(costs.layer_bytes))
+    takes = whole.weights_bytes + whole.kv_bytes + need.last_bytes
     several = f"the {len(nodes)} nodes have" if len(nodes) > 1 else "the only node has"
     return PlanError(
-        f"the model needs {(whole.weights_bytes + whole.kv_bytes) / GIB:.2f} GiB with its KV cache, and "
+        f"the model needs {takes / GIB:.2f} GiB with its KV cache, and "
         f"{need.reserve_bytes / GIB:.2f} GiB on each node for buffers; {several} {have / GIB:.2f} GiB, into which "
         "its layers do not fit: add a node or choose a smaller model or context",
         code=TOO_LARGE,
@@ -202,7 +211,7 @@ def slice_bytes(costs: ModelCosts, need: Need, bounds: Sequence[int]) -> Ints:
     cells = [need.cells * kv for kv in costs.kv_bytes_per_token]
     upto = np.concatenate(([0], np.cumsum(np.add(costs.layer_bytes, cells, dtype=np.int64))))[list(bounds)]
     found: Ints = upto[None, :] - upto[:, None] + costs.shared_bytes + need.reserve_bytes
-    found[:, -1] += costs.head_bytes
+    found[:, -1] += costs.head_bytes + need.last_bytes
     return found
 
 

@@ -22,7 +22,7 @@ class Copy:
 
 def whole_bytes(stage: StagePlan, need: Need) -> int:
     """What a stage takes: weights, KV cache and buffers."""
-    return stage.weights_bytes + stage.kv_bytes + need.reserve_bytes
+    return stage.weights_bytes + stage.kv_bytes + need.buffers_bytes(last=stage.last)
 
 
 def _on(stage: StagePlan, node: str, place: Place | None) -> StagePlan:

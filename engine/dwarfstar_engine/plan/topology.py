@@ -89,6 +89,8 @@ class _Node(_Part):
     effective_vram: str | float | None = None
     host: str = Field(default="", max_length=64)
     model: str | None = Field(default=None, max_length=4096)
+    cores: int = Field(default=0, ge=0, le=4096)
+    threads: int = Field(default=1, ge=1, le=4096)
     measured: tuple[_Measured, ...] = Field(default=(), max_length=64)
 
     @model_validator(mode="after")
@@ -119,6 +121,8 @@ class _Node(_Part):
             override=parse_override(text) if text is not None else None,
             measured=tuple(one.typed() for one in self.measured),
             host=self.host,
+            cores=self.cores,
+            threads=self.threads,
         )
 
 

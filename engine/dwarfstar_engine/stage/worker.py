@@ -139,10 +139,11 @@ class LlamaBackend:
         return self._slice.hot.held(slot)
 
     def measure(self, known: Profile | None = None) -> Profile:
-        profile = known or measure(self._slice, self._slice.options.threads)
-        if not profile.batched:
+        if known is None:
+            return measure(self._slice, self._slice.options.threads)
+        if not known.batched:
             self._slice.open_slots()
-        return profile
+        return known
 
     def tune(self, wire: WireType, *, batched: bool, ends: Collection[int]) -> None:
         self._slice.hot.tune(wire, batched=batched)

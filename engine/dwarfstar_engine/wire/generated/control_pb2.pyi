@@ -243,6 +243,7 @@ class Device(_message.Message):
     BANDWIDTH_GB_S_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     OVERRIDE_FIELD_NUMBER: _builtins.int
+    CORES_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """cpu | cuda | metal | rocm | vulkan"""
     description: _builtins.str
@@ -254,9 +255,11 @@ class Device(_message.Message):
     bandwidth_gb_s: _builtins.float
     """measured, 1e9 bytes; 0: not measured"""
     threads: _builtins.int
-    """physical cores"""
+    """that a stage computes with"""
     override: _builtins.str
     """what its owner set, in their words: 18, 50% or -2; empty: nothing"""
+    cores: _builtins.int
+    """of its machine, for all its nodes together; 0: not known"""
     def __init__(
         self,
         *,
@@ -268,10 +271,11 @@ class Device(_message.Message):
         bandwidth_gb_s: _builtins.float = ...,
         threads: _builtins.int = ...,
         override: _builtins.str = ...,
+        cores: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_gb_s", b"bandwidth_gb_s", "description", b"description", "effective_vram_bytes", b"effective_vram_bytes", "kind", b"kind", "memory_total_bytes", b"memory_total_bytes", "memory_usable_bytes", b"memory_usable_bytes", "override", b"override", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth_gb_s", b"bandwidth_gb_s", "cores", b"cores", "description", b"description", "effective_vram_bytes", b"effective_vram_bytes", "kind", b"kind", "memory_total_bytes", b"memory_total_bytes", "memory_usable_bytes", b"memory_usable_bytes", "override", b"override", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -610,6 +614,7 @@ class StageProfile(_message.Message):
     BATCHED_FIELD_NUMBER: _builtins.int
     TOGETHER_MS_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
+    HEAD_MS_FIELD_NUMBER: _builtins.int
     step_ms: _builtins.float
     """one generated token"""
     batched: _builtins.bool
@@ -618,6 +623,8 @@ class StageProfile(_message.Message):
     """four rows of as many slots so; 0: not measured"""
     window: _builtins.int
     """of the model's sliding attention; 0: none"""
+    head_ms: _builtins.float
+    """of step_ms what the head takes; 0: the slice has none"""
     @_builtins.property
     def prompt(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCost]:
         """frames of a prompt, rows increasing"""
@@ -630,10 +637,11 @@ class StageProfile(_message.Message):
         batched: _builtins.bool = ...,
         together_ms: _builtins.float = ...,
         window: _builtins.int = ...,
+        head_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched", b"batched", "prompt", b"prompt", "step_ms", b"step_ms", "together_ms", b"together_ms", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batched", b"batched", "head_ms", b"head_ms", "prompt", b"prompt", "step_ms", b"step_ms", "together_ms", b"together_ms", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

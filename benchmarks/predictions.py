@@ -1,0 +1,203 @@
+"""What the planner promises against what is measured: tokens a second and memory, on this machine's cores.
+
+``python benchmarks/predictions.py`` starts an engine with one to four local nodes for each model, asks it what other
+cuts would give, carries them out, and measures each: one stream, four, eight, and what its stage processes take.
+Prints a table and writes JSON. Figures mean something on an otherwise idle machine only.
+
+A prediction is *asked before*: with what was measured when the first cut was loaded, and of a cut that never ran. One
+*of what runs* knows its own slices. Memory is what is resident (``Rss``): weights count, as they are read into a
+stage's own memory. Some 40 MiB are pages of libraries' files, which stages of one machine share (``Pss``), and in the
+first stage those rows of the embedding that were used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dwarfstar_engine.bench.client import Load, together_tok_s
+from dwarfstar_engine.bench.local import LocalEngine, Wanted, engine, memory_mib
+from dwarfstar_engine.views import PlanView, StageView
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.real_models import path_of  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "predictions.json"
+CUTS: dict[str, dict[int, list[tuple[int, ...]]]] = {  # per stages; the first one is what the engine starts with and is calibrated at
+    "smollm2": {
+        1: [()],
+        2: [(15,), (6,), (12,), (18,), (21,), (25,)],
+        3: [(10, 20), (5, 15), (8, 22), (11, 21), (12, 24), (14, 25)],
+        4: [(7, 15, 22), (4, 12, 20), (8, 16, 24), (9, 17, 25), (6, 10, 24), (3, 15, 27)],
+    },
+    "gemma3": {1: [()], 2: [(6,), (12,)], 3: [(6, 12)]},  # its attention repeats each six layers: no other cut is legal
+}
+STREAMS = (1, 4, 8)
+PROMPT_TOKENS = 12
+LEAST_S = 0.5  # that all streams must run at the same time
+
+
+@dataclass
+class Case:
+    """One cut. before, runs: (single, aggregate) tok/s predicted before it ran and while it does. By number of streams:
+    measured tok/s, the median of every; client_ms and cpu_ms: processor time of a token, of the load client, and of the
+    engine's process and each stage's."""
+
+    model: str
+    cuts: tuple[int, ...]
+    before: tuple[float, float] = (0.0, 0.0)
+    runs: tuple[float, float] = (0.0, 0.0)
+    stage_ms: list[float] = field(default_factory=list)
+    measured_ms: list[float] = field(default_factory=list)
+    hop_ms: list[float] = field(default_factory=list)
+    measured: dict[int, float] = field(default_factory=dict)
+    every: dict[int, list[float]] = field(default_factory=dict)
+    client_ms: dict[int, float] = field(default_factory=dict)
+    cpu_ms: dict[int, list[float]] = field(default_factory=dict)
+    memory: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def stages(self) -> int:
+        return len(self.cuts) + 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {','.join(map(str, self.cuts)) or 'whole'}"
+
+
+def decode(there: LocalEngine, streams: int, tokens: int) -> tuple[float, Load]:
+    """Tokens a second of all streams while every one of them runs; with longer answers where they did not at all."""
+    for longer in (1, 2, 4):
+        done = there.decode(streams, PROMPT_TOKENS, tokens * longer)
+        if streams == 1:
+            return done.answers[0].tok_s, done
+        if min(one.ended for one in done.answers) - max(one.times[0] for one in done.answers) > LEAST_S:
+            break
+    return together_tok_s(done.answers), done
+
+
+def cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def promised(view: PlanView) -> tuple[float, float]:
+    return view.predicted.single_tok_s, view.predicted.aggregate_tok_s
+
+
+def memory(stage: StageView, view: PlanView) -> dict[str, float]:
+    """MiB of a stage's process beside what its plan says."""
+    planned = next(one for one in view.stages if one.layers == stage.layers)
+    parts = planned.memory_gib
+    told = {"weights": parts.weights, "kv": parts.kv, "compute": parts.compute}
+    return {**{name: round(1024 * gib, 2) for name, gib in told.items()}, **memory_mib(stage.pid)}
+
+
+def measure(there: LocalEngine, case: Case, tokens: int, rounds: int) -> None:
+    for number in range(rounds):
+        for streams in STREAMS:
+            pids = [there.pid, *(stage.pid for stage in there.status().stages)]
+            before = [cpu_s(pid) for pid in pids]
+            tok_s, done = decode(there, streams, tokens)
+            case.every.setdefault(streams, []).append(tok_s)
+            spent = zip(pids, before, strict=True)
+            case.cpu_ms[streams] = [round(1000 * (cpu_s(pid) - was) / done.tokens, 3) for pid, was in spent]
+            case.client_ms[streams] = round(1000 * done.client_s / done.tokens, 4)
+            if streams == 1 and number == rounds - 1:
+                case.measured_ms = [stage.ms_per_token for stage in there.status().stages]
+    case.measured = {streams: statistics.median(found) for streams, found in case.every.items()}
+    present = there.plan(case.cuts).present
+    assert present is not None
+    case.runs = promised(present)
+    case.stage_ms = [stage.ms for stage in present.stages]
+    case.hop_ms = list(present.predicted.hop_ms)
+    case.memory = [memory(stage, present) for stage in there.status().stages]
+
+
+def play(model: str, path: str, stages: int, given: argparse.Namespace) -> list[Case]:
+    cases = [Case(model, cuts) for cuts in CUTS[model][stages][: given.cuts]]
+    wanted = Wanted(path, stages, cases[0].cuts)
+    with tempfile.TemporaryDirectory(prefix="dwarfstar-") as folder, engine(wanted, Path(folder)) as there:
+        there.decode(1, PROMPT_TOKENS, 8)  # pages are touched, code is warm
+        for case in cases:
+            proposed = there.plan(case.cuts).proposed
+            assert proposed is not None
+            case.before = promised(proposed)
+        for case in cases:
+            if case is not cases[0]:
+                there.commit(case.cuts)
+                there.decode(1, PROMPT_TOKENS, 8)
+            measure(there, case, given.tokens, given.rounds)
+            print(row(case), flush=True)
+    return cases
+
+
+def off(predicted: float, measured: float) -> str:
+    return f"{predicted:.1f} ({predicted / measured - 1:+.0%})"
+
+
+def row(case: Case) -> str:
+    single, four, eight = (case.measured[streams] for streams in STREAMS)
+    cells = [case.name, f"{single:.1f}", off(case.before[0], single), off(case.runs[0], single)]
+    cells += [f"{four:.1f}", f"{eight:.1f}", off(case.before[1], eight), off(case.runs[1], eight)]
+    cells.append(" ".join(f"{a:.2f}/{b:.2f}" for a, b in zip(case.stage_ms, case.measured_ms, strict=True)))
+    cells.append(" ".join(f"{m['weights'] + m['kv'] + m['compute']:.0f}/{m['Rss']:.0f}" for m in case.memory))
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = (
+    "| cut | 1 stream tok/s | asked before | of what runs | 4 streams | 8 streams | asked before | of what runs "
+    "| stage ms, predicted/measured | MiB, promised/Rss |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def best_cuts(cases: list[Case]) -> list[str]:
+    """Of cuts of one model in as many stages: how far the one predicted best is from the best."""
+    lines, groups = [], dict[tuple[str, int], list[Case]]()
+    for case in cases:
+        groups.setdefault((case.model, case.stages), []).append(case)
+    for (model, stages), group in groups.items():
+        for which, index, streams in (("single", 0, 1), ("aggregate", 1, 8)):
+            chosen = max(group, key=lambda case: case.before[index])
+            most = max(group, key=lambda case: case.measured[streams])
+            share = chosen.measured[streams] / most.measured[streams]
+            lines.append(f"{model}, {stages} stages, {which}: {chosen.cuts} predicted, best {most.cuts}: {share:.3f}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default="smollm2,gemma3")
+    parser.add_argument("--stages", default="1,2,3,4")
+    parser.add_argument("--cuts", type=int, default=6, help="of each number of stages, so many")
+    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    started, cases = time.monotonic(), list[Case]()
+    print(HEAD, flush=True)
+    for model in given.models.split(","):
+        path = str(path_of(model))
+        for stages in map(int, given.stages.split(",")):
+            if stages in CUTS[model]:
+                cases += play(model, path, stages, given)
+    found: dict[str, Any] = {"cases": [asdict(case) for case in cases], "best": best_cuts(cases)}
+    print("\n".join(found["best"]))
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
