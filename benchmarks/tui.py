@@ -346,8 +346,10 @@ def frozen() -> Iterator[Figure]:
         assert terminal.bytes > before, "the app draws again"
         terminal.close()
     ratios = [one / ((a + b) / 2) for one, a, b in zip(held, read[:-1], read[1:], strict=True)]
+    drift = [abs(one / ((a + b) / 2) - 1) for one, a, b in zip(read[1:-1], read[:-2], read[2:], strict=True)]
+    print(f"  readings differ from those beside them by {statistics.median(drift):.0%} while nothing is frozen")
     slower = (1 - statistics.median(ratios)) * 100
-    yield Figure(f"{FROZEN_STREAMS} streams slower while frozen for {FROZEN_S:.0f} s", slower, "%", 3)
+    yield Figure(f"{FROZEN_STREAMS} streams slower while frozen for {FROZEN_S:.0f} s", slower, "%", 5)
     yield Figure("memory that the app grows by meanwhile, most", max(grown), "MiB", 24)
     yield Figure("what it takes of one core meanwhile", statistics.median(cpu), "%", 5)
 
