@@ -34,7 +34,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.real_models import path_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "predictions.json"
-CUTS: dict[str, dict[int, list[tuple[int, ...]]]] = {  # per stages; the first one is what the engine starts with and is calibrated at
+CUTS: dict[
+    str, dict[int, list[tuple[int, ...]]]
+] = {  # per stages; the first one is what the engine starts with and is calibrated at
     "smollm2": {
         1: [()],
         2: [(15,), (6,), (12,), (18,), (21,), (25,)],

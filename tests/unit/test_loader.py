@@ -96,7 +96,7 @@ async def test_what_cannot_be_served_is_refused_and_nothing_changes(
             error = await refused(coordinator.loader.load(LoadRequest(model=name)))
             assert why in error.message and "\n" not in error.message
         for member in coordinator.members.values():
-            member.device.effective_vram_bytes = 50 << 20
+            member.device.effective_vram_bytes = 120 << 20
         too_large = await refused(coordinator.loader.load(LoadRequest(model="toy:200")))
         assert too_large.code == "model_too_large_for_remaining_capacity"
 

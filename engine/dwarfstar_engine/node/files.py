@@ -229,7 +229,12 @@ def choose(source: Source, base: Base, files: Sequence[Offered], node: str) -> S
         path=nearest.path,
         quantisation=nearest.quantisation,
         fingerprint=nearest.fingerprint,
-        costs=replace(nearest.costs, kv_bytes_per_token=kept.kv_bytes_per_token, n_embd=kept.n_embd),
+        costs=replace(
+            nearest.costs,
+            kv_bytes_per_token=kept.kv_bytes_per_token,
+            n_embd=kept.n_embd,
+            vocabulary=kept.vocabulary,
+        ),
         stands_for=source.fingerprint,
     )
 
