@@ -25,16 +25,18 @@ from typing import Any
 import psutil
 
 from dwarfstar_engine.bench.client import Load, together_tok_s
-from dwarfstar_engine.bench.local import LocalEngine, Wanted, engine, memory_mib
 from dwarfstar_engine.views import PlanView, StageView
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from support.local_engine import LocalEngine, Wanted, engine, memory_mib  # noqa: E402
 from support.real_models import path_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "predictions.json"
-CUTS = {  # per stages; the first one is what the engine starts with and is calibrated at
+CUTS: dict[
+    str, dict[int, list[tuple[int, ...]]]
+] = {  # per stages; the first one is what the engine starts with and is calibrated at
     "smollm2": {
         1: [()],
         2: [(15,), (6,), (12,), (18,), (21,), (25,)],
