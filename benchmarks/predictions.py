@@ -25,12 +25,12 @@ from typing import Any
 import psutil
 
 from dwarfstar_engine.bench.client import Load, together_tok_s
-from dwarfstar_engine.bench.local import LocalEngine, Wanted, engine, memory_mib
 from dwarfstar_engine.views import PlanView, StageView
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from support.local_engine import LocalEngine, Wanted, engine, memory_mib  # noqa: E402
 from support.real_models import path_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "predictions.json"

@@ -25,13 +25,17 @@ from typing import Any
 import psutil
 
 from dwarfstar_engine.bench.crowd import KINDS, Heard, crowd
-from dwarfstar_engine.bench.local import MIB, LocalEngine, Wanted, engine
 from dwarfstar_engine.bench.prompts import prose
 from dwarfstar_engine.bench.stats import median
 from dwarfstar_engine.stage.pipe import STAGE_NAME
 from dwarfstar_engine.views import CommitView
 
-RESULTS = Path(__file__).resolve().parent / "results" / "recut.json"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.local_engine import MIB, LocalEngine, Wanted, engine  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "recut.json"
 SETTLE_S = 4.0  # after a change: the old processes end, and a spare one is started for the next
 PAUSED = re.compile(r"(\d+) streams go on, (\d+) of them from their beginning, (\d+) ms after epoch")
 
