@@ -406,7 +406,7 @@ struct ds_stage {
         std::memcpy(&second, data, sizeof second);
         data += sizeof second;
         size -= sizeof second;
-        if (second >= size || (second > 0) != (config.window > 0)) return DS_E_SIZE;
+        if (second >= size || (second > 0 && config.window == 0)) return DS_E_SIZE;
         if (const int32_t status = from_alone(slot, data, size, size_t(second)); status != DS_OK) {
             config.seq_rm(side(slot).own.memory, sequence(slot), -1, -1);  // the first of two caches may have been set
             return status;

@@ -1,4 +1,4 @@
-"""A sequence goes from one loaded slice to another of the same layers, in the middle of its text: are the bits the same?
+"""A sequence goes from one loaded slice to another of the same layers, in the middle of its text: are the bits alike?
 
 Theory. Two chains of slices are driven alike. In one of them, after some steps, every slice is replaced by a freshly
 loaded one that takes the slot's cells from it; then both go on. All logits must be equal bits, and what the new slice
@@ -78,7 +78,9 @@ class Chain:
             slice_.close()
 
 
-def moved(path: Path, bounds: Sequence[int], options: LlamaOptions, prompt: Sequence[int], **how: Any) -> dict[str, Any]:
+def moved(
+    path: Path, bounds: Sequence[int], options: LlamaOptions, prompt: Sequence[int], **how: Any
+) -> dict[str, Any]:
     """source, target: whether slots have contexts of their own there. ahead: steps done behind what is carried. slot:
     that moves; llama.cpp writes the number of a sequence with its cells, which is 0 in a context of its own."""
     rows: list[list[NDArray[np.float32]]] = []
@@ -122,7 +124,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         prompt = [3 + (37 * i * i + 11 * i) % 200 for i in range(12)]
         options = replace(options, context=256, batch=16)
     options = replace(options, **request.get("options", {}))
-    cut = next(iter(arch.legal_cuts(model)))
+    forbidden = arch.rules(model).forbidden_lengths
+    lengths = ((cut, model.n_layers - cut) for cut in arch.legal_cuts(model))
+    cut = next(one[0] for one in lengths if not set(one) & set(forbidden))
     try:
         return moved(path, (0, cut, model.n_layers), options, prompt, **how)
     except (StageError, FrameError) as error:
