@@ -97,7 +97,7 @@ class _Stage:
 
 
 class Stages:
-    """See the module. post, told: say something to the coordinator. spawn: has a task run, and ended with the daemon."""
+    """See the module. post, told: say things to the coordinator. spawn: has a task run, and ended with the daemon."""
 
     def __init__(
         self,

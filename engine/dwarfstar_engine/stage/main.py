@@ -12,8 +12,8 @@ then it says what that is. Its old hops end, the new ones open and its slots are
 Between two rings it may give what its slots hold to the process that has its slice in the next one, or take it from the
 one that had it (``stage/carry.py``). One that took cells of an epoch counts as one that was in its ring.
 
-Commands: ``load`` a slice (once), ``carry`` cells, ``link`` it into an epoch's ring. Events: ``listening``, ``loading``,
-``ready``, ``carried``, ``linked``, ``broken`` (a hop ended), ``failed``, ``stats``.
+Commands: ``load`` a slice (once), ``carry`` cells, ``link`` it into an epoch's ring. Events: ``listening``,
+``loading``, ``ready``, ``carried``, ``linked``, ``broken`` (a hop ended), ``failed``, ``stats``.
 """
 
 from __future__ import annotations
