@@ -483,6 +483,9 @@ class Pipeline:
     def plan(self, without: Collection[str] = ()) -> Plan:
         return self.planner.of(self.source, time.monotonic(), without)
 
+    def whole(self, without: Collection[str]) -> Plan | None:
+        return self.planner.whole(self.source, time.monotonic(), without)
+
     async def _bring_up(self, plan: Plan) -> None:
         """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
         self.epoch = self.host.next_epoch()
