@@ -95,11 +95,13 @@ class CarryReceiver:
 
     async def _serve(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         try:
-            expected = await self._greet(await context.read(), context)
+            expected, probes = await self._greet(await context.read(), context)
         except DwarfStarError as error:
             await context.write(_answer(error))
             return
         try:
+            await context.write(_answer())
+            await answer_probes(context, probes)
             await context.write(_answer())
             while isinstance(data := await context.read(), bytes):
                 await self._take(expected, data, context)
@@ -108,8 +110,8 @@ class CarryReceiver:
         finally:
             expected.over.set()
 
-    async def _greet(self, first: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> Expected:
-        """Raises DwarfStarError: this is not what is expected."""
+    async def _greet(self, first: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> tuple[Expected, int]:
+        """What is expected of a caller, and how many probes it sends. Raises DwarfStarError: nothing is."""
         hello = data_pb2.CarryHello()
         try:
             hello.ParseFromString(first if isinstance(first, bytes) else b"")
@@ -127,9 +129,7 @@ class CarryReceiver:
         if (theirs := _written(hello)) != expected.written:
             raise PeerError(f"{self._name} has cells of {expected.written}, not of {theirs}", code="cells_differ")
         expected.begun = True
-        await context.write(_answer())
-        await answer_probes(context, hello.probes)
-        return expected
+        return expected, hello.probes
 
     async def _take(self, expected: Expected, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """One sequence, and the answer to it. Raises FrameError: what comes is not what was said."""
