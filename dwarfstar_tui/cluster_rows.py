@@ -281,7 +281,7 @@ def detail_lines(row: NodeRow, moment: Moment, width: int) -> list[Runs]:
         ("power", f"{text.figure(view.power_w, 0, glyphs.unknown)} W"),
     ]
     for stage in row.stages:
-        facts += _stage_facts(stage, glyphs, bottleneck=row.bottleneck)
+        facts += _stage_facts(stage, glyphs, bottleneck=row.bottleneck, several=row.several)
     if row.copy is not None:
         facts += [("", ""), ("copy of", f"layers {text.layers(*row.copy, glyphs.dash)}")]
     for name, value in facts:
@@ -290,11 +290,12 @@ def detail_lines(row: NodeRow, moment: Moment, width: int) -> list[Runs]:
     return lines
 
 
-def _stage_facts(stage: StageView, glyphs: Glyphs, *, bottleneck: bool) -> list[tuple[str, str]]:
+def _stage_facts(stage: StageView, glyphs: Glyphs, *, bottleneck: bool, several: bool) -> list[tuple[str, str]]:
     slowest = f"  {glyphs.bottleneck} bottleneck" if bottleneck else ""
     return [
         ("", ""),
         ("stage", f"layers {text.layers(*stage.layers, glyphs.dash)}, {stage.state}"),
+        *([("pipeline", str(stage.pipeline))] if several else []),
         ("weights", f"{text.gib(stage.weights_gib)} GiB + {text.gib(stage.kv_gib)} GiB KV"),
         ("time", f"{text.figure(stage.ms_per_token, 2)} ms per token{slowest}"),
         ("busy", f"{text.share(stage.busy)}, waiting {text.share(stage.wait)}"),

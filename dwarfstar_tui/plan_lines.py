@@ -7,6 +7,7 @@ the machine lends. So two things are seen at once: who has how many layers, and 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 from dwarfstar_engine.views import StageView, StatusView
 from dwarfstar_tui import text
@@ -19,7 +20,18 @@ MIN_BAR = 20
 
 
 def in_order(view: StatusView) -> tuple[StageView, ...]:
-    return tuple(sorted(view.stages, key=lambda stage: stage.layers))
+    return tuple(sorted(view.stages, key=lambda stage: (stage.pipeline, stage.layers)))
+
+
+def titled(view: StatusView, lines: Callable[[StatusView], list[Runs]]) -> list[Runs]:
+    """Lines of each pipeline, under its number where there are several."""
+    chains, found = view.chains(), list[Runs]()
+    for chain in chains:
+        told = lines(chain)
+        if told and len(chains) > 1:
+            found.append(((f"pipeline {chain.stages[0].pipeline}", "heading"),))
+        found += told
+    return found
 
 
 def geometry(view: StatusView, width: int) -> Geometry | None:

@@ -10,6 +10,7 @@ Bounds: EVENTS_MAX events, HISTORY samples of each figure, GONE_MAX nodes that h
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from dwarfstar_engine.views import EventsView, EventView, NodeView, StageView, StatusView
@@ -38,6 +39,7 @@ class NodeRow:
     copy: tuple[int, int] | None = None  # layers of another stage that it holds ready
     gone: bool = False  # the engine does not name it any more
     bottleneck: bool = False
+    several: bool = False  # there are other pipelines than its own
 
     @property
     def id(self) -> str:
@@ -140,8 +142,11 @@ def _with_status(state: State, seen: StatusSeen) -> State:
     view, at = seen.view, seen.at
     other = state.status is not None and _another_engine(state, view)
     before = {} if other else {row.id: row for row in state.rows}
-    slowest = bottleneck(view)
+    chains = view.chains()
+    slowest = {bottleneck(chain) for chain in chains}
     rows = [_row(before.get(node.id), node, view, at, slowest) for node in view.nodes]
+    if len(chains) > 1:
+        rows = [replace(row, several=True) for row in rows]
     here = {row.id for row in rows}
     gone = [_gone(row) for row in before.values() if row.id not in here]
     sample = at - state.sampled_at >= SAMPLE_S
@@ -167,14 +172,14 @@ def _another_engine(state: State, view: StatusView) -> bool:
     return view.last_event < state.last_event
 
 
-def _row(old: NodeRow | None, node: NodeView, view: StatusView, at: float, slowest: str) -> NodeRow:
+def _row(old: NodeRow | None, node: NodeView, view: StatusView, at: float, slowest: Collection[str]) -> NodeRow:
     stages = tuple(stage for stage in view.stages if stage.node == node.name)
     copy = next((one.layers for one in view.standbys if one.node == node.name and one.state == "ready"), None)
     # The engine rounds ages: unless it hears from the node again, the moment that is kept is the better one.
     heard_at = at - node.heartbeat_age_s
     if old is not None and not old.gone and abs(heard_at - old.heard_at) < 0.1:
         heard_at = old.heard_at
-    row = NodeRow(node, stages, heard_at, copy=copy, bottleneck=bool(stages) and node.name == slowest)
+    row = NodeRow(node, stages, heard_at, copy=copy, bottleneck=bool(stages) and node.name in slowest)
     if old is None:
         return replace(row, rates=(row.tok_s or 0.0,), sampled_at=at)
     sample = at - old.sampled_at >= SAMPLE_S
@@ -218,7 +223,8 @@ def _caused(row: NodeRow, causes: dict[str, str], ended: dict[str, str]) -> Node
 
 
 def bottleneck(view: StatusView) -> str:
-    """The node whose stages take longest for a token; empty when there are less than two, or nothing is measured."""
+    """The node of a pipeline whose stages take longest for a token; empty when there are less than two, or nothing was
+    measured."""
     took: dict[str, float] = {}
     for stage in view.stages:
         took[stage.node] = took.get(stage.node, 0.0) + stage.ms_per_token

@@ -7,7 +7,7 @@ from textual.containers import VerticalScroll
 
 from dwarfstar_tui import text
 from dwarfstar_tui.cluster_rows import Runs
-from dwarfstar_tui.plan_lines import in_order, legend, summary, table_lines
+from dwarfstar_tui.plan_lines import in_order, legend, summary, table_lines, titled
 from dwarfstar_tui.screens.base import AppScreen
 from dwarfstar_tui.store import State
 from dwarfstar_tui.widgets.plan_bar import PlanBar
@@ -34,8 +34,8 @@ class PlanScreen(AppScreen):
         top: list[Runs] = []
         table: list[Runs] = []
         if status is not None and status.stages:
-            top = summary(status, width, glyphs)
-            table = table_lines(status, state.rows, width, glyphs)
+            top = titled(status, lambda chain: summary(chain, width, glyphs))
+            table = titled(status, lambda chain: table_lines(chain, state.rows, width, glyphs))
             loading = [stage for stage in status.stages if stage.state == "loading"]
             if loading:
                 names = ", ".join(text.clean(stage.node) for stage in loading)
@@ -60,5 +60,9 @@ class PlanScreen(AppScreen):
         status = self.host.state.status
         if status is None or not status.stages:
             return None
-        stages = [{"node": stage.node, "layers": list(stage.layers)} for stage in in_order(status)]
+        several = len(status.chains()) > 1
+        stages = [
+            {"node": stage.node, "layers": list(stage.layers)} | ({"pipeline": stage.pipeline} if several else {})
+            for stage in in_order(status)
+        ]
         return {"plan": {"epoch": status.epoch, "stages": stages}}

@@ -11,9 +11,12 @@ from dwarfstar_tui.store import State
 from dwarfstar_tui.text import Glyphs
 from dwarfstar_tui.widgets.runs_view import RunsView
 
+HEIGHT = 3
+
 
 class PlanBar(RunsView):
-    """Three lines, as wide as the widget. Its height is 0 when there is no plan."""
+    """Three lines, as wide as the widget, and of each pipeline a title more where there are several. Nothing where
+    there is no plan."""
 
     def __init__(self, *, id: str | None = None) -> None:  # noqa: A002 - Textual's name
         super().__init__(id=id)
@@ -21,7 +24,7 @@ class PlanBar(RunsView):
 
     @property
     def geometry(self) -> Geometry | None:
-        """Of what is shown; None: there is no plan, or no room for it."""
+        """Of what is shown; None: there is no plan, or no room for it, or there are several pipelines."""
         return self._geometry
 
     def show(self, state: State, glyphs: Glyphs) -> None:
@@ -31,4 +34,6 @@ class PlanBar(RunsView):
             self.set_lines([])
             return
         self._geometry = plan_lines.geometry(state.status, width)
-        self.set_lines(plan_lines.bar_lines(state.status, state.rows, width, glyphs))
+        lines = plan_lines.titled(state.status, lambda chain: plan_lines.bar_lines(chain, state.rows, width, glyphs))
+        self.styles.height = max(HEIGHT, len(lines))
+        self.set_lines(lines)

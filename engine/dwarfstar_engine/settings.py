@@ -23,6 +23,7 @@ ENV_PREFIX = "DWARFSTAR_"
 
 _LENT = re.compile(r"(\d+(?:\.\d+)?)(%?)|-\d+(?:\.\d+)?", re.ASCII)
 MAX_LENT_GIB = 1 << 20
+MAX_SLOTS = 64
 MAX_PIPELINES = 64  # each has a coordinator's share of one process; more requests than that need another coordinator
 
 
@@ -89,7 +90,7 @@ class Settings(BaseModel):
 
     context: int | None = Field(default=None, ge=16, le=1 << 20)
     """Tokens of one request, prompt and answer; default: the model's own limit, at most 4096."""
-    slots: int = Field(default=4, ge=1, le=64)
+    slots: int = Field(default=4, ge=1, le=MAX_SLOTS)
     """Requests generated at the same time; each has a full context of KV cache."""
     kv: Literal["f16", "q8_0", "q4_0"] = "f16"
     """Type of the KV cache's cells. The quantised ones take half and a quarter of the memory, and are not exact."""

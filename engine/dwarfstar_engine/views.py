@@ -99,6 +99,13 @@ class StatusView(View):
     warnings: tuple[str, ...] = ()  # what its owner should look into, newest last
     last_event: int = 0  # number of the latest; 0: none yet
 
+    def chains(self) -> tuple[StatusView, ...]:
+        """Of each pipeline one with its stages only, along its ring."""
+        rings: dict[int, list[StageView]] = {}
+        for stage in sorted(self.stages, key=lambda one: (one.pipeline, one.layers)):
+            rings.setdefault(stage.pipeline, []).append(stage)
+        return tuple(self.model_copy(update={"stages": tuple(ring)}) for ring in rings.values())
+
 
 class EventView(View):
     number: int  # from 1, without gaps

@@ -164,7 +164,7 @@ def test_a_coordinator_that_comes_back_on_another_port_and_address_is_found(netw
         _ip("-n", f"ds-{network.mark}-a", "address", "add", "10.213.8.77/24", "dev", "eth0")
         with _serve(tmp_path / "2.log", a, home, "--control-port", "9001") as head:
             until(lambda: _serving(head), "they serve again")
-            assert {process.pid for process in node.family()} == pids, "the weights were kept"
+            assert pids <= {process.pid for process in node.family()}, "the weights were kept"
         assert "attached to the coordinator at 10.213.8.77:9001" in node.output
 
 

@@ -65,13 +65,18 @@ async def events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
 
 
 async def crowd(
-    engine: EngineProcess, requests: list[dict[str, Any]], strike: Callable[[], None] | None = None, at: int = STRIKE_AT
+    engine: EngineProcess,
+    requests: list[dict[str, Any]],
+    strike: Callable[[], None] | None = None,
+    at: int = STRIKE_AT,
+    begun: int | None = None,
 ) -> list[Heard]:
-    """All requests at once; ``strike`` when each stream has said ``at`` tokens."""
+    """All requests at once; ``strike`` when so many streams, or all, have said ``at`` tokens."""
+    begun = len(requests) if begun is None else begun
     heards = [Heard() for _ in requests]
     async with httpx.AsyncClient(base_url=engine.url, timeout=DEADLINE_S) as client, asyncio.timeout(DEADLINE_S):
         work = [asyncio.create_task(listen(client, *pair)) for pair in zip(requests, heards, strict=True)]
-        while strike is not None and min(heard.tokens for heard in heards) < at:
+        while strike is not None and sum(heard.tokens >= at for heard in heards) < begun:
             await asyncio.sleep(0.005)
             assert not any(task.done() for task in work)
         if strike is not None:

@@ -22,7 +22,7 @@ from dwarfstar_tui.cluster_rows import (
 )
 from dwarfstar_tui.event_lines import event_line, role_of
 from dwarfstar_tui.header_lines import Badges, status_line, tab_line, width_of
-from dwarfstar_tui.plan_lines import bar_lines, table_lines
+from dwarfstar_tui.plan_lines import bar_lines, table_lines, titled
 from dwarfstar_tui.store import NodeRow, State, reduce
 from dwarfstar_tui.updates import Linked, LinkState, StatusSeen
 from support.tui_cluster import NOW, history, home_lab, node, story
@@ -104,6 +104,17 @@ def test_the_plan_bar_fills_its_width(width: int) -> None:
     lines = bar_lines(STATE.status, STATE.rows, width, text.FANCY)
     assert [width_of(line) for line in lines] == [width] * 3
     assert len({width_of(line) for line in table_lines(STATE.status, STATE.rows, width, text.FANCY)}) == 1
+
+
+@given(WIDTHS)
+def test_each_pipeline_has_a_bar_under_its_number(width: int) -> None:
+    lab = home_lab()
+    other = tuple(one.model_copy(update={"pipeline": 1}) for one in lab.stages)
+    both = lab.model_copy(update={"stages": (*other, *lab.stages)})
+    lines = titled(both, lambda chain: bar_lines(chain, STATE.rows, width, text.FANCY))
+    one = bar_lines(lab, STATE.rows, width, text.FANCY)
+    assert lines == [(("pipeline 0", "heading"),), *one, (("pipeline 1", "heading"),), *one]
+    assert titled(lab, lambda chain: bar_lines(chain, STATE.rows, width, text.FANCY)) == one
 
 
 @given(st.integers(50, 220), st.sampled_from(list(LinkState)), st.booleans())

@@ -117,6 +117,15 @@ def test_the_bottleneck_is_the_slowest_machine_not_the_slowest_stage() -> None:
     assert bottleneck(status([], stages[:1])) == ""
 
 
+def test_each_pipeline_has_a_bottleneck_of_its_own() -> None:
+    stages = [stage("a", (0, 4), 3.0), stage("b", (4, 9), 4.0), stage("c", (0, 9), 9.0, pipeline=1)]
+    nodes = [node(name, "cpu", 8, 2, 6) for name in "abc"]
+    rows = after(StatusSeen(status(nodes, stages), NOW, 1.0)).rows
+    assert [(row.view.name, row.bottleneck, row.several) for row in rows] == [
+        ("a", False, True), ("b", True, True), ("c", False, True),
+    ]  # fmt: skip
+
+
 def test_alerts_begin_with_the_worst() -> None:
     state = after(StatusSeen(home_lab().model_copy(update={"warnings": ("the certificate ends soon",)}), NOW, 1.0))
     found = alerts(state, NOW + 4.0)

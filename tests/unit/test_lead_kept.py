@@ -25,9 +25,11 @@ from dwarfstar_engine.node.lease_wire import message_from, message_to
 from dwarfstar_engine.node.links import seen
 from dwarfstar_engine.node.source import open_source
 from dwarfstar_engine.node.vocab import ToyVocab
+from dwarfstar_engine.plan import shares
 from dwarfstar_engine.plan.forecast import Objective, Strategy
 from dwarfstar_engine.plan.owned import OwnedPlan, to_text
 from dwarfstar_engine.plan.proportional import Plan, StagePlan
+from dwarfstar_engine.plan.shares import Wanted
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.trust import NodeFiles, utc_now
@@ -136,6 +138,8 @@ def test_what_an_owner_has_decided_goes_to_another_leader(tmp_path: Path) -> Non
     owned = OwnedPlan(source.fingerprint, (("a", 3), ("b", 8)), Strategy.FASTEST, Objective.SINGLE)
     first = leader()
     first.steering.restore(to_text(owned), {"b": "50%"})
+    taken = Wanted(3, copies=True)
+    first.restore(shares.to_text(taken, first.dealer.wanted, source.fingerprint))
     wishes = shared.wishes_of(settings, source)
     kept = ClusterState().changed(
         1, "a", wishes=shared.with_plan(wishes, {}, first), overrides=shared.with_lent({"x": {"removed": True}}, first)
@@ -143,6 +147,7 @@ def test_what_an_owner_has_decided_goes_to_another_leader(tmp_path: Path) -> Non
     assert kept.overrides == {"x": {"removed": True}, "b": {"effective_vram": "50%"}}
     second = shared.restore(leader(), decode(encode(kept)))
     assert second.steering.owner_text == first.steering.owner_text and second.steering.lent == {"b": "50%"}
+    assert second.dealer.wanted == taken and len(second.pipelines) == 3 and second.dealer.text == first.dealer.text
     second.steering.restore("", {})
     assert shared.with_lent(kept.overrides, second) == {"x": {"removed": True}}
     assert shared.with_plan(wishes, kept.wishes, second)["owner_plan"] == ""

@@ -24,6 +24,8 @@ from dwarfstar_engine.serving import Request, Sampling
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from unit.test_recovery import Hop, Player, Sink, make, until
 
+DAY_S = 86400.0
+
 
 @asynccontextmanager
 async def playing(
@@ -33,6 +35,7 @@ async def playing(
     Hop.gate = asyncio.Event()
     Hop.gate.set()
     monkeypatch.setattr(module, "RingSender", Hop)
+    monkeypatch.setattr(module, "PAUSE_S", (0.0, *[0.01] * 5))
     monkeypatch.setattr(coordinator_module, "WATCH_S", 0.02)
     monkeypatch.setattr(dealer_module, "LOOK_S", 0.0)
     coordinator = make(folder, **{"replicas": 2, "wait_nodes": len(names), **given})
@@ -157,6 +160,9 @@ async def test_a_node_that_comes_later_is_a_replica_more_and_then_a_spare(
 async def test_what_two_broken_pipelines_left_serves_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = {"replicas": 0, "pipelines": 2, "rejoin_s": 0.0, "context": 16, "wait_nodes": 4}
     async with playing(monkeypatch, tmp_path, **given) as (coordinator, players):
+        monkeypatch.setattr(
+            coordinator_module, "WATCH_S", DAY_S
+        )  # not when it is looked at, but when they are given up
         half_fits(coordinator, players)
         await until(lambda: sorted(map(len, rings(coordinator))) == [2, 2])
         sinks = ask(coordinator, 2)
@@ -215,4 +221,40 @@ async def test_the_advisor_may_decide(monkeypatch: pytest.MonkeyPatch, tmp_path:
         await asyncio.wait_for(coordinator.take(Kind.SPLIT), 5.0)
         assert sorted(rings(coordinator)[0]) == ["a", "b"] and not rings(coordinator)[1]
         await asyncio.wait_for(coordinator.take(Kind.REPLICAS), 5.0)
+        assert sorted(rings(coordinator)) == ["a", "b"]
+
+
+async def test_what_an_owner_has_taken_is_what_another_coordinator_begins_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = {"replicas": 0, "rejoin_s": 0.0}
+    async with playing(monkeypatch, tmp_path, "a", "b", **given) as (coordinator, _):
+        await until(lambda: "ab" in rings(coordinator)[0] and not coordinator.dealer.text)
+        async with asyncio.timeout(5.0):
+            await coordinator.take(Kind.REPLICAS)
+        kept = coordinator.dealer.text
+        async with asyncio.timeout(5.0):
+            await coordinator.take(None)
+        assert sorted(map(len, rings(coordinator))) == [0, 2] and not coordinator.dealer.text
+    async with playing(monkeypatch, tmp_path, **given, wait_nodes=1) as (coordinator, players):
+        coordinator.restore(kept)
+        for name in "ab":
+            coordinator.nodes.attach(players[name].member)
+        await until(lambda: sorted(rings(coordinator)) == ["a", "b"])
+        assert coordinator.dealer.text == kept
+
+
+async def test_with_one_machine_taken_the_plan_is_that_of_the_pipeline_that_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with playing(monkeypatch, tmp_path, "a", "b", rejoin_s=0.0) as (coordinator, players):
+        await until(lambda: rings(coordinator) == ["a", "b"])
+        players["b"].member.device.bandwidth_gb_s = 500.0
+        async with asyncio.timeout(5.0):
+            await coordinator.take(Kind.SINGLE)
+        alone = next(one for one in coordinator.pipelines if one.serving)
+        assert sum(one.serving for one in coordinator.pipelines) == 1
+        assert coordinator.first is coordinator.pipeline_at(0) is alone and coordinator.status().reason == ""
+        async with asyncio.timeout(5.0):
+            await coordinator.take(Kind.REPLICAS, alone.epoch)
         assert sorted(rings(coordinator)) == ["a", "b"]

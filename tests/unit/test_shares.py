@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.cluster import Cluster, Link
 from dwarfstar_engine.plan.forecast import Job
-from dwarfstar_engine.plan.shares import SPARE, Wanted, deal, holds, mend, place
+from dwarfstar_engine.plan.shares import SPARE, Wanted, deal, from_text, holds, mend, place, to_text
 from support.clusters import even_job, gpu, random_cluster, random_job
 
 JOB = even_job(30, 10)
@@ -75,6 +75,17 @@ def test_pipelines_have_equal_room_and_newcomers_go_where_they_are_needed() -> N
     assert place(FOUR, JOB, Wanted(2), [["a", "b"], []], "c") == 1
     assert place(FOUR, JOB, Wanted(2), [["a", "b"], ["c"]], "d") == 1
     assert place(FOUR, JOB, Wanted(1), [["a", "b", "c"]], "d") == 0
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(3, copies=True), Wanted(auto=True, kind=Kind.PIPELINES)])
+def test_what_was_taken_is_kept_for_its_model_until_something_else_is_given(wanted: Wanted) -> None:
+    given = Wanted(2)
+    text = to_text(wanted, given, "model")
+    assert from_text(text, given, "model") == wanted
+    assert from_text(text, Wanted(3), "model") is None and from_text(text, given, "other") is None
+    assert to_text(given, given, "model") == ""
+    bad = ("", None, 5, "[]", "[" * 100_000, text.replace("[", "{"), text.replace('"wanted":[', '"wanted":[99'))
+    assert all(from_text(one, given, "model") is None for one in bad)
 
 
 def test_what_is_left_of_two_pipelines_makes_one() -> None:

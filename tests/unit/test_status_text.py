@@ -87,6 +87,9 @@ def test_what_was_set_is_marked() -> None:
 
 
 def test_several_pipelines_are_told_of() -> None:
-    two = view(node("a"), node("b"), stages=(stage("a"), stage("b", pipeline=1)))
-    assert "· 2 pipelines ·" in status_text(two, 80).splitlines()[0]
+    two = view(node("a"), node("b"), node("c"), stages=(stage("b", pipeline=1), stage("c")))
+    shown = status_text(two, 80).splitlines()
+    assert "· 2 pipelines ·" in shown[0]
+    at = shown.index("pipeline 0")
+    assert [line.split()[0] for line in shown[at + 1 : at + 6]] == ["c", "pipeline", "b", "in", "a"]
     assert "pipelines" not in status_text(view(node("a"), stages=(stage("a"),)), 80)

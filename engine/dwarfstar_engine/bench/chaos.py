@@ -2,7 +2,8 @@
 
 Each request of a pool is first run undisturbed. Then ``STREAMS`` clients ask for them again and again, some leave in
 the middle, while processes are killed and stopped and links cut (``faults``). Every request must end once: with the
-undisturbed text, or, having been carried over MAX_RESCUES times, with an error that says so.
+undisturbed text; or, having been carried over MAX_RESCUES times, with an error that says so; or, where the engine
+itself was stopped for longer than its lease, which ends its term, with an error that asks to send it again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import bisect
 import contextlib
 import json
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -26,6 +28,7 @@ from dwarfstar_engine.bench import faults
 from dwarfstar_engine.bench.faults import Fault, Kind, Strike
 from dwarfstar_engine.bench.machines import Machine, signalled
 from dwarfstar_engine.bench.soak import WORDS
+from dwarfstar_engine.cluster import lease
 from dwarfstar_engine.node.streams import MAX_RESCUES
 
 STREAMS = 8
@@ -35,10 +38,15 @@ SAMPLE_S = 0.5
 PATIENCE_S = 20.0  # before the next strike, whatever became of the last one
 MEMORY_SHARE, MEMORY_BYTES = 0.05, 8 << 20  # growth that is no leak: of the first third, and absolute
 FILES = 8  # open files likewise
+KIND_CHARS = 80  # what begins like this, but for its figures, is told once
 LOG_LINES = 60  # of all machines together for each fault: an epoch is told in some ten lines, and breaks twice or so
 TEXT = "/v1/completions"
 EARLY = "the pipeline broke during this request"  # of the error after MAX_RESCUES
 LATE, LATE_S = "the pipeline was not back in", 60.0  # of the error after rescue_s
+TIMINGS = lease.Timings()
+SPENT_S = TIMINGS.lease_s - TIMINGS.renew_s  # a process that was stopped for so long may have lost its lease
+OVER = ("send the request again", "the model is not being served")  # while an engine whose term ended gathers its nodes
+REFUSED_S = 0.2  # until who was refused asks again
 SLACK_S = 15.0  # a fault's effect may last so long
 
 
@@ -53,12 +61,14 @@ class Asked:
 
 @dataclass(slots=True)
 class Tally:
-    """What was seen. times: at which any client got something. struck: strikes, with their names."""
+    """What was seen. times: at which any client got something. struck: strikes, with their names. woken: when the
+    engine's process, stopped for as long as a lease, went on."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     struck: list[tuple[float, str]] = field(default_factory=list)
+    woken: list[float] = field(default_factory=list)
     faults: int = 0
     missed: int = 0  # faults that found no process
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -121,7 +131,7 @@ class Client:
                 self._tally.problem(f"no end within {DEADLINE_S:.0f} s: {asked.body}")
             except (httpx.HTTPError, ValueError) as error:
                 self._tally.problem(f"broken answer: {type(error).__name__} {error}")
-                await asyncio.sleep(0.2)  # an engine that is gone is not asked in a busy loop
+                await asyncio.sleep(REFUSED_S)
 
     async def _plain(self, asked: Asked, began: float) -> None:
         answer = await self._http.post(TEXT, json=asked.body)
@@ -129,6 +139,7 @@ class Client:
         said = answer.json()
         if answer.status_code != 200:
             self._refused(said["error"], began)
+            await asyncio.sleep(REFUSED_S)
             return
         choice = said["choices"][0]
         if asked.body.get("logprobs") and len(choice["logprobs"]["tokens"]) != said["usage"]["completion_tokens"]:
@@ -140,6 +151,7 @@ class Client:
         async with self._http.stream("POST", TEXT, json=asked.body) as answer:
             if answer.status_code != 200:
                 self._refused(json.loads(await answer.aread())["error"], began)
+                await asyncio.sleep(REFUSED_S)
                 return
             async for line in answer.aiter_lines():
                 done += line == "data: [DONE]"
@@ -183,6 +195,10 @@ class Client:
             self._tally.outcomes["given up"] += 1
         elif error["message"].startswith(LATE) and self._silent_s() >= LATE_S:
             self._tally.outcomes["waited too long"] += 1
+        elif any(words in error["message"] for words in OVER) and any(
+            0 <= time.monotonic() - at <= SLACK_S for at in self._tally.woken
+        ):
+            self._tally.outcomes["ended with the engine's term"] += 1
         else:
             self._tally.problem(f"after {struck} strikes in {time.monotonic() - began:.1f} s: {error['message']}")
 
@@ -237,7 +253,10 @@ class Striker:
                     return signalled(stages[0], signal.SIGKILL)
                 return await _hold(stages[0], fault.hold_s)
             case Kind.STOP_NODE | Kind.STOP_ENGINE:
-                return await _hold(await asyncio.to_thread(lambda: machine.pid), fault.hold_s)
+                found = await _hold(await asyncio.to_thread(lambda: machine.pid), fault.hold_s)
+                if fault.kind is Kind.STOP_ENGINE and fault.hold_s >= SPENT_S:
+                    self._tally.woken.append(time.monotonic())
+                return found
             case Kind.KILL_NODE | Kind.RESTART:
                 number = signal.SIGKILL if fault.kind is Kind.KILL_NODE else signal.SIGTERM
                 found = signalled(await asyncio.to_thread(lambda: machine.pid), number)
@@ -373,5 +392,8 @@ def report(tally: Tally, seed: int, lines: int) -> str:
         text.append(f"{what}: {' in the first third, '.join(shown)} in the last")
     text.append(f"log lines: {lines}")
     text.append(f"wrong: {len(tally.wrong)}")
-    text += [f"  {problem[:600]}" for problem in tally.wrong[:20]]
+    kinds: dict[str, list[str]] = {}
+    for problem in tally.wrong:
+        kinds.setdefault(re.sub(r"\d+", "N", problem)[:KIND_CHARS], []).append(problem)
+    text += [f"  {len(alike)} ×: {alike[0][:600]}" for alike in list(kinds.values())[:20]]
     return "\n".join(text)

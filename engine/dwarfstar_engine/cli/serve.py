@@ -63,7 +63,7 @@ from dwarfstar_engine.node.stages import NodeOptions
 from dwarfstar_engine.node.tunnel import Tunnel
 from dwarfstar_engine.node.vocab import ProcessVocab, ToyVocab, Vocab
 from dwarfstar_engine.plan.proportional import Capacity, Need, with_cuts
-from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.settings import MAX_SLOTS, Settings
 from dwarfstar_engine.stage.fingerprint import fingerprint
 from dwarfstar_engine.views import StatusView
 from dwarfstar_engine.wire.enrol import Enrolment, join_port, serve_enrolment
@@ -82,7 +82,8 @@ from dwarfstar_engine.wire.trust import fingerprint as authority_fingerprint
 log = logging.getLogger("dwarfstar")
 
 DEMO_NODES = 3
-DEMO_SHARE = 0.5  # of the whole model's memory that each demo node lends: one is not enough, three are
+DEMO_SHARE = 0.5  # of the whole model's memory that each demo node lends at least: one is not enough, three are
+DEMO_ROOM = 1.5  # and all together: what a slice needs cannot be divided as one likes
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +291,8 @@ def _lent(start: Start, settings: Settings, source: Source) -> str | None:
     context = min(settings.context or DEFAULT_CONTEXT, source.train_context)
     kv = kv_cells(settings, context) * sum(source.costs.kv_bytes_per_token)
     whole = sum(source.costs.layer_bytes) + source.costs.head_bytes + kv
-    return _gib(whole * DEMO_SHARE + reserve_bytes(source, settings))
+    share = max(DEMO_SHARE, DEMO_ROOM / (start.local_nodes or DEMO_NODES))
+    return _gib(whole * share + reserve_bytes(source, settings))
 
 
 def _gib(size: float) -> str:
@@ -318,7 +320,9 @@ async def _open_drafter(coordinator: Coordinator, vocab: Vocab, settings: Settin
     if settings.draft_model is None or settings.speculation == "off":
         return None
     path = find_model(settings.draft_model, settings.models_dir)
-    options = DraftOptions(coordinator.context, settings.slots, threads=settings.threads or 1)
+    # One for all pipelines. Where they have more slots than it, it reads a text again that it had to let go.
+    sequences = min(settings.slots * coordinator.dealer.count, MAX_SLOTS)
+    options = DraftOptions(coordinator.context, sequences, threads=settings.threads or 1)
     ours = fingerprint(vocab.piece(token) for token in range(vocab.size))
     drafter = Drafter(path, coordinator.source.name, ours, options)
     await drafter.start()

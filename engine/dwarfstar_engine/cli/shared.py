@@ -23,7 +23,7 @@ SHARED = (
     "objective", "auto_balance", "pipelines", "replicas",
 )  # fmt: skip
 
-OWNER_PLAN = "owner_plan"  # of the state's wishes
+OWNER_PLAN, TAKEN = "owner_plan", "taken"  # of the state's wishes
 LENT = "effective_vram"  # of the state's overrides
 
 
@@ -43,7 +43,7 @@ def with_plan(
     plan = made or (before.get("plan", "") if same else "")
     if coordinator.dealer.wanted.several:
         plan = ""  # nodes are dealt out anew; one that is asked for the slice it has keeps it
-    return {**wishes, "plan": plan, OWNER_PLAN: coordinator.steering.owner_text}
+    return {**wishes, "plan": plan, OWNER_PLAN: coordinator.steering.owner_text, TAKEN: coordinator.dealer.text}
 
 
 def with_lent(
@@ -60,6 +60,7 @@ def restore(coordinator: Coordinator, state: ClusterState) -> Coordinator:
     """With what its owner has decided."""
     lent = {node: said[LENT] for node, said in state.overrides.items() if LENT in said}
     coordinator.steering.restore(state.wishes.get(OWNER_PLAN), lent)
+    coordinator.restore(state.wishes.get(TAKEN))
     return coordinator
 
 

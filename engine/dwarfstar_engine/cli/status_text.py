@@ -32,7 +32,7 @@ def status_text(view: StatusView, width: int) -> str:
 
 def _epoch(view: StatusView) -> str:
     """And how many pipelines there are, if there are several."""
-    count = len({stage.pipeline for stage in view.stages if stage.state == "ready"})
+    count = len(view.chains())
     return f"epoch {view.epoch}" + (f" · {count} pipelines" if count > 1 else "")
 
 
@@ -45,16 +45,31 @@ def _table(view: StatusView, *, wide: bool) -> Iterator[str]:
     heading += f"{'layers':>9}{'ms/tok':>8}"
     heading += f"{'rows/s':>8}{'busy':>6}{'wait':>6}{'GiB':>7}" if wide else f"{'busy':>6}{'GiB':>7}"
     yield heading + f"{'pid':>9}"
-    for node in view.nodes:
-        row = _node(node, name, wide=wide)
-        stages: list[StageView | None] = [stage for stage in view.stages if stage.node == node.name]
-        for stage in stages or [None]:  # it may have taken over a second one
-            yield (f"{row:{at}}" + _stage(stage, wide=wide)).rstrip()
-            row = ""
+    for title, nodes in _groups(view):
+        yield from title
+        for node in nodes:
+            row = _node(node, name, wide=wide)
+            stages: list[StageView | None] = [stage for stage in view.stages if stage.node == node.name]
+            for stage in stages or [None]:  # it may have taken over a second one
+                yield (f"{row:{at}}" + _stage(stage, wide=wide)).rstrip()
+                row = ""
     for copy in view.standbys:
         if copy.state == "ready":
             row = f"{copy.node[: name - 1]:{name}}{'copy':>7}"
             yield f"{row:{at}}{f'{copy.layers[0]}–{copy.layers[1] - 1}':>9}"
+
+
+def _groups(view: StatusView) -> Iterator[tuple[tuple[str, ...], list[NodeView]]]:
+    """The nodes under their titles: those of each pipeline along its ring, then the others. One pipeline needs none."""
+    chains, left = view.chains(), {node.name: node for node in view.nodes}
+    if len(chains) < 2:
+        yield (), list(view.nodes)
+        return
+    for chain in chains:
+        names = dict.fromkeys(stage.node for stage in chain.stages)
+        yield (f"pipeline {chain.stages[0].pipeline}",), [left.pop(one) for one in names if one in left]
+    if left:
+        yield ("in no pipeline",), list(left.values())
 
 
 def _node(node: NodeView, name: int, *, wide: bool) -> str:

@@ -215,6 +215,8 @@ class ControlService(ControlServicer):
             asked = _asked(request)
             if asked.take is not None:
                 return await self._coordinator.take(Kind(asked.take), request.base_epoch)
+            if asked.auto and self._coordinator.dealer.taken:
+                return await self._coordinator.take(None, request.base_epoch)
             return await self._coordinator.pipeline_at(asked.pipeline).steering.commit(asked, request.base_epoch)
 
         return await self._change(context, commit)

@@ -128,6 +128,11 @@ class Coordinator:
         return self.pipelines[0].plan(without)
 
     @property
+    def first(self) -> Pipeline:
+        """The first that serves, or else that has nodes: a new dealing may leave the one with number 0 none."""
+        return max(self.pipelines, key=lambda one: (one.serving, len(one.members) > 0, -one.number))
+
+    @property
     def serving(self) -> bool:
         """Whether a pipeline is up."""
         return any(one.serving for one in self.pipelines)
@@ -145,7 +150,7 @@ class Coordinator:
         )
 
     def health(self) -> Mapping[str, Any]:
-        first = self.pipelines[0]
+        first = self.first
         if self.serving:
             return {"status": "ok", "epoch": self.epoch, "cuts": [s.plan.layers[1] for s in first.ring.stages[:-1]]}
         return {"status": "unavailable", "code": first.code, "reason": first.reason}
@@ -168,7 +173,7 @@ class Coordinator:
         for one in self.pipelines:
             if one.takes_in:
                 return one.wait(request, sink)
-        first = self.pipelines[0]
+        first = self.first
         told = f"the model is not being served: {first.reason}"
         raise Unavailable(told, code=first.code, retry_after_s=RETRY_AFTER_S)
 
@@ -233,7 +238,9 @@ class Coordinator:
         return self.pipelines[max(0, self.dealer.dealt.get(member.id, 0))]
 
     def pipeline_at(self, number: int) -> Pipeline:
-        """Raises PlanError: there is none of that number."""
+        """0: the first that can be spoken of. Raises PlanError: there is none of that number."""
+        if number == 0:
+            return self.first
         if number < len(self.pipelines):
             return self.pipelines[number]
         count = len(self.pipelines)
@@ -243,27 +250,34 @@ class Coordinator:
         """The one that serves that epoch; the first if none does, which will say so, or if it is 0."""
         return next((one for one in self.pipelines if epoch and one.epoch == epoch), self.pipelines[0])
 
-    async def take(self, kind: Kind, base_epoch: int = 0) -> CommitView:
-        """Serve as one of the advisor's alternatives from now on; returns when all of it does. Streams wait meanwhile.
-        Raises DwarfStarError: that is not possible, or no more; TimeoutError: it is being loaded still."""
+    def restore(self, taken: object) -> None:
+        """What its owner has taken, as the cluster has kept it; before ``begin``."""
+        self.dealer.restore(taken)
+        self._add_pipelines()
+
+    async def take(self, kind: Kind | None, base_epoch: int = 0) -> CommitView:
+        """Serve as one of the advisor's alternatives from now on, also after a restart; None: as it was told to.
+        Returns when all of it serves. Streams wait meanwhile. Raises DwarfStarError: that is not possible, or no more;
+        TimeoutError: it is being loaded still."""
+        why = "what its owner had taken is over" if kind is None else f"its owner has taken: {kind}"
         async with self._taking:
-            if base_epoch not in (0, self.pipelines[0].epoch):
+            if base_epoch not in (0, self.first.epoch):
                 raise PlanError("another plan serves than the one this was proposed for: look again", code=STALE)
             if self.source is not self.main:
                 raise PlanError(f"{self.source.name} is served in the place of {self.main.name}", code="not_possible")
-            before = self.steering.present_view()
+            before = self.first.steering.present_view()
             changed = self.dealer.take(kind)
             self._dealt(changed)
             for number in {one for one in changed.values() if one != SPARE}:
                 pipeline = self.pipelines[number]
                 if pipeline.serving:  # it keeps what it has and gets more: what is missing is loaded first
-                    await pipeline.moves.change(pipeline.plan(), f"its owner has taken: {kind}")
+                    await pipeline.moves.change(pipeline.plan(), why)
             async with asyncio.timeout(LOAD_DEADLINE_S):
                 while not all(one.serving for one in self.pipelines if one.members):
                     self._served.clear()
                     await self._served.wait()
-        self.journal.add(Happening.OWNER_PLAN, f"its owner has taken: {kind}", details={"epoch": self.epoch})
-        return CommitView(epoch=self.epoch, loaded_first=False, before=before, after=self.steering.present_view())
+        self.journal.add(Happening.OWNER_PLAN, why, details={"epoch": self.epoch})
+        return CommitView(epoch=self.epoch, loaded_first=False, before=before, after=self.first.steering.present_view())
 
     def _dealt(self, changed: Mapping[str, int]) -> None:
         """Nodes are in other pipelines now."""
@@ -357,12 +371,20 @@ class Coordinator:
             gc.collect()
             gc.freeze()  # the vocabulary and all modules: collections between tokens need not walk them
 
-    def gave_up(self, pipeline: Pipeline) -> None:
-        heir = next((one for one in self.pipelines if one is not pipeline and one.reviving and one.members), None)
+    def gave_up(self, pipeline: Pipeline) -> bool:
+        now = time.monotonic()
+        changed = self.dealer.mended(now, self._seen(now)) if self.source is self.main else {}
+        self._dealt(changed)
+        if pipeline.number in changed.values():
+            return False
+        others = (one for one in self.pipelines if one is not pipeline and one.members)
+        heir = next((one for one in others if one.reviving or one.number in changed.values()), None)
         while heir is not None and (stream := pipeline.waiting.first()) is not None:
             pipeline.waiting.release(stream)
             stream.slot = -1  # where it was, another ring's stages held it
-            heir.waiting.put(stream, time.monotonic())
+            heir.waiting.put(stream, now)
+            heir.reviving = True
+        return True
 
     async def use(self, source: Source) -> None:
         """Who waits has tokens of the old one. Raises ModelError."""
@@ -416,8 +438,10 @@ class Coordinator:
                     self.broke(pipeline, for_good=False)
             if len(self.pipelines) > 1:
                 self._level()
-            seen = [Seen(one.serving, one.gone_at, one.idle_s(now) >= REPLAN_IDLE_S) for one in self.pipelines]
-            self._dealt(self.dealer.look(now, seen, on_main=self.source is self.main))
+            self._dealt(self.dealer.look(now, self._seen(now), on_main=self.source is self.main))
+
+    def _seen(self, now: float) -> list[Seen]:
+        return [Seen(one.serving, one.gone_at, one.idle_s(now) >= REPLAN_IDLE_S) for one in self.pipelines]
 
     def _level(self) -> None:
         """Requests that wait for a slot go where one has become free."""
@@ -436,7 +460,7 @@ class Coordinator:
     def status(self) -> StatusView:
         """A view of everything, now."""
         now = time.monotonic()
-        source, first = self.source, self.pipelines[0]
+        source, first = self.source, self.first
         total = sum(source.costs.layer_bytes) + source.costs.head_bytes
         serving = [one.dispatcher for one in self.pipelines if one.dispatcher is not None]
         return StatusView(

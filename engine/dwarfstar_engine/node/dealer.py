@@ -22,8 +22,8 @@ from dwarfstar_engine.node.source import Source
 from dwarfstar_engine.node.surveyor import Survey, Surveyor
 from dwarfstar_engine.plan.advisor import Kind
 from dwarfstar_engine.plan.forecast import Objective
-from dwarfstar_engine.plan.shares import SPARE, Wanted, deal, mend, place
-from dwarfstar_engine.settings import Settings
+from dwarfstar_engine.plan.shares import SPARE, Wanted, deal, from_text, mend, place, to_text
+from dwarfstar_engine.settings import MAX_PIPELINES, Settings
 
 LOOK_S = 2.0  # between two looks: each asks the planner
 
@@ -124,9 +124,29 @@ class Dealer:
         self.wanted = wanted or self.wanted
         return self._move(self._dealt_out(self._survey()))
 
-    def take(self, kind: Kind) -> dict[str, int]:
-        """Deal out as one of the advisor's alternatives has it: who changes the pipeline. Raises PlanError: there is no
-        such alternative, and nothing has changed."""
+    @property
+    def taken(self) -> bool:
+        """Whether the owner has taken something else than the engine was given."""
+        return self.wanted != wanted_of(self._host.settings)
+
+    @property
+    def text(self) -> str:
+        """What the cluster is to keep of that."""
+        return to_text(self.wanted, wanted_of(self._host.settings), self._host.main.fingerprint)
+
+    def restore(self, text: object) -> None:
+        """As the cluster has kept it; before nodes join."""
+        given = wanted_of(self._host.settings)
+        wanted = from_text(text, given, self._host.main.fingerprint) or given
+        if wanted != self.wanted:
+            self.wanted, self._begun = wanted, not wanted.several
+            self.count = max(self.count, wanted.count)
+
+    def take(self, kind: Kind | None) -> dict[str, int]:
+        """Deal out as one of the advisor's alternatives has it, or as it was given: who changes the pipeline. Raises
+        PlanError: there is no such alternative, and nothing has changed."""
+        if kind is None:
+            return self.anew(wanted_of(self._host.settings))
         wanted, survey = taken(kind, len(self._here())), self._survey()
         shares = deal(survey.cluster, survey.job, wanted, Objective(self._host.settings.objective))
         alone = len(shares) == 1 and len(shares[0]) == len(survey.ids)
@@ -144,19 +164,25 @@ class Dealer:
             return {}
         self._looked_at = now
         rejoin_s = self._host.settings.rejoin_s
-        broken = {number for number, one in enumerate(seen) if not one.serves and now - one.gone_at > rejoin_s}
+        if moves := self.mended(now, seen):
+            return moves
         survey = self._survey()
-        if broken:
-            shares, spare = self._shares(survey), self._spare(survey)
-            moves = mend(survey.cluster, survey.job, shares, spare, broken)
-            if moves:
-                return self._move({survey.ids[name]: number for name, number in moves.items()})
         if all(one.idle for one in seen) and all(now - one.gone_at > rejoin_s for one in seen):
             self._stirred = False
             fresh = self._dealt_out(survey)
             if self._is_better(fresh, seen):
                 return self._move(fresh)
         return {}
+
+    def mended(self, now: float, seen: Sequence[Seen]) -> dict[str, int]:
+        """Nodes for pipelines that have waited for theirs in vain: who changes the pipeline."""
+        rejoin_s = self._host.settings.rejoin_s
+        broken = {number for number, one in enumerate(seen) if not one.serves and now - one.gone_at >= rejoin_s}
+        if not broken or not self.wanted.several or not self._begun or not self._here():
+            return {}
+        survey = self._survey()
+        moves = mend(survey.cluster, survey.job, self._shares(survey), self._spare(survey), broken)
+        return self._move({survey.ids[name]: number for name, number in moves.items()})
 
     def _is_better(self, fresh: Mapping[str, int], seen: Sequence[Seen]) -> bool:
         """More pipelines; or others, if that is the advisor's business."""
@@ -209,5 +235,5 @@ class Dealer:
 def taken(kind: Kind, nodes: int) -> Wanted:
     """What is wanted when an owner takes one of the advisor's alternatives."""
     if kind is Kind.REPLICAS:
-        return Wanted(nodes, copies=True)
+        return Wanted(min(nodes, MAX_PIPELINES), copies=True)
     return Wanted(auto=True, kind=kind) if kind is not Kind.SPLIT else Wanted()

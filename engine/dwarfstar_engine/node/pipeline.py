@@ -101,8 +101,8 @@ class Host(Protocol):
     def broke(self, pipeline: Pipeline, *, for_good: bool) -> None:
         """It is down, and why is known: others may carry its streams. for_good: they need not wait for it."""
 
-    def gave_up(self, pipeline: Pipeline) -> None:
-        """It will not serve soon: who waits for it may wait for another that will."""
+    def gave_up(self, pipeline: Pipeline) -> bool:
+        """It will not serve soon: who waits for it may wait for another that will. False: it gets other nodes."""
 
     def others_serve(self, pipeline: Pipeline) -> bool: ...
     def alone(self, pipeline: Pipeline) -> bool:
@@ -380,8 +380,7 @@ class Pipeline:
         self.reason, self.code = error.message, error.code
         self.moves.no_plan(error)
         self.host.broke(self, for_good=True)
-        if error.code != WAITING:
-            self.host.gave_up(self)
+        if error.code != WAITING and self.host.gave_up(self):
             self.give_up(Unavailable(error.message, code=error.code, retry_after_s=RETRY_AFTER_S))
 
     async def _pause(self, pause_s: float) -> None:

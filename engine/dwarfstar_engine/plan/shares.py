@@ -11,8 +11,9 @@ model all nodes make one, so that what can be served at all is served.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from dwarfstar_engine.errors import PlanError
 from dwarfstar_engine.plan.advisor import Kind, advise, alone_on, dealt
@@ -20,6 +21,7 @@ from dwarfstar_engine.plan.cluster import Cluster
 from dwarfstar_engine.plan.cost import cluster_costs
 from dwarfstar_engine.plan.forecast import Job, Objective, Strategy
 from dwarfstar_engine.plan.planner import plan_cluster
+from dwarfstar_engine.settings import MAX_PIPELINES
 
 SPARE = -1  # the share of nodes that are in no pipeline
 
@@ -40,6 +42,28 @@ class Wanted:
     def several(self) -> bool:
         """Whether there may ever be more than one share."""
         return self.auto or self.copies or self.count > 1
+
+
+def to_text(wanted: Wanted, given: Wanted, model: str) -> str:
+    """What to keep of what an owner has taken; empty: it is as it was given to the engine. model: its fingerprint."""
+    if wanted == given:
+        return ""
+    told = {"model": model, "given": astuple(given), "wanted": astuple(wanted)}
+    return json.dumps(told, separators=(",", ":"))
+
+
+def from_text(text: object, given: Wanted, model: str) -> Wanted | None:
+    """As it was kept; None if it is none, or damaged, or of another model, or if the engine was given something else
+    since, which is the newer wish."""
+    try:
+        told = json.loads(text) if isinstance(text, str) else {}
+        if told["model"] != model or told["given"] != list(astuple(given)):
+            return None
+        count, copies, auto, kind = told["wanted"]
+        wanted = Wanted(int(count), bool(copies), bool(auto), None if kind is None else Kind(kind))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return wanted if 1 <= wanted.count <= MAX_PIPELINES else None
 
 
 Shares = Sequence[Collection[str]]  # of each pipeline, the names of its nodes
@@ -82,7 +106,7 @@ def _advised(cluster: Cluster, job: Job, objective: Objective, kind: Kind | None
     take = next((one for one in advice.alternatives if one.kind is kind), None) if kind else advice.take
     if take is None or take.kind is Kind.SPLIT:
         return None  # whose nodes are the planner's to choose
-    return [[stage.node for stage in ring] for ring in take.rings]
+    return [[stage.node for stage in ring] for ring in take.rings[:MAX_PIPELINES]]
 
 
 def place(cluster: Cluster, job: Job, wanted: Wanted, shares: Shares, name: str) -> int:

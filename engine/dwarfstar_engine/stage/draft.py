@@ -31,13 +31,14 @@ from typing import Any
 from dwarfstar_engine import native
 from dwarfstar_engine.errors import DwarfStarError, ModelError
 from dwarfstar_engine.model.gguf import read_model
+from dwarfstar_engine.settings import MAX_SLOTS
 from dwarfstar_engine.stage import llamacpp
 from dwarfstar_engine.stage.fingerprint import fingerprint
 from dwarfstar_engine.stage.llamacpp import llama
 from dwarfstar_engine.stage.pipe import ChildPipe
 from dwarfstar_engine.stage.vocab import Vocabulary
 
-MAX_SEQUENCES = 64  # the bound on slots of a pipeline
+MAX_SEQUENCES = MAX_SLOTS
 MAX_COUNT = 16  # tokens of one answer: no pipeline sends more guesses
 BATCH = 512  # tokens of a text that run at once
 
