@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--after", type=int, default=25, help="tokens of each stream before the drain")
     given = parser.parse_args()
     bodies: list[dict[str, Any]] = [
-        {"prompt": prose(given.words, n), "max_tokens": given.after + 120, "ignore_eos": True, "temperature": 0}
+        {"prompt": prose(given.words, n), "max_tokens": given.after + 400, "ignore_eos": True, "temperature": 0}
         for n in range(given.streams)
     ]
     engines = [Engine(home, bodies, given.after) for home in given.home]

@@ -19,6 +19,7 @@ from dwarfstar_engine.stage.worker import ToyBackend
 from dwarfstar_engine.wire import carry as wire_carry
 from dwarfstar_engine.wire import channel, trust
 from dwarfstar_engine.wire.carry import PIECE_BYTES, CarryReceiver, CarrySender, Sequence, Written
+from dwarfstar_engine.wire.generated import data_pb2
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
 from dwarfstar_engine.wire.trust import NodeFiles
 
@@ -245,7 +246,7 @@ async def test_a_stream_cut_off_in_the_middle_leaves_what_had_come(nodes: dict[s
         taking = end.take(order)
         async with opened(end, nodes["n1"]) as sender:
             await sender.send(cells(1))
-            head = wire_carry.data_pb2.CarryHead(slot=0, positions=4, bytes=3 * PIECE_BYTES)
+            head = data_pb2.CarryHead(slot=0, positions=4, bytes=3 * PIECE_BYTES)
             await sender._call.write(head.SerializeToString())
             await sender._call.write(bytes(PIECE_BYTES))
             twice = CarrySender(end.address)
