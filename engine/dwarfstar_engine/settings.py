@@ -161,6 +161,9 @@ class Settings(BaseModel):
     record_mib: int = Field(default=256, ge=0, le=1 << 20)
     """MiB, at most, that each stage keeps of what it sent, so that after a loss only the lost layers compute again; 0:
     all layers do."""
+    carry: Literal["auto", "on", "off"] = "auto"
+    """When a slice moves to another node, carry the cells of its running streams there: where that is thought to be
+    quicker than computing them again, always, or never."""
     replan: Literal["auto", "idle", "off"] = "auto"
     """Plan anew with nodes that came later: also while streams run, which pause for a moment; when nobody is served; or
     not."""

@@ -217,6 +217,14 @@ DS_API int32_t ds_stage_step(ds_stage *stage, bool prompt, int32_t n, const floa
 DS_API int32_t ds_stage_error(const ds_stage *stage); /* what llama_decode answered when it failed last */
 /* Let target hold what source holds before position, and nothing else. */
 DS_API int32_t ds_stage_copy(ds_stage *stage, int32_t source, int32_t target, int32_t position);
+/* What a slot holds before position, for a process with the same slice: its bytes, fetched by ds_stage_given. What it held
+ * from there on is forgotten. DS_E_GAP: it cannot be cut there; DS_E_UNSUPPORTED: this model's cells do not move. */
+DS_API int64_t ds_stage_give(ds_stage *stage, int32_t slot, int32_t position);
+DS_API int32_t ds_stage_given(ds_stage *stage, void *out, size_t size);
+/* Let a slot hold what another process gave, and nothing else; nothing at all if that fails. floor: what it could be cut
+ * to there. With position 0 it is emptied. */
+DS_API int32_t ds_stage_take(ds_stage *stage, int32_t slot, int32_t position, int32_t floor, const void *data,
+                             size_t size);
 DS_API int32_t ds_stage_clear(ds_stage *stage); /* every slot is empty */
 /* mode 0: none, 1: greedy, 2: a chain. dist: index of the drawing sampler in the chain, or -1. general: frames with
  * rows of this slot are not for ds_stage_run. */

@@ -247,6 +247,7 @@ struct ds_stage {
     std::vector<uint32_t> drawn_from;  // the frame's row behind which each was drawn
     std::vector<bool> ends;            // by token: no row goes on behind it
     std::vector<int32_t> ids;
+    std::vector<uint8_t> given;  // by `give`, until it is fetched
 
     explicit ds_stage(const ds_stage_config &c)
         : config(c), steps(config, config.steps), prompt(config, config.prompt), samplers(c.slots), held(c.slots, 0),
@@ -312,32 +313,107 @@ struct ds_stage {
         return load(side(slot).own.context, sequence(slot), start, end);
     }
 
-    int32_t slot_to_prompt(int32_t slot) {
+    // A slot's sequence as the only one of a context would be written: in [start, end) of `state`. second: where in it
+    // the second cache begins; 0: there is one. The inverse is `from_alone`.
+    int32_t alone(int32_t slot, std::vector<uint8_t> &state, uint8_t *&start, uint8_t *&end, size_t &second) {
         void *const context = side(slot).own.context;
         const int32_t sequence = this->sequence(slot);
         const uint32_t streams = static_cast<uint32_t>(this->streams());
         const size_t before = COUNT * sequence, after = COUNT * (streams - 1 - sequence);
         const size_t size = config.state_size(context, sequence, STATE_ALL);
         const size_t least = STATE_HEAD + COUNT * (1 + streams);  // one cache, empty
-        std::vector<uint8_t> state(size);
-        uint8_t *const data = state.data(), *const start = data + before;
+        state.resize(size);
+        uint8_t *const data = state.data();
         if (size < least || config.state_get(context, data, size, sequence, STATE_ALL) != size) return DS_E_SIZE;
         if (get(data + STATE_HEAD) != streams) return DS_E_SIZE;
         const size_t first = first_cache(context, sequence, size);
-        uint8_t *end = data + size - after;
+        start = data + before;
+        end = data + size - after;
+        second = 0;
         if (first > 0) {
-            const uint8_t *const second = data + STATE_HEAD + first;
-            if (first + least > size || get(second) != streams) return DS_E_SIZE;
+            const uint8_t *const from = data + STATE_HEAD + first;
+            if (first + least > size || get(from) != streams) return DS_E_SIZE;
             const size_t cells = size - STATE_HEAD - first - COUNT - before - after;
             end = data + STATE_HEAD + first - after;
+            second = size_t(end - start);
             put(end, 1);
-            std::memmove(end + COUNT, second + COUNT + before, cells);
+            std::memmove(end + COUNT, from + COUNT + before, cells);
             end += COUNT + cells;
         }
         put(start, STATE_MAGIC);
         put(start + COUNT, 0);
         put(start + STATE_HEAD, 1);
+        return DS_OK;
+    }
+
+    int32_t slot_to_prompt(int32_t slot) {
+        std::vector<uint8_t> state;
+        uint8_t *start, *end;
+        size_t second;
+        if (const int32_t status = alone(slot, state, start, end, second); status != DS_OK) return status;
         return load(prompt.own.context, 0, start, end);
+    }
+
+    // The zeros of a cache come behind its cells here: a reader takes the cells of whatever stream has some.
+    int32_t from_alone(int32_t slot, const uint8_t *data, size_t size, size_t second) {
+        const uint32_t streams = static_cast<uint32_t>(this->streams());
+        const size_t zeros = COUNT * (streams - 1), first = second > 0 ? second : size;
+        if (first < STATE_HEAD + COUNT || get(data) != STATE_MAGIC || get(data + STATE_HEAD) != 1) return DS_E_SIZE;
+        if (second > 0 && (size - second < COUNT || get(data + second) != 1)) return DS_E_SIZE;
+        std::vector<uint8_t> state(size + 2 * zeros);
+        uint8_t *const to = state.data(), *end = to + first + zeros;
+        std::memcpy(to, data, first);
+        put(to + STATE_HEAD, streams);
+        if (second > 0) {
+            std::memcpy(end, data + second, size - second);
+            put(end, streams);
+            end += size - second + zeros;
+        }
+        return load(side(slot).own.context, sequence(slot), to, end);
+    }
+
+    // What a slot holds before `position`, for another process: a number of 8 bytes (`second`), and its cells alone.
+    // What it held from there on is forgotten.
+    int32_t give(int32_t slot, int32_t position, std::vector<uint8_t> &out) {
+        if (!apart && config.slots > 1) return DS_E_UNSUPPORTED;  // its cells are of a kind that is not moved
+        if (prompt_slot == slot) {
+            if (const int32_t status = settle(); status != DS_OK) return status;
+            if (position < prompt_held) prompt_slot = -1;
+        }
+        if (position == 0) return DS_E_GAP;
+        if (const int32_t status = trim(slot, position); status != DS_OK) return status;
+        std::vector<uint8_t> state;
+        uint8_t *start, *end;
+        size_t second;
+        if (const int32_t status = alone(slot, state, start, end, second); status != DS_OK) return status;
+        const uint64_t where = second;
+        out.resize(sizeof where + size_t(end - start));
+        std::memcpy(out.data(), &where, sizeof where);
+        std::memcpy(out.data() + sizeof where, start, size_t(end - start));
+        return DS_OK;
+    }
+
+    // A slot takes what one of another process gave, and holds nothing else; nothing at all if that fails.
+    int32_t take(int32_t slot, int32_t position, int32_t floor_given, const uint8_t *data, size_t size) {
+        if (!apart && config.slots > 1) return DS_E_UNSUPPORTED;
+        if (prompt_slot == slot) {
+            prompt_slot = -1;
+            unsettled = false;
+        }
+        uint64_t second;
+        if (const int32_t status = trim(slot, 0); status != DS_OK || position == 0) return status;
+        if (size <= sizeof second) return DS_E_SIZE;
+        std::memcpy(&second, data, sizeof second);
+        data += sizeof second;
+        size -= sizeof second;
+        if (second >= size || (second > 0 && config.window == 0)) return DS_E_SIZE;
+        if (const int32_t status = from_alone(slot, data, size, size_t(second)); status != DS_OK) {
+            config.seq_rm(side(slot).own.memory, sequence(slot), -1, -1);  // the first of two caches may have been set
+            return status;
+        }
+        held[slot] = position;
+        floor[slot] = std::max(floor_given, floor_after(position));
+        return DS_OK;
     }
 
     int32_t slot_to_slot(int32_t source, int32_t target) {
@@ -759,6 +835,32 @@ int32_t ds_stage_copy(ds_stage *stage, int32_t source, int32_t target, int32_t p
         s.held[target] = s.held[source];
         s.floor[target] = floor;
         return s.trim(target, position);
+    });
+}
+
+int64_t ds_stage_give(ds_stage *stage, int32_t slot, int32_t position) {
+    if (stage == nullptr || slot < 0 || slot >= stage->config.slots || position < 0) return DS_E_ARG;
+    return guarded([&]() -> int64_t {
+        const Pass pass(stage->gate, false);
+        const int32_t status = stage->give(slot, position, stage->given);
+        return status == DS_OK ? int64_t(stage->given.size()) : status;
+    });
+}
+
+int32_t ds_stage_given(ds_stage *stage, void *out, size_t size) {
+    if (stage == nullptr || out == nullptr) return DS_E_ARG;
+    if (size != stage->given.size()) return DS_E_SIZE;
+    std::memcpy(out, stage->given.data(), size);
+    std::vector<uint8_t>().swap(stage->given);
+    return DS_OK;
+}
+
+int32_t ds_stage_take(ds_stage *stage, int32_t slot, int32_t position, int32_t floor, const void *data, size_t size) {
+    if (stage == nullptr || slot < 0 || slot >= stage->config.slots) return DS_E_ARG;
+    if (position < 0 || (data == nullptr && position > 0) || uint32_t(position) > MAX_POSITION || floor < 0 || floor > position) return DS_E_ARG;
+    return guarded([&]() -> int32_t {
+        const Pass pass(stage->gate, false);
+        return stage->take(slot, position, floor, static_cast<const uint8_t *>(data), size);
     });
 }
 

@@ -242,7 +242,7 @@ class Subject:
 
 
 @functools.cache
-def _words(path: Path) -> list[int]:
+def words(path: Path) -> list[int]:
     return Vocabulary(path).tokens(TEXT * 10, add_special=True)
 
 
@@ -252,7 +252,7 @@ def _subject(path: Path, prompt: int, steps: int, start: int = 0) -> Subject:
     model = read_model(path)
     whole = WholeModel(path, context=CELLS, batch=BATCH)
     try:
-        tokens = _words(path)[start : start + prompt]
+        tokens = words(path)[start : start + prompt]
         assert len(tokens) == prompt
         rows = [whole.logits(whole.feed(tokens))]
         for _ in range(steps):

@@ -42,6 +42,7 @@ class Played:
         self.serving = True
         self.idle = 0.0
         self.best: dict[frozenset[str], Plan] = {}
+        self.elsewhere: Plan | None = None  # with whole slices
         self.switches: list[Plan] = []
         self.stirred = 0
         self.dispensable = False
@@ -69,6 +70,9 @@ class Played:
 
     def idle_s(self, now: float) -> float:
         return self.idle
+
+    def whole(self, without: Collection[str]) -> Plan | None:
+        return self.elsewhere
 
     def plan(self, without: Collection[str] = ()) -> Plan:
         drained = {member.id for member in self.members.values() if member.drained}
@@ -353,6 +357,24 @@ async def test_streams_wait_where_there_is_no_room_to_load_first() -> None:
     assert not assigned(played.members["a"])
     played.serve(TWO)
     assert await asyncio.wait_for(task, DEADLINE_S) is False
+
+
+@pytest.mark.parametrize("idle", [0.0, 60.0])
+async def test_a_slice_moves_whole_while_streams_run(idle: float) -> None:
+    played = Played()
+    for name in "abc":
+        played.add(name)
+    played.serve(THREE)
+    played.best = {frozenset("c"): TWO, frozenset(): THREE}
+    slice_ = THREE.stages[2].layers
+    played.elsewhere = Plan((*THREE.stages[:2], stage_of("b", *slice_)))
+    played.idle = idle
+    task = asyncio.create_task(played.moves.drain(played.members["c"]))
+    await settle()
+    asked = [assigned(played.members[name]) for name in "ab"]
+    assert asked == ([[(0, 4)], [(4, 8)]] if idle else [[], [slice_]])
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_a_pipeline_that_others_can_replace_ends_for_a_drain() -> None:

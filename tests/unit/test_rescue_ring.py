@@ -6,6 +6,7 @@ Each stage has a queue for frames of prompts and one for steps, which overtake t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import deque
 from collections.abc import Callable, Collection
@@ -16,7 +17,7 @@ import pytest
 from dwarfstar_engine.batch import restore
 from dwarfstar_engine.batch.restore import NO_CELLS, Cells, kept
 from dwarfstar_engine.batch.scheduler import Limits, Scheduler
-from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.errors import DwarfStarError, FrameError
 from dwarfstar_engine.native import WireType
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.streams import Stream
@@ -160,14 +161,16 @@ class Ring:
     async def finish(self, sinks: Collection[Sink]) -> None:
         await self.until(lambda: all(sink.over for sink in sinks))
 
-    async def lose(self, lost: Collection[int]) -> None:
-        """These stages are other processes now, and all hops are new."""
+    async def lose(self, lost: Collection[int], moved: float = 0.0) -> None:
+        """These stages are other processes now, and all hops are new. moved: the share of streams whose cells they take
+        from the old ones."""
         carried = self.dispatcher.suspend("lost", 1.0)
         for index, stage in enumerate(self.stages):
             await stage.outlet.close()
             stage.queues = {True: deque(), False: deque()}
             if index in lost:
-                self.stages[index] = Stage(index, self.budget)
+                new = self.stages[index] = Stage(index, self.budget)
+                self._carry(stage, new, [one for one in carried if self.rng.random() < moved])
         self.results.clear()
         self._connect()
         for stream in carried:
@@ -175,6 +178,14 @@ class Ring:
             place = kept(stream.slot, stream.through, cells) if stream.slot >= 0 else None
             self.whole += place is None
             self.dispatcher.carry(stream, place)
+
+    @staticmethod
+    def _carry(old: Stage, new: Stage, streams: Collection[Stream]) -> None:
+        for stream in streams:
+            if stream.slot >= 0 and stream.through:
+                with contextlib.suppress(FrameError):  # it was being brought back, and does not have so many
+                    data, floor = old.worker.backend.give(stream.slot, stream.through)
+                    new.worker.backend.take(stream.slot, stream.through, floor, data)
 
 
 def text(prompt: list[int], limit: int) -> list[int]:
@@ -209,7 +220,7 @@ async def test_texts_outlive_any_losses(seed: int, monkeypatch: pytest.MonkeyPat
         sinks.append(ring.ask(prompt, limit))
         if index >= 4:
             await ring.turns(rng.randint(0, 200))
-            await ring.lose(rng.sample(range(STAGES), rng.choice([0, 1, 1, 1, 2, 3])))
+            await ring.lose(rng.sample(range(STAGES), rng.choice([0, 1, 1, 1, 2, 3])), rng.choice([0.0, 0.5, 1.0]))
             if rng.random() < 0.4:
                 ring.streams[rng.randrange(index)].cancel()
     left = [stream.left for stream in ring.streams]
@@ -236,6 +247,22 @@ async def test_only_lost_layers_compute_again(lost: tuple[int, ...], rounds: int
     through = sum(map(len, asked)) + before - SLOTS
     assert [stage.rows for stage in ring.stages] == [new + (index in lost) * through for index in range(STAGES)]
     assert ring.whole == 0
+
+
+@pytest.mark.parametrize("rounds", [0, 8])
+@pytest.mark.parametrize("moved", [(0,), (1,), (3,), (1, 2), (0, 1, 2, 3)])
+async def test_layers_whose_cells_move_compute_nothing_again(moved: tuple[int, ...], rounds: int) -> None:
+    ring = Ring(5, rounds=rounds)
+    asked = long_texts(random.Random(1), SLOTS)
+    sinks = [ring.ask(prompt, 40) for prompt in asked]
+    await ring.said(sinks, 6)
+    before = sum(len(sink.tokens) for sink in sinks)
+    for stage in ring.stages:
+        stage.rows = 0
+    await ring.lose(moved, 1.0)
+    await ring.finish(sinks)
+    assert [[token.id for token in sink.tokens] for sink in sinks] == [text(prompt, 40) for prompt in asked]
+    assert [stage.rows for stage in ring.stages] == [sum(len(sink.tokens) for sink in sinks) - before] * STAGES
 
 
 @pytest.mark.parametrize("lost", [(), (0,), (1,), (3,), (1, 2)])

@@ -9,9 +9,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from dwarfstar_engine.errors import FrameError
 from dwarfstar_engine.native import WireType
+from dwarfstar_engine.stage import carry, toy
 from dwarfstar_engine.stage import main as module
-from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.main import StageProcess
 from dwarfstar_engine.stage.pipe import ChildPipe
 from dwarfstar_engine.stage.record import Record
@@ -130,3 +131,50 @@ async def test_what_was_sent_is_kept_with_the_slots_and_forgotten_with_them(stag
     assert kept(stage) == [(0, 3, 0, 3)]
     await stage._link(link(3))
     assert kept(stage) == [] and stage._record.rows() == {}
+
+
+LOADED = {"layers": [2, 4], "fingerprint": "the file", "options": {"kv_type": "f16", "context": 64}}
+
+
+def order(epoch: int, keep: int, to: str) -> dict[str, Any]:
+    """to: whom cells go to; empty: to this stage."""
+    cargo = [(1, 3, 1, 1 << 16, 1.0)]
+    told = {"term": 1, "epoch": epoch, "keep": keep, "to": to, "sender": "n2", "cargo": cargo}
+    return {**told, "within_s": 0.05, "always": True}
+
+
+def carried(stage: StageProcess) -> dict[str, Any]:
+    pipe = cast(Pipe, stage._pipe)
+    event, fields = pipe.events[-1]
+    assert event == "carried"
+    return fields
+
+
+async def test_a_stage_that_gave_its_cells_is_quiet_and_was_in_no_later_ring(stage: StageProcess) -> None:
+    stage._loaded = LOADED
+    await stage._link(link(3))
+    run(stage, 1)
+    await stage._carry(order(4, 3, NEXT))  # nobody is there
+    assert carried(stage)["given"] and carried(stage)["code"] and carried(stage)["sequences"] == 0
+    with pytest.raises(FrameError, match="not part of a ring"):
+        await stage._on_frame(frames.encode_tokens(3, 0, (), [1], [3], [97], [0], False))
+    await stage._link(link(5, keep=3))  # epoch 4 did not come up: it has what it had
+    assert kept(stage) == [(1, 3, 0, 0)]
+    await stage._carry(order(6, 5, NEXT))
+    await stage._link(link(7, keep=6))  # that ring served without it, and its slots went on elsewhere
+    assert kept(stage) == []
+    await stage._carry(order(9, 8, NEXT))
+    assert carried(stage)["code"] == "stage_emptied"
+
+
+async def test_a_stage_that_takes_cells_forgets_its_own_and_counts_as_one_of_their_ring(stage: StageProcess) -> None:
+    stage._loaded = LOADED
+    await stage._link(link(3))
+    run(stage, 0)
+    await stage._carry(order(9, 8, ""))  # none came
+    assert not carried(stage)["given"] and carried(stage)["code"] == carry.LATE
+    run(stage, 1)  # as if they had
+    await stage._link(link(9, keep=8))
+    assert kept(stage) == [(1, 3, 0, 0)]
+    await stage._link(link(11, keep=10))
+    assert kept(stage) == []

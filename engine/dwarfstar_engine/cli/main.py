@@ -154,6 +154,9 @@ def start(
     record_mib: Annotated[
         int | None, typer.Option(help="MiB a stage keeps of what it sent, so that only lost layers compute again.")
     ] = None,
+    carry: Annotated[
+        str | None, typer.Option(help="Carry cells of layers that move: auto (if that is quicker), on or off.")
+    ] = None,
     replan: Annotated[
         str | None, typer.Option(help="Use nodes that come later: auto, idle (when nobody is served) or off.")
     ] = None,
@@ -202,7 +205,7 @@ def start(
         chunk=chunk, wire=wire, kv=kv, prefix_cache=prefix_cache, speculation=speculation, batching=batching,
         draft_model=draft_model, queue=queue, request_timeout_s=request_timeout, on_loss=on_loss,
         fallback=_names(fallback) or None,
-        standby=standby, record_mib=record_mib, replan=replan,
+        standby=standby, record_mib=record_mib, carry=carry, replan=replan,
         effective_vram=effective_vram, strategy=strategy, objective=objective, auto_balance=auto_balance, mixed=mixed,
         gpu_layers=gpu_layers, split_mode=split_mode, threads=threads, cuts=_numbers(cuts, "cuts"),
         wait_nodes=wait_nodes, pipelines=pipelines, replicas=replicas, discovery=discovery, home=home, models=models,

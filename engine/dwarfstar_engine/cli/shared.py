@@ -19,8 +19,8 @@ from dwarfstar_engine.settings import Settings
 
 SHARED = (
     "context", "slots", "kv", "chunk", "prefix_cache", "speculation", "queue", "request_timeout_s", "flash_attention",
-    "batching", "wire", "rejoin_s", "on_loss", "rescue_s", "replan", "frame_deadline_s", "strategy", "objective",
-    "auto_balance", "pipelines", "replicas", "mixed",
+    "batching", "wire", "rejoin_s", "on_loss", "rescue_s", "carry", "replan", "frame_deadline_s", "strategy",
+    "objective", "auto_balance", "pipelines", "replicas", "mixed",
 )  # fmt: skip
 
 LOADED_WITH = ("context", "slots")  # of those: what ``load`` may set

@@ -331,6 +331,8 @@ class Coordinator:
                 self.gossip.tell(member, self.members.values())
             case "stage_event":
                 pipeline.heard(member, message.stage_event)
+            case "carried":
+                pipeline.carrying.heard(member, message.carried)
             case "leave":
                 self.nodes.left(member, message.leave.reason)
             case "leave_wish":

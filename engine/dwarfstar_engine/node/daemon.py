@@ -62,7 +62,12 @@ class NodeDaemon:
 
     def __init__(self, node_id: str, options: NodeOptions) -> None:
         self._id, self._options = node_id, options
-        self._stages = Stages(options, lambda event: self._post(stage_event=event), self._spawn)
+        self._stages = Stages(
+            options,
+            lambda event: self._post(stage_event=event),
+            self._spawn,
+            lambda carried: self._post(carried=carried),
+        )
         self._instance = secrets.token_hex(8)
         self._outbox: asyncio.Queue[pb.NodeMessage | None] = asyncio.Queue(OUTBOX)  # None: its connection has ended
         self._coordinator = ""
@@ -251,12 +256,14 @@ class NodeDaemon:
 
     def _handle(self, message: pb.CoordinatorMessage) -> None:
         match message.WhichOneof("message"):
-            case "assign" | "link" | "release" if not self._seek.obeys(_term(message)):
+            case "assign" | "link" | "carry" | "release" if not self._seek.obeys(_term(message)):
                 raise PeerError(f"the coordinator at {self._coordinator} leads no more")
             case "assign":
                 self._stages.assign(message.assign)
             case "link":
                 self._stages.link(message.link)
+            case "carry":
+                self._stages.carry(message.carry)
             case "release":
                 self._stages.release(message.release)
             case "look":
@@ -302,9 +309,8 @@ def pause_s(attempt: int, refusal: str) -> float:
 
 
 def _term(message: pb.CoordinatorMessage) -> int:
-    return {"assign": message.assign.term, "link": message.link.term}.get(
-        message.WhichOneof("message") or "", message.release.term
-    )
+    terms = {"assign": message.assign.term, "link": message.link.term, "carry": message.carry.term}
+    return terms.get(message.WhichOneof("message") or "", message.release.term)
 
 
 def _trouble(coordinator: str, error: grpc.aio.AioRpcError, welcomed: bool) -> str:

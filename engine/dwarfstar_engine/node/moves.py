@@ -68,6 +68,9 @@ class Pipeline(Protocol):
     def plan(self, without: Collection[str] = ()) -> Plan:
         """The best one for the nodes that are here. Raises PlanError."""
 
+    def whole(self, without: Collection[str]) -> Plan | None:
+        """The present cuts on the other nodes; None: they have no room for whole slices."""
+
     def need(self) -> Need: ...
     def stage_plan(self, node: str, layers: Layers) -> StagePlan: ...
     def assignment(self, plan: StagePlan, *, standby: bool) -> pb.Assign: ...
@@ -332,9 +335,13 @@ class Moves:
             return prepared
 
     def _plan_without(self, member: Member) -> Plan | None:
-        """None: there is none, and none is needed."""
+        """None: there is none, and none is needed. While streams run their cells count for more than how layers are
+        divided, which is looked at again later."""
+        pipeline, without = self._pipeline, (member.id,)
         try:
-            return self._pipeline.plan(without=(member.id,))
+            plan = pipeline.plan(without)
+            busy = pipeline.idle_s(time.monotonic()) < REPLAN_IDLE_S
+            return (pipeline.whole(without) if busy else None) or plan
         except PlanError as error:
             if self._pipeline.dispensable:
                 return None
@@ -362,6 +369,7 @@ class Moves:
                 plan = self._pipeline.plan(without=(member.id,))
         self._settled.clear()
         if pipeline.ring.has(member):
+            self._switched_at = time.monotonic()
             pipeline.switch(plan, f"{member.name} is drained")
         async with asyncio.timeout(LOAD_S):
             while not pipeline.serving or pipeline.ring.has(member):

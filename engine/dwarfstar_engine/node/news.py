@@ -126,6 +126,22 @@ class News:
             text = f"{_streams(count, 'go')} on in another pipeline"
             self._journal.add(Kind.STREAMS_RESUMED, text, details={"streams": count})
 
+    def carried(self, ring: Epoch, layers: tuple[int, int], nodes: tuple[str, str], of: int, told: pb.Carried) -> None:
+        """Cells of ``of`` sequences were to go from the first of ``nodes`` to the other."""
+        source, target = nodes
+        what = f"{told.sequences} of {of} sequence{'s' * (of > 1)}"
+        text = f"layers {_layers(layers)} of {what} were carried from {source} to {target} in {told.seconds:.2f} s"
+        details: Details = {
+            "epoch": ring.number,
+            "from": source,
+            "carried": told.sequences,
+            "sequences": of,
+            "bytes": told.bytes,
+            "seconds": told.seconds,
+            "code": told.code,
+        }
+        self._journal.add(Kind.CELLS_CARRIED, text + (f": {told.message}" if told.message else ""), target, details)
+
     def given_up(self, count: int, why: str) -> None:
         if count:
             self._journal.add(Kind.STREAMS_GIVEN_UP, f"{_streams(count, 'end')}: {why}", details={"streams": count})

@@ -26,6 +26,7 @@ from dwarfstar_engine.batch.speculate import Speculation
 from dwarfstar_engine.errors import DwarfStarError, NoModel, PeerError, PlanError, StageError, Unavailable
 from dwarfstar_engine.node.balancer import Balancer
 from dwarfstar_engine.node.beside import CRASHED, loaded
+from dwarfstar_engine.node.carrying import Carrying, handovers
 from dwarfstar_engine.node.dispatcher import Dispatcher
 from dwarfstar_engine.node.drafter import Drafter
 from dwarfstar_engine.node.epoch import ANSWERED, Epoch, Stage
@@ -133,7 +134,9 @@ class Pipeline:
         self.waiting = WaitingRoom(host.settings.rescue_s)
         self._keep = 0  # the epoch whose sequences stages are to keep; 0: none
         self._ran: frozenset[tuple[str, int]] = frozenset()  # node and process of the stages that served last
+        self._served = self._ring  # the ring that served last
         self._crashed = False  # one of them ended by its own doing
+        self.carrying = Carrying(host.news)
         self.moves = Moves(self)
         self.steering = self.planner.owner = Steering(self, host.decided)
         self._balancer = Balancer(self.steering, self.journal, host.warn)
@@ -507,6 +510,9 @@ class Pipeline:
     def plan(self, without: Collection[str] = ()) -> Plan:
         return self.planner.of(self.source, time.monotonic(), without)
 
+    def whole(self, without: Collection[str]) -> Plan | None:
+        return self.planner.whole(self.source, time.monotonic(), without)
+
     async def _bring_up(self, plan: Plan) -> None:
         """Assign, wait until all is loaded, close the ring. Raises DwarfStarError if the epoch breaks meanwhile."""
         self.epoch = self.host.next_epoch()
@@ -528,6 +534,7 @@ class Pipeline:
             if error.code == SILENT:  # nothing moved: asked again for the same, it would be waited for again
                 self._release_stuck((pb.STAGE_STATE_LOADING,))
             raise
+        await self._carry()
         began = time.monotonic()
         try:
             await self._close_ring()
@@ -535,6 +542,15 @@ class Pipeline:
             if time.monotonic() - began > STUCK_S:  # else they had no time to answer: they keep their weights
                 self._release_stuck(ANSWERED)
             raise
+
+    async def _carry(self) -> None:
+        """Have cells of streams that wait carried to where their layers are now. Raises StageError: the epoch broke."""
+        if self.settings.carry == "off" or not self._keep or self._served.number != self._keep:
+            return
+        pairs = handovers(self._served, self._ring, self.members)
+        if pairs and len(self.waiting):
+            cells, settings = self.need().cells, self.settings
+            await self._unless_broken(self.carrying.run(pairs, self.waiting, self._ring, self._keep, cells, settings))
 
     async def _close_ring(self) -> None:
         """Join the loaded stages. Raises DwarfStarError."""
@@ -608,6 +624,7 @@ class Pipeline:
         self.reviving = False
         self.host.news.epoch_up(ring, self.source, self.context)
         self.judge()
+        self._served = ring
         self._ran = frozenset((one.member.id, one.event.pid) for one in ring.stages if one.event is not None)
         streams, lost, whole = self.waiting.take(), 0, 0
         for stream in streams:

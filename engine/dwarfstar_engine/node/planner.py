@@ -78,12 +78,17 @@ class Planner:
         that is nowhere where there is room; else a new one. source: served now. Raises as ``now``."""
         if prepared is not None and all(stage.node in self.members for stage in prepared.stages):
             return source, prepared
-        if self.sound and self.planned is not None and source is self.main:
-            there = {member.id: loaded(member) for member in self.members.values() if not member.drained}
-            plan = without_loading(self.planned, there, self._place) or self._moved(self.planned, there, now)
-            if plan is not None:
-                return source, plan
-        return self.now(source, now)
+        plan = self.whole(source, now)
+        return self.now(source, now) if plan is None else (source, plan)
+
+    def whole(self, source: Source, now: float, without: Collection[str] = ()) -> Plan | None:
+        """The cuts of the plan that serves, or did, and whole slices elsewhere where that must be: so the others keep
+        their cells, and those of a slice that moves may be carried. None: there is no room for it."""
+        if not self.sound or self.planned is None or source is not self.main:
+            return None
+        here = [member for member in self.members.values() if not member.drained and member.id not in without]
+        there = {member.id: loaded(member) for member in here}
+        return without_loading(self.planned, there, self._place) or self._moved(self.planned, there, now)
 
     def _moved(self, plan: Plan, there: Mapping[str, Collection[Layers]], now: float) -> Plan | None:
         avoided = self.hops.avoided(now)

@@ -98,15 +98,16 @@ class _Stage:
 
 
 class Stages:
-    """See the module. post: says something to the coordinator. spawn: has a task run, and ended with the daemon."""
+    """See the module. post, told: say things to the coordinator. spawn: has a task run, and ended with the daemon."""
 
     def __init__(
         self,
         options: NodeOptions,
         post: Callable[[pb.StageEvent], None],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        told: Callable[[pb.Carried], None] = lambda _: None,
     ) -> None:
-        self._options, self._post, self._spawn = options, post, spawn
+        self._options, self._post, self._spawn, self._told = options, post, spawn, told
         self._stages: list[_Stage] = []  # the one that was asked for longest ago first
         self._spare: Child | None = None
         self._sparing = False  # one is about to be started
@@ -284,6 +285,7 @@ class Stages:
             "wire": assign.options.wire_type,
             "ends": list(assign.options.ends),
             "record": assign.options.record_bytes,
+            "fingerprint": assign.model.fingerprint,
             "options": {
                 "context": assign.options.context,
                 "slots": assign.options.slots,
@@ -319,6 +321,26 @@ class Stages:
             keep=link.keep,
         )
 
+    def carry(self, carry: pb.Carry) -> None:
+        """Have a stage give its cells, or take those of another node's. The one that gives may be of any epoch."""
+        layers = (carry.layers.begin, carry.layers.end)
+        stage = next((one for one in self._stages if one.layers == layers and one.ready), None)
+        if stage is None or not stage.child.alive:
+            gone = pb.Carried(epoch=carry.epoch, layers=carry.layers, given=bool(carry.to_hop), code="stage_gone")
+            self._told(gone)
+            return
+        stage.child.send(
+            command="carry",
+            term=carry.term,
+            epoch=carry.epoch,
+            keep=carry.keep,
+            to=self._seen_from_here(carry.to_hop),
+            sender=carry.sender,
+            cargo=[(one.slot, one.positions, one.bytes, one.most_bytes, one.replay_s) for one in carry.cargo],
+            within_s=carry.within_s,
+            always=carry.always,
+        )
+
     def _seen_from_here(self, hop: str) -> str:
         """Where a hop is reached: a loopback address is one of the coordinator's machine, which has another for us."""
         if not hop:
@@ -349,6 +371,9 @@ class Stages:
                 names = ("slot", "held", "floor", "recorded")
                 slots = [pb.SlotCells(**dict(zip(names, one, strict=True))) for one in event.get("slots", ())]
                 self._report(stage, pb.STAGE_STATE_LINKED, epoch=int(event["epoch"]), slots=slots)
+            case "carried":
+                fields = {name: value for name, value in event.items() if name != "event"}
+                self._told(pb.Carried(layers=stage.slice, **fields))
             case "broken":
                 stage.state = pb.STAGE_STATE_BROKEN
                 code = event.get("code", "")

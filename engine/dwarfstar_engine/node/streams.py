@@ -16,7 +16,7 @@ nobody, as when an error for one choice of a request ends the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.serving import Request, Sink
@@ -112,6 +112,10 @@ class WaitingRoom:
                 stream.sink.fail(error)
                 lost += 1
         return lost
+
+    def __iter__(self) -> Iterator[Stream]:
+        """Longest first."""
+        return iter(self._streams)
 
     def take(self) -> list[Stream]:
         """All that wait, longest first; they wait no more."""

@@ -202,6 +202,35 @@ class HotStage:
         if (status := self._library.ds_stage_copy(self._handle, source, target, position)) != 0:
             raise self._fault(status)
 
+    def give(self, slot: int, position: int) -> tuple[bytearray, int]:
+        """What a slot holds before ``position``, for another process with this slice, and what that can be cut to. What
+        it held from there on is forgotten. Raises FrameError or StageError: it stays."""
+        size = int(self._library.ds_stage_give(self._handle, slot, position))
+        if size < 0:
+            raise self._moved(size)
+        data = bytearray(size)
+        status = self._library.ds_stage_given(self._handle, (ctypes.c_char * size).from_buffer(data), size)
+        assert status == 0, status
+        return data, self.held(slot)[1]
+
+    def take(self, slot: int, position: int, floor: int, data: bytearray) -> None:
+        """Let a slot hold what another process gave. Raises FrameError or StageError: then it holds nothing."""
+        size = len(data)
+        at = (ctypes.c_char * size).from_buffer(data)
+        status = self._library.ds_stage_take(self._handle, slot, position, floor, at, size)
+        if status != 0:
+            raise self._moved(status)
+
+    def forget(self, slot: int) -> None:
+        """A slot is empty."""
+        status = self._library.ds_stage_take(self._handle, slot, 0, 0, None, 0)
+        assert status == 0, status
+
+    def _moved(self, status: int) -> StageError | FrameError:
+        if status == _UNSUPPORTED:
+            return StageError("the cells of this model's slots do not move between processes")
+        return self._fault(status)
+
     def clear(self) -> None:
         """Every slot is empty."""
         status = self._library.ds_stage_clear(self._handle)

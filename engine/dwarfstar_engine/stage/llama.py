@@ -42,6 +42,7 @@ log = logging.getLogger("dwarfstar.slice")
 SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 FLASH_MODES = {"auto": -1, "off": 0, "on": 1}
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8}
+_seq_pos_min, _seq_pos_max = llama.llama_memory_seq_pos_min, llama.llama_memory_seq_pos_max
 STEP_ROWS = 64  # rows of a frame that is not of a prompt: tokens of that many streams, or guesses
 STEP_OUTPUTS = 16  # of these, tokens of one decode: its logits have a place each
 
@@ -246,6 +247,20 @@ class LlamaSlice:
         value = ctypes.cast(pointer, ctypes.c_void_p).value
         assert value, row
         return value
+
+    def give(self, slot: int, positions: int) -> tuple[bytearray, int]:
+        """As ``HotStage.give``."""
+        return self.hot.give(slot, positions)
+
+    def take(self, slot: int, positions: int, floor: int, data: bytearray) -> None:
+        """As ``HotStage.take``, and the cells must be of these positions. Raises FrameError or StageError."""
+        self.hot.take(slot, positions, floor, data)
+        side, sequence = (self._own[slot], 0) if self._own else (self._steps, slot)
+        memory = ctypes.c_void_p(side.memory)
+        first, last = (int(look(memory, sequence)) for look in (_seq_pos_min, _seq_pos_max))
+        if last != positions - 1 or (first and not self.window):
+            self.hot.forget(slot)
+            raise FrameError(f"the cells given for {positions} positions of slot {slot} are of {first} to {last}")
 
     def _close_contexts(self) -> None:
         while self._contexts:

@@ -9,8 +9,11 @@ also in the middle (``native/src/stage.cpp``). Loading comes before any frame an
 A stage that goes from one ring to the next keeps what its slots hold, and the record of what it sent, if it is told to:
 then it says what that is. Its old hops end, the new ones open and its slots are looked at or emptied at the same time.
 
-Commands: ``load`` a slice (once), ``link`` it into an epoch's ring. Events: ``listening``, ``loading``, ``ready``,
-``linked``, ``broken`` (a hop ended), ``failed``, ``stats``.
+Between two rings it may give what its slots hold to the process that has its slice in the next one, or take it from the
+one that had it (``stage/carry.py``). One that took cells of an epoch counts as one that was in its ring.
+
+Commands: ``load`` a slice (once), ``carry`` cells, ``link`` it into an epoch's ring. Events: ``listening``,
+``loading``, ``ready``, ``carried``, ``linked``, ``broken`` (a hop ended), ``failed``, ``stats``.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from dwarfstar_engine.model.arch import rules
 from dwarfstar_engine.model.gguf import read_model
 from dwarfstar_engine.model.slice import slice_file, token_embedding
 from dwarfstar_engine.native import WireType
-from dwarfstar_engine.stage import toy
+from dwarfstar_engine.stage import carry, toy
 from dwarfstar_engine.stage.llama import Embedder, LlamaOptions, LlamaSlice
 from dwarfstar_engine.stage.measure import Profile
 from dwarfstar_engine.stage.outlet import Outlet
@@ -45,6 +48,7 @@ from dwarfstar_engine.stage.pipe import STAGE_NAME, ChildPipe
 from dwarfstar_engine.stage.record import Record
 from dwarfstar_engine.stage.worker import Backend, Counted, LlamaBackend, ToyBackend, Worker
 from dwarfstar_engine.wire import channel, frames, loop
+from dwarfstar_engine.wire.carry import CarryReceiver, Written
 from dwarfstar_engine.wire.door import Door, Watch
 from dwarfstar_engine.wire.frames import Resend
 from dwarfstar_engine.wire.handshake import local_build
@@ -70,6 +74,8 @@ class StageProcess:
         self._loop = asyncio.get_running_loop()
         self._build = local_build()
         self._receiver = RingReceiver(self._build, name, self._on_frame, lambda _: None, self._on_hop_lost)
+        self._carried = CarryReceiver(self._build, name)
+        self._loaded: dict[str, Any] = {}  # as it was told
         self._outlet: Outlet | None = None
         self._feeder: RingSender | None = None  # of the last stage, to the first one
         self._worker: Worker | None = None
@@ -89,7 +95,7 @@ class StageProcess:
         """Listen and serve until the parent is gone."""
         watch = Watch()
         server = grpc.aio.server(options=channel.SERVER_OPTIONS, interceptors=(Door(None, watch.called),))
-        server.add_generic_rpc_handlers((self._receiver.handler(),))
+        server.add_generic_rpc_handlers((self._receiver.handler(), self._carried.handler()))
         port = server.add_secure_port(f"{host}:0", channel.server_credentials(self._trust, watch.handshake))
         watch.watch(port)
         await server.start()
@@ -98,11 +104,19 @@ class StageProcess:
         work: asyncio.Task[None] | None = None
         while True:
             command = await self._pipe.command()  # always awaited: its end is how we learn that the parent is gone
-            linking = command["command"] == "link"
-            if linking and work is not None:
+            if work is not None and command["command"] != "load":
                 work.cancel()  # an older link, perhaps still trying to connect; loading is over before the first one
-            work = asyncio.create_task(self._link(command) if linking else asyncio.to_thread(self._load, command))
+            work = asyncio.create_task(self._obey(command))
             work.add_done_callback(_end_on_fault)
+
+    async def _obey(self, command: dict[str, Any]) -> None:
+        match command["command"]:
+            case "load":
+                await asyncio.to_thread(self._load, command)
+            case "carry":
+                await self._carry(command)
+            case _:
+                await self._link(command)
 
     async def _on_frame(self, data: bytes) -> None:
         if self._worker is None or self._outlet is None:
@@ -184,6 +198,7 @@ class StageProcess:
         except OSError as error:
             self._pipe.emit("failed", code="model_file_invalid", message=f"{command['path']}: {error.strerror}")
             return
+        self._loaded = command
         slots = int(command["options"]["slots"])
         self._wire = int(command["wire"])
         worker = Worker(backend, slots, WireType(self._wire or WireType.F32), command["ends"])
@@ -213,19 +228,11 @@ class StageProcess:
         keep: the epoch whose slots are to be kept; this stage was in its ring, and has not been emptied since. 0: none.
         """
         epoch = int(command["epoch"])
-        keeps = 0 < self._since <= int(command["keep"]) <= self._epoch
+        keeps = self._has(int(command["keep"]))
         if not keeps:
             self._since = epoch
-        self._epoch = epoch
         self._receiver.set_epoch(epoch, set(command["senders"]))  # from here on no old frame is run
-        self._taken.set()
-        olds, self._outlet, self._feeder = (self._outlet, self._feeder), None, None
-        for old in olds:
-            if old is not None:
-                old.release()
-        closing = asyncio.ensure_future(_close(*olds))
-        self._closing.add(closing)  # it goes on when a newer link takes this one's place
-        closing.add_done_callback(self._closing.discard)
+        closing = self._leave_ring(epoch)
         told = "the hop to the next stage ended"
         sender = RingSender(lambda reason: self._break(epoch, f"{told}: {reason}"), self._spare)
         work = (
@@ -260,6 +267,59 @@ class StageProcess:
             slots=slots,
         )
 
+    def _has(self, epoch: int) -> bool:
+        """Whether it was in an epoch's ring, or took the cells of one that was, and has not been emptied since."""
+        return 0 < self._since <= epoch <= self._epoch
+
+    def _leave_ring(self, epoch: int) -> asyncio.Future[None]:
+        """No frame of an older epoch is run any more. Returns the closing of the hops there were."""
+        self._epoch = epoch
+        self._taken.set()
+        olds, self._outlet, self._feeder = (self._outlet, self._feeder), None, None
+        for old in olds:
+            if old is not None:
+                old.release()
+        closing = asyncio.ensure_future(_close(*olds))
+        self._closing.add(closing)  # it goes on when a newer link takes this one's place
+        closing.add_done_callback(self._closing.discard)
+        return closing
+
+    async def _carry(self, command: dict[str, Any]) -> None:
+        """Give or take cells of the epoch ``keep``, before the ring of ``epoch`` is closed."""
+        began, keep, worker, loaded = time.perf_counter(), int(command["keep"]), self._worker, self._loaded
+        has, gives = self._has(keep), bool(command["to"])
+        if worker is None or (gives and not has):
+            outcome = carry.Outcome(code="stage_emptied", message="this stage has no cells of that epoch")
+            self._pipe.emit("carried", **carry.event(command, outcome, began))
+            return
+        self._receiver.set_epoch(0, ())  # hops of the ring to come wait for the link
+        self._leave_ring(keep)  # not that of ``epoch``: a stage that gives is not in it, and has nothing of it later
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._prompts.get_nowait()
+        begin, end = loaded["layers"]
+        written = Written(
+            int(command["term"]),
+            keep,
+            str(loaded["fingerprint"]),
+            (begin, end),
+            str(loaded["options"]["kv_type"]),
+            int(loaded["options"]["context"]),
+        )
+        if gives:
+            trust, build = self._trust, self._build
+            outcome = await carry.give(command, written, worker.backend, self._quiet, build, self._name, trust)
+        else:
+            if not has:
+                await self._slots(keeps=False)
+                self._since = keep
+            outcome = await carry.take(command, written, worker.backend, self._quiet, self._carried)
+        self._pipe.emit("carried", **carry.event(command, outcome, began))
+
+    async def _quiet(self, work: Callable[[], _T]) -> _T:
+        """Do this in the thread of slots, when no frame of a prompt runs."""
+        return await self._loop.run_in_executor(self._emptying, self._between, work)
+
     async def _open(self, sender: RingSender, epoch: int, address: str) -> Link:
         credentials = channel.channel_credentials(self._trust)
         return await sender.open(address, credentials, self._build, epoch, self._name)
@@ -289,7 +349,7 @@ class StageProcess:
         if worker is None:
             return []
         look = worker.held if keeps else worker.reset
-        held = await self._loop.run_in_executor(self._emptying, self._between, look)
+        held = await self._quiet(look)
         if held is None:
             if record is not None:
                 record.clear()

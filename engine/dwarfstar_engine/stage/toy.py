@@ -100,6 +100,23 @@ class ToySlice:
             if owner == source:
                 self._cache[(target, layer)] = {p: s for p, s in cache.items() if p < position}
 
+    def give(self, slot: int, positions: int) -> bytearray:
+        """What a slot holds before ``positions``, for another process; what it held from there on is forgotten."""
+        if not 0 < positions <= self.held(slot):
+            raise FrameError(f"toy: slot {slot} holds {self.held(slot)} positions, not {positions}")
+        self.trim(slot, positions)
+        rows = [[self._cache[(slot, layer)][position] for position in range(positions)] for layer in self._layers]
+        return bytearray(np.array(rows, np.uint64).tobytes())
+
+    def take(self, slot: int, positions: int, data: bytearray) -> None:
+        """Let a slot hold what another process gave. Raises FrameError: then it holds nothing."""
+        self.trim(slot, 0)
+        rows = np.frombuffer(bytes(data), np.uint64)
+        if len(rows) != positions * len(self._layers):
+            raise FrameError(f"toy: {len(rows)} hidden states are not {positions} of {len(self._layers)} layers")
+        for layer, states in zip(self._layers, rows.reshape(-1, positions).tolist(), strict=True):
+            self._cache[(slot, layer)] = dict(enumerate(states))
+
     def clear(self) -> None:
         self._cache.clear()
 

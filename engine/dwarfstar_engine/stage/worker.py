@@ -78,6 +78,15 @@ class Backend(Protocol):
         """Positions that a slot holds, and how many it can be cut to at least, but for none. While nothing runs."""
         ...
 
+    def give(self, slot: int, positions: int) -> tuple[bytearray, int]:
+        """What a slot holds before ``positions``, for a process with the same slice, and what it can be cut to. What
+        it held from there on is forgotten. Raises FrameError or StageError."""
+        ...
+
+    def take(self, slot: int, positions: int, floor: int, data: bytearray) -> None:
+        """Let a slot hold what another process gave. Raises FrameError or StageError: then it holds nothing."""
+        ...
+
     def measure(self, known: Profile | None = None) -> Profile:
         """What rows take, unless that is known; before any frame."""
         ...
@@ -137,6 +146,12 @@ class LlamaBackend:
 
     def held(self, slot: int) -> tuple[int, int]:
         return self._slice.hot.held(slot)
+
+    def give(self, slot: int, positions: int) -> tuple[bytearray, int]:
+        return self._slice.give(slot, positions)
+
+    def take(self, slot: int, positions: int, floor: int, data: bytearray) -> None:
+        self._slice.take(slot, positions, floor, data)
 
     def measure(self, known: Profile | None = None) -> Profile:
         if known is None:
@@ -209,6 +224,12 @@ class ToyBackend:
 
     def held(self, slot: int) -> tuple[int, int]:
         return self._slice.held(slot), 0
+
+    def give(self, slot: int, positions: int) -> tuple[bytearray, int]:
+        return self._slice.give(slot, positions), 0
+
+    def take(self, slot: int, positions: int, floor: int, data: bytearray) -> None:
+        self._slice.take(slot, positions, data)
 
     def measure(self, known: Profile | None = None) -> Profile:
         ms = 1000 * self._delay_s

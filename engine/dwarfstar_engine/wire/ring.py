@@ -122,10 +122,7 @@ class RingReceiver:
             return
         epoch, sender = hello.epoch, hello.sender
         await context.write(data_pb2.RingWelcome(code="").SerializeToString())
-        for _ in range(min(hello.probes, MAX_PROBES)):
-            if not isinstance(await context.read(), bytes):
-                break  # it left; the next read says so too
-            await context.write(b"")
+        await answer_probes(context, hello.probes)
         self._on_open(epoch)
         try:
             while isinstance(data := await context.read(), bytes) and epoch == self._epoch.value:
@@ -172,6 +169,14 @@ class RingReceivers:
         await next(awaited, self._receivers[0]).take(first, context)
 
 
+async def answer_probes(context: grpc.aio.ServicerContext[bytes, bytes], count: int) -> None:
+    """Let the other end ``measure``."""
+    for _ in range(min(count, MAX_PROBES)):
+        if not isinstance(await context.read(), bytes):
+            break  # it left; the next read says so too
+        await context.write(b"")
+
+
 def _handler(
     serve: Callable[[object, grpc.aio.ServicerContext[bytes, bytes]], Awaitable[None]],
 ) -> grpc.GenericRpcHandler:
@@ -181,14 +186,14 @@ def _handler(
     return grpc.method_handlers_generic_handler(DATA_SERVICE, {RING_METHOD: method})
 
 
-def _welcome(answer: object) -> data_pb2.RingWelcome:
+def welcome_of(answer: object) -> data_pb2.RingWelcome:
     welcome = data_pb2.RingWelcome()
     if isinstance(answer, bytes):
         welcome.ParseFromString(answer)
     return welcome
 
 
-async def _measure(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> Link | None:
+async def measure(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> Link | None:
     """What the link is worth; None if the stream ended."""
     times_s = []
     for size in PROBES:
@@ -268,14 +273,14 @@ class RingSender:
             async with asyncio.timeout(OPEN_DEADLINE_S):
                 await call.write(_hello(build, epoch, sender, len(PROBES)))
                 answer = await call.read()
-                link = await _measure(call) if isinstance(answer, bytes) and not _welcome(answer).code else None
+                link = await measure(call) if isinstance(answer, bytes) and not welcome_of(answer).code else None
         except (TimeoutError, grpc.aio.AioRpcError, asyncio.CancelledError) as error:
             await self.close()
             if isinstance(error, asyncio.CancelledError):
                 raise
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else "no answer in time"
             raise PeerError(f"the next stage at {address} cannot be reached: {detail}", code="hop_failed") from None
-        welcome = _welcome(answer)
+        welcome = welcome_of(answer)
         if link is None and not welcome.code:
             welcome.code, welcome.message = "hop_failed", f"the next stage at {address} closed the connection"
         if link is None:

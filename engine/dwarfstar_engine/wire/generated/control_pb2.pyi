@@ -167,6 +167,7 @@ class NodeMessage(_message.Message):
     LEAVE_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
     LEAVE_WISH_FIELD_NUMBER: _builtins.int
+    CARRIED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___NodeHello:
         """the first message, once"""
@@ -183,6 +184,8 @@ class NodeMessage(_message.Message):
 
     @_builtins.property
     def leave_wish(self) -> Global___LeaveWish: ...
+    @_builtins.property
+    def carried(self) -> Global___Carried: ...
     def __init__(
         self,
         *,
@@ -192,12 +195,13 @@ class NodeMessage(_message.Message):
         leave: Global___Leave | None = ...,
         offer: Global___Offer | None = ...,
         leave_wish: Global___LeaveWish | None = ...,
+        carried: Global___Carried | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "offer", b"offer", "stage_event", b"stage_event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["carried", b"carried", "heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "offer", b"offer", "stage_event", b"stage_event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "offer", b"offer", "stage_event", b"stage_event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carried", b"carried", "heartbeat", b"heartbeat", "hello", b"hello", "leave", b"leave", "leave_wish", b"leave_wish", "message", b"message", "offer", b"offer", "stage_event", b"stage_event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "stage_event", "leave", "offer", "leave_wish"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "stage_event", "leave", "offer", "leave_wish", "carried"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -873,6 +877,7 @@ class CoordinatorMessage(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     LOOK_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
+    CARRY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """answers hello"""
@@ -903,6 +908,8 @@ class CoordinatorMessage(_message.Message):
 
     @_builtins.property
     def drained(self) -> Global___Drained: ...
+    @_builtins.property
+    def carry(self) -> Global___Carry: ...
     def __init__(
         self,
         *,
@@ -916,12 +923,13 @@ class CoordinatorMessage(_message.Message):
         peers: Global___Peers | None = ...,
         look: Global___Look | None = ...,
         drained: Global___Drained | None = ...,
+        carry: Global___Carry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "lend", b"lend", "link", b"link", "look", b"look", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "carry", b"carry", "drained", b"drained", "lend", b"lend", "link", b"link", "look", b"look", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "drained", b"drained", "lend", b"lend", "link", b"link", "look", b"look", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign", b"assign", "carry", b"carry", "drained", b"drained", "lend", b"lend", "link", b"link", "look", b"look", "message", b"message", "peers", b"peers", "refused", b"refused", "release", b"release", "shutdown", b"shutdown", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "lend", "peers", "look", "drained"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "assign", "link", "release", "shutdown", "refused", "lend", "peers", "look", "drained", "carry"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1312,6 +1320,144 @@ class Release(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Release: _TypeAlias = Release  # noqa: Y015
+
+@_typing.final
+class Carry(_message.Message):
+    """Cells go from a stage, which leaves its ring, to the process that has the same slice in the next one. Each of the two
+    is told, and answers with Carried.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    TO_HOP_FIELD_NUMBER: _builtins.int
+    SENDER_FIELD_NUMBER: _builtins.int
+    CARGO_FIELD_NUMBER: _builtins.int
+    WITHIN_S_FIELD_NUMBER: _builtins.int
+    ALWAYS_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    epoch: _builtins.int
+    """of the ring to come"""
+    keep: _builtins.int
+    """of the ring that wrote them"""
+    to_hop: _builtins.str
+    """host:port of the process that takes them; empty: it is this one"""
+    sender: _builtins.str
+    """id in the certificate of the node that gives them; no other is heard"""
+    within_s: _builtins.float
+    always: _builtins.bool
+    """also where computing them again is thought to be quicker"""
+    @_builtins.property
+    def layers(self) -> Global___Slice: ...
+    @_builtins.property
+    def cargo(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cargo]:
+        """in this order"""
+
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        keep: _builtins.int = ...,
+        layers: Global___Slice | None = ...,
+        to_hop: _builtins.str = ...,
+        sender: _builtins.str = ...,
+        cargo: _abc.Iterable[Global___Cargo] | None = ...,
+        within_s: _builtins.float = ...,
+        always: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["always", b"always", "cargo", b"cargo", "epoch", b"epoch", "keep", b"keep", "layers", b"layers", "sender", b"sender", "term", b"term", "to_hop", b"to_hop", "within_s", b"within_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Carry: _TypeAlias = Carry  # noqa: Y015
+
+@_typing.final
+class Cargo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    MOST_BYTES_FIELD_NUMBER: _builtins.int
+    REPLAY_S_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    positions: _builtins.int
+    """from 0 on; what is held behind them is forgotten"""
+    bytes: _builtins.int
+    """about"""
+    most_bytes: _builtins.int
+    """more are not taken"""
+    replay_s: _builtins.float
+    """computing them again would take, about"""
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        positions: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        most_bytes: _builtins.int = ...,
+        replay_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "most_bytes", b"most_bytes", "positions", b"positions", "replay_s", b"replay_s", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cargo: _TypeAlias = Cargo  # noqa: Y015
+
+@_typing.final
+class Carried(_message.Message):
+    """What came of a Carry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    GIVEN_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """of the ring to come"""
+    given: _builtins.bool
+    """said by who gives; else by who takes"""
+    sequences: _builtins.int
+    """carried"""
+    bytes: _builtins.int
+    seconds: _builtins.float
+    code: _builtins.str
+    """of the error tree: why no more"""
+    message: _builtins.str
+    @_builtins.property
+    def layers(self) -> Global___Slice: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        layers: Global___Slice | None = ...,
+        given: _builtins.bool = ...,
+        sequences: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        code: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "code", b"code", "epoch", b"epoch", "given", b"given", "layers", b"layers", "message", b"message", "seconds", b"seconds", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Carried: _TypeAlias = Carried  # noqa: Y015
 
 @_typing.final
 class Shutdown(_message.Message):

@@ -93,3 +93,104 @@ class RingWelcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RingWelcome: _TypeAlias = RingWelcome  # noqa: Y015
+
+@_typing.final
+class CarryHello(_message.Message):
+    """Cells of slots go from a stage to the process that takes its slice, over a stream of their own:
+
+      rpc Carry(stream bytes) returns (stream bytes);
+
+    A CarryHello, answered by a RingWelcome; probes, answered as those of a hop; then for each sequence a CarryHead and its
+    bytes in pieces of wire/carry.py's PIECE_BYTES, answered by a RingWelcome when they are taken, or why they are not.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    LLAMA_BUILD_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ABI_FIELD_NUMBER: _builtins.int
+    SENDER_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    LAYER_BEGIN_FIELD_NUMBER: _builtins.int
+    LAYER_END_FIELD_NUMBER: _builtins.int
+    KV_TYPE_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    protocol: _builtins.int
+    llama_build: _builtins.str
+    version: _builtins.str
+    abi: _builtins.int
+    sender: _builtins.str
+    """node id, for people; trust rests on the certificate"""
+    probes: _builtins.int
+    term: _builtins.int
+    epoch: _builtins.int
+    """whose ring wrote the cells"""
+    fingerprint: _builtins.str
+    """of the model's file"""
+    layer_begin: _builtins.int
+    """half open: layers [begin, end)"""
+    layer_end: _builtins.int
+    kv_type: _builtins.str
+    context: _builtins.int
+    """cells of a slot"""
+    def __init__(
+        self,
+        *,
+        protocol: _builtins.int = ...,
+        llama_build: _builtins.str = ...,
+        version: _builtins.str = ...,
+        abi: _builtins.int = ...,
+        sender: _builtins.str = ...,
+        probes: _builtins.int = ...,
+        term: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
+        layer_begin: _builtins.int = ...,
+        layer_end: _builtins.int = ...,
+        kv_type: _builtins.str = ...,
+        context: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abi", b"abi", "context", b"context", "epoch", b"epoch", "fingerprint", b"fingerprint", "kv_type", b"kv_type", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "llama_build", b"llama_build", "probes", b"probes", "protocol", b"protocol", "sender", b"sender", "term", b"term", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarryHello: _TypeAlias = CarryHello  # noqa: Y015
+
+@_typing.final
+class CarryHead(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    FLOOR_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    CRC32C_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    positions: _builtins.int
+    """from 0 on"""
+    floor: _builtins.int
+    """it can be cut to so many at least, or to none"""
+    bytes: _builtins.int
+    crc32c: _builtins.int
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        positions: _builtins.int = ...,
+        floor: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        crc32c: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "crc32c", b"crc32c", "floor", b"floor", "positions", b"positions", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarryHead: _TypeAlias = CarryHead  # noqa: Y015
