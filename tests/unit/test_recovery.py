@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from dwarfstar_engine.errors import DwarfStarError
+from dwarfstar_engine.errors import DwarfStarError, Unavailable
 from dwarfstar_engine.node import pipeline as module
 from dwarfstar_engine.node.coordinator import Coordinator
+from dwarfstar_engine.node.kept_plan import KeptPlan
 from dwarfstar_engine.node.members import END, Member
 from dwarfstar_engine.node.source import open_source
 from dwarfstar_engine.node.vocab import ToyVocab
@@ -261,6 +262,25 @@ async def test_stages_keep_the_sequences_of_the_epoch_that_served(
         await coordinator.pipelines[0].on_frame(fault)
         await until(lambda: coordinator.epoch == 4 and serves(coordinator))
         assert a.keeps == b.keeps == [(1, 0), (2, 1), (3, 1), (4, 0)]
+
+
+@pytest.mark.parametrize("on_loss", ["rescue", "fail"])
+async def test_who_takes_over_lets_requests_wait_until_its_nodes_are_back(tmp_path: Path, on_loss: str) -> None:
+    """Not where nothing served before, nor where losses are to be told at once."""
+    coordinator = make(tmp_path)
+    coordinator.settings = coordinator.settings.model_copy(update={"on_loss": on_loss})
+    ask = Request((97,), Sampling())
+    coordinator.begin(1)
+    with pytest.raises(Unavailable):
+        coordinator.generate(ask, Sink())
+    coordinator.retire("another node leads")
+    coordinator.begin(2, KeptPlan(("a", "b"), (4,)))
+    if on_loss == "rescue":
+        coordinator.generate(ask, Sink())
+        assert len(coordinator.pipelines[0].waiting) == 1
+    else:
+        with pytest.raises(Unavailable):
+            coordinator.generate(ask, Sink())
 
 
 @pytest.mark.parametrize("turns", range(4))

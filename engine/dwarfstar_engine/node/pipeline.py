@@ -152,8 +152,10 @@ class Pipeline:
     # --- what the coordinator tells ---
 
     def begin(self, kept: KeptPlan | None) -> None:
-        """Before ``run``: of a coordinator that begins to lead. kept: the nodes' slices."""
+        """Before ``run``: of a coordinator that begins to lead. kept: the nodes' slices, where they served before: then
+        requests wait until they do again, as they do after any other loss."""
         self._served_at = 0.0
+        self.reviving = kept is not None and self.settings.on_loss == "rescue"
         self.planner.begin(kept)
         self.reason = self.code = "starting"
 
