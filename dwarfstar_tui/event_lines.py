@@ -13,7 +13,7 @@ from dwarfstar_tui.text import Glyphs, fit, matches
 BAD = frozenset({"node_lost", "stage_failed", "streams_given_up", "no_plan", "node_refused"})
 WARN = frozenset({"node_late", "epoch_over", "streams_waiting", "node_removed", "node_left"})
 GOOD = frozenset({"node_joined", "node_rejoined", "node_heard", "epoch_up", "stage_ready", "streams_resumed",
-                  "model_loaded"})  # fmt: skip
+                  "model_loaded", "owner_model", "cells_carried"})  # fmt: skip
 KIND = 17
 
 
