@@ -25,8 +25,8 @@ from support.engine_process import EngineProcess, command, until
 
 pytestmark = pytest.mark.process
 
-LONG = 60_000  # tokens: more than an engine makes while this test goes on
-TOY = ("toy:4", "--local-nodes", "1", "--host", "0.0.0.0", "--context", "65536")
+LONG = 60_000  # tokens: more than an engine makes while this test goes on, also when it guesses well
+TOY = ("toy:4:2", "--local-nodes", "1", "--host", "0.0.0.0", "--context", "65536")
 
 
 def new_key(home: Path, name: str, *more: str) -> str:

@@ -135,7 +135,7 @@ def test_a_node_that_is_needed_is_not_drained(tmp_path_factory: pytest.TempPathF
 
 
 def test_a_machine_gets_its_share_while_streams_run_and_takes_it_along_in_order(tmp_path: Path) -> None:
-    requests = bodies(["abc", "defg", "h", "ijk"], 200)
+    requests = bodies(["abc", "defg", "h", "ijk"], 400)  # more than are made until it has gone
     lent = ("--effective-vram", "1")
     with EngineProcess(
         tmp_path / "head", "toy:12:10", "--slots", "4", "--context", "1024", *lent, variables={"DWARFSTAR_NAME": "head"}
