@@ -11,7 +11,9 @@ from dwarfstar_engine.errors import PlanError
 from dwarfstar_engine.node import pipeline as pipeline_module
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.epoch import Epoch, Stage
+from dwarfstar_engine.node.kept_plan import KeptPlan
 from dwarfstar_engine.node.members import Member
+from dwarfstar_engine.node.planner import WAITING
 from dwarfstar_engine.node.source import open_source
 from dwarfstar_engine.node.vocab import ToyVocab
 from dwarfstar_engine.plan.proportional import Plan
@@ -109,3 +111,31 @@ async def test_drained_nodes_take_nothing_over(broken: Coordinator) -> None:
         node.drained = True
     with pytest.raises(PlanError):
         broken.plan()
+
+
+async def test_who_takes_over_waits_for_the_nodes_that_served_and_not_for_all_a_start_waits_for(tmp_path: Path) -> None:
+    """Or the loss of one node at that moment would keep the others, which can serve, from it."""
+    settings = Settings(home=tmp_path, wait_nodes=4, rejoin_s=10.0)
+    source = open_source("toy:9", tmp_path, settings.kv)
+    coordinator = Coordinator(settings, source, ToyVocab(), NodeFiles(tmp_path), "coordinator")
+    coordinator.begin(2, KeptPlan(("a", "b", "c"), (3, 6), frozenset("abc"), until=100.0))
+    planner = coordinator.planner
+
+    def attach(*names: str) -> None:
+        for name in names:
+            coordinator.nodes.attach(Member(name, name, "127.0.0.1", pb.Device(effective_vram_bytes=1 << 30)))
+
+    for now, left_s in ((99.0, 1.0), (101.0, 9.0)):
+        with pytest.raises(PlanError) as waiting:
+            planner.now(source, now)
+        assert waiting.value.code == WAITING and waiting.value.retry_after_s == left_s
+    attach("a", "b")
+    with pytest.raises(PlanError, match="1 nodes have not come over yet"):
+        planner.now(source, 99.0)
+    assert nodes(planner.now(source, 100.5)[1]) == ["a", "b"]
+    attach("c")
+    assert [stage.layers for stage in planner.now(source, 99.0)[1].stages] == [(0, 3), (3, 6), (6, 9)]
+    coordinator.retire("another leads")
+    coordinator.begin(3)
+    with pytest.raises(PlanError, match="of 4 nodes have joined"):
+        planner.now(source, 200.0)

@@ -45,7 +45,7 @@ EARLY = "the pipeline broke during this request"  # of the error after MAX_RESCU
 LATE, LATE_S = "the pipeline was not back in", 60.0  # of the error after rescue_s
 TIMINGS = lease.Timings()
 SPENT_S = TIMINGS.lease_s - TIMINGS.renew_s  # a process that was stopped for so long may have lost its lease
-OVER = ("send the request again", "the model is not being served")  # while an engine whose term ended gathers its nodes
+OVER = ("send the request again", "longer than its lease", "the model is not being served")
 REFUSED_S = 0.2  # until who was refused asks again
 SLACK_S = 15.0  # a fault's effect may last so long
 

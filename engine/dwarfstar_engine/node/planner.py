@@ -64,7 +64,7 @@ class Planner:
     def begin(self, kept: KeptPlan | None) -> None:
         """Plan for a coordinator that begins to lead."""
         self.sound = self.served = False
-        self.gone_at = 0.0
+        self.gone_at = 0.0 if kept is None else kept.until  # who does not come over is lost
         self.kept = kept
 
     def serve(self, main: Source, settings: Settings) -> None:
@@ -98,12 +98,12 @@ class Planner:
     def now(self, source: Source, now: float) -> tuple[Source, Plan]:
         """What to serve, and a plan for the nodes that are here.
 
-        Raises PlanError: nodes are awaited (code WAITING), all of them before the first plan, later a lost one for
-        ``rejoin_s`` if no model fits those left; or none fits.
+        Raises PlanError: nodes are awaited (code WAITING), all of them before the cluster's first plan, later a lost
+        one for ``rejoin_s`` if no model fits those left; or none fits.
         """
         here = sum(not member.drained for member in self.members.values())
         wanted = self.wanted()
-        if here < wanted and not self.served:
+        if here < wanted and not self.served and self.kept is None:
             raise PlanError(f"{here} of {wanted} nodes have joined", code=WAITING)
         if not self.served and self.owner is not None and (left := self.owner.awaited_s(now)):
             raise PlanError("nodes of the owner's plan have not joined yet", code=WAITING, retry_after_s=left)
