@@ -26,7 +26,7 @@ OPTIONS = ("--local-nodes", "3", "--threads", "1", "--context", "512", "-v")
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     home = tmp_path_factory.mktemp("recut") / "home"
-    with EngineProcess(home, "demo", "--slots", "4", *OPTIONS) as engine:
+    with EngineProcess(home, "demo", "--slots", "4", "--carry", "on", *OPTIONS) as engine:
         yield engine.wait_serving()
 
 

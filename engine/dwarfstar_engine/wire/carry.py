@@ -68,7 +68,6 @@ class Expected:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     begun: bool = False
     taken: set[int] = field(default_factory=set)
-    bytes: int = 0
 
 
 class CarryReceiver:
@@ -164,7 +163,6 @@ class CarryReceiver:
             await context.write(_answer(error))
             return
         expected.taken.add(head.slot)
-        expected.bytes += len(cells)
         await context.write(_answer())
 
 
