@@ -1,4 +1,4 @@
-"""The cells of a slot, given by one process and taken by another: the text goes on with the same bits.
+"""The cells of a slot, given by some processes and taken by others: the text goes on with the same bits.
 
 In a child process, as llama.cpp may abort: see ``support.carried``.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support.carried import ONE_CUT
 from support.exactness import Worker
 from support.real_models import GEMMA3, SMOLLM2
 from support.tiny_models import FAMILIES
@@ -56,3 +57,38 @@ def test_layers_with_a_window(ask: Ask, prompt: int, target: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_architecture(family: str, ask: Ask) -> None:
     assert ask(family=family) == {"alike": True, "difference": 0.0}
+
+
+RECUTS = [([15], [18]), ([18], [15]), ([10, 20], [5, 17]), ([15], []), ([4, 9, 22], [20])]
+
+
+@pytest.mark.parametrize(("cuts", "recut"), RECUTS)
+def test_layers_of_several_slices_go_on_with_the_same_bits(ask: Ask, cuts: list[int], recut: list[int]) -> None:
+    answer = ask(model=SMOLLM2, prompt=100, cuts=cuts, recut=recut)
+    assert answer == {"alike": True, "difference": 0.0}
+
+
+@pytest.mark.parametrize("kv", ["q8_0", "q4_0", "f32"])
+def test_layers_of_several_slices_in_other_types(ask: Ask, kv: str) -> None:
+    how = {"source": OWN, "target": SHARED, "ahead": 2}
+    answer = ask(model=SMOLLM2, prompt=70, cuts=[15], recut=[18], options={"kv_type": kv}, how=how)
+    assert answer == {"alike": True, "difference": 0.0}
+
+
+def test_transposed_values_of_several_slices(ask: Ask) -> None:
+    options = {"flash_attention": "off"}
+    answer = ask(model=SMOLLM2, prompt=70, cuts=[15], recut=[18], options=options, how={"target": OWN})
+    assert answer == {"alike": True, "difference": 0.0}
+
+
+@pytest.mark.parametrize("prompt", [70, 600])
+@pytest.mark.parametrize("target", [OWN, SHARED])
+def test_layers_with_a_window_of_several_slices(ask: Ask, prompt: int, target: bool) -> None:
+    answer = ask(model=GEMMA3, prompt=prompt, cuts=[6], recut=[12], how={"target": target, "slot": 0})
+    assert answer == {"alike": True, "difference": 0.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_architecture_recut(family: str, ask: Ask) -> None:
+    exact = {"alike": True, "difference": 0.0}
+    assert ask(family=family, recut=True) == ({"refused": ONE_CUT} if family == "llama4" else exact)

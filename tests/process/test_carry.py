@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from dwarfstar_engine.cli import remote, running
-from dwarfstar_engine.views import EventView
 from process.prompts import PROMPTS
 from support.crowd import bodies, check, crowd
 from support.engine_process import EngineProcess
@@ -16,11 +15,6 @@ from support.engine_process import EngineProcess
 pytestmark = pytest.mark.process
 
 STREAMS = 4
-
-
-def carried(engine: EngineProcess) -> list[EventView]:
-    batches = remote.events(running.require(engine.home), engine.home, 0, follow=False)
-    return [event for batch in batches for event in batch.events if event.kind == "cells_carried"]
 
 
 def drain(engine: EngineProcess) -> str:
@@ -42,7 +36,7 @@ def test_the_streams_of_a_drained_node_are_carried(tmp_path: Path, model: str, o
         want = asyncio.run(crowd(engine, requests))
         before, drained = engine.status(), []
         check(asyncio.run(crowd(engine, requests, lambda: drained.append(drain(engine)))), want)
-        (event,) = carried(engine)
+        (event,) = engine.events("cells_carried")
         assert event.details["from"] == drained[0] and int(event.details["epoch"]) > before.epoch, event
         assert (event.details["carried"], event.details["sequences"]) == (STREAMS, STREAMS), event
         assert int(event.details["bytes"]) > 0 and not event.details["code"], event
@@ -57,4 +51,4 @@ def test_nothing_is_carried_if_that_is_not_wanted(tmp_path: Path) -> None:
         want = asyncio.run(crowd(engine, requests))
         drained: list[str] = []
         check(asyncio.run(crowd(engine, requests, lambda: drained.append(drain(engine)))), want)
-        assert drained and "2 streams wait" in engine.output and not carried(engine)
+        assert drained and "2 streams wait" in engine.output and not engine.events("cells_carried")

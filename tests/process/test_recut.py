@@ -26,7 +26,7 @@ OPTIONS = ("--local-nodes", "3", "--threads", "1", "--context", "512", "-v")
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     home = tmp_path_factory.mktemp("recut") / "home"
-    with EngineProcess(home, "demo", "--slots", "4", *OPTIONS) as engine:
+    with EngineProcess(home, "demo", "--slots", "4", "--carry", "on", *OPTIONS) as engine:
         yield engine.wait_serving()
 
 
@@ -69,13 +69,36 @@ def test_a_plan_is_proposed_carried_out_under_streams_and_taken_back(
 
     heards = asyncio.run(crowd(engine, STREAMS, commit, at=5))
     check(heards, undisturbed)
-    assert "streams go on" in engine.output, "they ran while the layers moved"
+    assert "4 streams go on, 0 of them from their beginning" in engine.output, "they ran while the layers moved"
+    moves = engine.events("cells_carried")
+    assert [move.details["from"] for move in moves] == ["node1", "node1, node2", "node2, node3"]
+    for move in moves:
+        assert (move.details["carried"], move.details["sequences"], move.details["code"]) == (4, 4, ""), move
     print(f"longest gap of a stream: {max(heard.gap_s for heard in heards):.2f} s")
     assert cuts_of(engine) == [5, 17]
     assert remote.undo(running.require(engine.home), engine.home).epoch == epoch + 2
     assert cuts_of(engine) == before
     with pytest.raises(DwarfStarError, match="no plan to go back to"):
         remote.undo(running.require(engine.home), engine.home)
+
+
+def test_of_other_boundaries_a_stage_that_stays_keeps_its_cells_and_the_others_take_theirs(tmp_path: Path) -> None:
+    requests = bodies([f"{n}: " + "abc def " * 30 for n in range(4)], 300)
+    more = ("--slots", "4", "--carry", "on", "--cuts", "4,8")
+    with EngineProcess(tmp_path / "home", "toy:12:5", *more, *OPTIONS) as engine:
+        serving, home = running.require(engine.wait_serving().home), engine.home
+        want = asyncio.run(crowd(engine, requests))
+        epoch, done = engine.status().epoch, list[int]()
+        wanted = PlanRequest(cuts=(4, 6))
+
+        def commit() -> None:
+            done.append(remote.commit(serving, home, wanted, epoch).epoch)
+
+        check(asyncio.run(crowd(engine, requests, commit)), want)
+        assert done and cuts_of(engine) == [4, 6]
+        moves = [(move.details["from"], move.details["carried"]) for move in engine.events("cells_carried")]
+        assert moves == [("node2", 4), ("node2, node3", 4)]
+        assert "4 streams go on, 0 of them from their beginning" in engine.output
 
 
 def test_what_was_proposed_for_another_epoch_or_does_not_fit_is_refused(engine: EngineProcess) -> None:

@@ -23,7 +23,7 @@ import psutil
 
 from dwarfstar_engine.cli import remote, running
 from dwarfstar_engine.errors import DwarfStarError
-from dwarfstar_engine.views import NodeView, StageView, StatusView
+from dwarfstar_engine.views import EventView, NodeView, StageView, StatusView
 
 T = TypeVar("T")
 
@@ -145,6 +145,11 @@ class EngineProcess:
 
     def stage(self, index: int) -> StageView:
         return self.status().stages[index]
+
+    def events(self, kind: str) -> list[EventView]:
+        """Those of a kind, so far."""
+        batches = remote.events(running.require(self.home), self.home, 0, follow=False)
+        return [event for batch in batches for event in batch.events if event.kind == kind]
 
     def node(self, name: str) -> NodeView | None:
         return next((node for node in self.status().nodes if node.name == name), None)

@@ -21,7 +21,7 @@ from dwarfstar_engine.batch.carry import (
 )
 from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.node import carrying
-from dwarfstar_engine.node.carrying import Carrying, cargo, handovers
+from dwarfstar_engine.node.carrying import Carrying, Handover, cargo, handovers
 from dwarfstar_engine.node.epoch import Epoch, Stage
 from dwarfstar_engine.node.journal import Journal
 from dwarfstar_engine.node.members import Member
@@ -114,26 +114,55 @@ def two(count: int = 2) -> tuple[Member, Member, Epoch, Epoch]:
     return a, b, served, Epoch(1, 8, "c", (stage(a, 0, 2, 1), stage(a, 2, 4, 5)))
 
 
+def kv_bytes(_: Stage, layers: tuple[int, int]) -> int:
+    return 100_000 * (layers[1] - layers[0])
+
+
+def moves(found: list[Handover]) -> list[tuple[str, tuple[int, int], list[tuple[str, tuple[int, int]]]]]:
+    return [
+        (one.new.member.id, one.new.plan.layers, [(old.member.id, part) for old, part in one.parts]) for one in found
+    ]
+
+
+def parts_of(order: pb.Carry) -> list[tuple[int, int, str, bool]]:
+    return [(part.layers.begin, part.layers.end, part.sender, bool(part.to_hop)) for part in order.parts]
+
+
 def sent(to: Member) -> list[pb.Carry]:
     return [to.outbox.get_nowait().carry for _ in range(to.outbox.qsize())]
 
 
 def test_only_a_slice_that_is_another_process_now_moves_and_only_if_the_old_one_is_there() -> None:
     a, b, served, ring = two()
-    assert [(old.member, new.member) for old, new in handovers(served, ring, {"a": a, "b": b})] == [(b, a)]
+    assert moves(handovers(served, ring, {"a": a, "b": b})) == [("a", (2, 4), [("b", (2, 4))])]
     assert handovers(served, ring, {"a": a}) == [], "its node was lost"
     b.held[2, 4] = pb.StageEvent(state=pb.STAGE_STATE_READY, pid=3)
     assert handovers(served, ring, {"a": a, "b": b}) == [], "it was started anew"
     b.held[2, 4] = pb.StageEvent(state=pb.STAGE_STATE_LOADING, pid=2)
     assert handovers(served, ring, {"a": a, "b": b}) == []
-    other = Epoch(1, 8, "c", (stage(a, 0, 3, 1), stage(b, 3, 4, 9)))
-    assert handovers(served, other, {"a": a, "b": b}) == [], "the boundary moved"
+
+
+def test_layers_come_from_whichever_stage_had_them() -> None:
+    a, b, c = member("a", s0_15=1), member("b", s15_30=2), member("c", s30_40=3)
+    members = {"a": a, "b": b, "c": c}
+    served = Epoch(1, 7, "c", (stage(a, 0, 15, 1), stage(b, 15, 30, 2), stage(c, 30, 40, 3)))
+    ring = Epoch(1, 8, "c", (stage(a, 0, 18, 4), stage(b, 18, 30, 5), stage(c, 30, 40, 3)))
+    assert moves(handovers(served, ring, members)) == [
+        ("a", (0, 18), [("a", (0, 15)), ("b", (15, 18))]),
+        ("b", (18, 30), [("b", (18, 30))]),
+    ]
+    one = Epoch(1, 8, "c", (stage(c, 0, 40, 9),))
+    assert moves(handovers(served, one, members)) == [
+        ("c", (0, 40), [("a", (0, 15)), ("b", (15, 30)), ("c", (30, 40))])
+    ]
+    del a.held[0, 15]
+    assert moves(handovers(served, ring, members)) == [("b", (18, 30), [("b", (18, 30))])], "some layers are lost"
 
 
 def test_what_was_answered_for_is_carried_and_nothing_of_streams_that_wait_for_a_slot() -> None:
     a, _, _, ring = two()
     streams = [stream(-1, 9, 0), stream(0, 10, 0), stream(1, 64, 0, read=32), stream(2, 64, 11)]
-    found = cargo(streams, ring.stages[1], 1000)
+    found = cargo(streams, ring.stages[1], 100_000, 1000)
     assert [(one.slot, one.positions, one.bytes) for one in found] == [(1, 32, 3200), (2, 74, 7400)]
     assert [one.replay_s for one in found] == pytest.approx([0.032, 0.064 + 0.1])
     assert a.outbox.empty()
@@ -146,16 +175,18 @@ class Move:
         self.a, self.b, served, self.ring = two()
         self.journal = Journal(lambda: 0.0)
         self.carrying = Carrying(News(self.journal))
-        self.pairs = handovers(served, self.ring, {"a": self.a, "b": self.b})
+        self.found = handovers(served, self.ring, {"a": self.a, "b": self.b})
         self.settings = Settings.model_validate(settings)
 
     async def run(self, *said: tuple[Member, pb.Carried]) -> list[dict[str, str | int | float]]:
         """The events' details, when nodes have said that."""
         streams = [stream(0, 64, 11), stream(1, 64, 51)]
-        work = asyncio.create_task(self.carrying.run(self.pairs, streams, self.ring, 7, 1000, self.settings))
+        run = self.carrying.run(self.found, streams, self.ring, 7, 1000, kv_bytes, self.settings)
+        work = asyncio.create_task(run)
         await asyncio.sleep(0)
         for who, told in said:
-            told.layers.CopyFrom(pb.Slice(begin=2, end=4))
+            if not told.HasField("layers"):
+                told.layers.CopyFrom(pb.Slice(begin=2, end=4))
             self.carrying.heard(who, told)
         await work
         return [dict(event.details) async for batch in self.journal.read(0, follow=False) for event in batch.events]
@@ -167,11 +198,59 @@ async def test_both_ends_are_told_and_who_takes_says_what_came() -> None:
     (event,) = await move.run((move.b, early), (move.a, pb.Carried(epoch=8, sequences=2, bytes=9, seconds=0.5)))
     assert (event["carried"], event["sequences"], event["bytes"], event["from"]) == (2, 2, 9, "b")
     (taken,), (given,) = sent(move.a), sent(move.b)
-    assert (taken.to_hop, given.to_hop) == ("", "127.0.0.1:9")
-    assert (taken.sender, taken.term, taken.epoch, taken.keep) == ("b", 1, 8, 7)
-    assert [one.slot for one in given.cargo] == [1, 0] and given.cargo == taken.cargo
-    given.to_hop = ""
+    assert (taken.parts[0].to_hop, given.parts[0].to_hop) == ("", "127.0.0.1:9")
+    assert (taken.parts[0].sender, taken.term, taken.epoch, taken.keep) == ("b", 1, 8, 7)
+    assert [one.slot for one in given.parts[0].cargo] == [1, 0]
+    given.parts[0].to_hop = ""
     assert given == taken
+
+
+def recut() -> Move:
+    """Layers [0, 4), of which a had [0, 2) and b the rest, are now [0, 3) on a and [3, 4) on b."""
+    move, a, b = Move(), member("a", s0_2=1), member("b", s2_4=2)
+    served = Epoch(1, 7, "c", (stage(a, 0, 2, 1), stage(b, 2, 4, 2)))
+    move.a, move.b = a, b
+    move.ring = Epoch(1, 8, "c", (stage(a, 0, 3, 3), stage(b, 3, 4, 4)))
+    move.found = handovers(served, move.ring, {"a": a, "b": b})
+    return move
+
+
+def of(begin: int, end: int) -> pb.Slice:
+    return pb.Slice(begin=begin, end=end)
+
+
+async def test_where_a_boundary_moves_each_process_is_told_once_of_all_its_parts() -> None:
+    move = recut()
+    first, second = await move.run(
+        (move.b, pb.Carried(epoch=8, sequences=2, bytes=5, layers=of(3, 4))),
+        (move.a, pb.Carried(epoch=8, sequences=2, bytes=9, layers=of(0, 3))),
+    )
+    assert (first["from"], first["carried"], first["bytes"]) == ("a, b", 2, 9)
+    assert (second["from"], second["carried"], second["bytes"]) == ("b", 2, 5)
+    took, gave = sorted(sent(move.a), key=parts_of), sorted(sent(move.b), key=parts_of)
+    assert [(one.layers.begin, one.layers.end, parts_of(one)) for one in took] == [
+        (0, 3, [(0, 2, "a", False), (2, 3, "b", False)]),
+        (0, 2, [(0, 2, "a", True)]),
+    ]
+    assert [(one.layers.begin, one.layers.end, parts_of(one)) for one in gave] == [
+        (2, 4, [(2, 3, "b", True), (3, 4, "b", True)]),
+        (3, 4, [(3, 4, "b", False)]),
+    ]
+    for order in (*took, *gave):
+        for part in order.parts:
+            assert [one.slot for one in part.cargo] == [1, 0], "the same order on all streams"
+            layers = part.layers.end - part.layers.begin
+            assert [one.bytes for one in part.cargo] == [114 * 100 * layers, 74 * 100 * layers]
+
+
+async def test_a_part_that_does_not_come_is_not_waited_for() -> None:
+    move = recut()
+    first, second = await move.run(
+        (move.a, pb.Carried(epoch=8, given=True, code="stage_gone", layers=of(2, 3))),  # not hers
+        (move.b, pb.Carried(epoch=8, given=True, code="hop_failed", layers=of(2, 3))),
+        (move.b, pb.Carried(epoch=8, sequences=2, layers=of(3, 4))),
+    )
+    assert (first["carried"], first["code"], second["carried"]) == (0, "hop_failed", 2)
 
 
 async def test_who_cannot_give_is_not_waited_for() -> None:

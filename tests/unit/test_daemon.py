@@ -562,6 +562,58 @@ async def test_a_release_names_a_slice_or_keeps_what_it_names(
         await until(lambda: not alive(stages))
 
 
+def carry_order(begin: int, end: int, *parts: tuple[int, int], to: str = "") -> pb.Carry:
+    return pb.Carry(
+        term=1,
+        epoch=4,
+        keep=3,
+        layers=pb.Slice(begin=begin, end=end),
+        within_s=2.5,
+        parts=[
+            pb.CarryPart(
+                layers=pb.Slice(begin=a, end=b), to_hop=to, sender="n7", cargo=[pb.Cargo(slot=1, positions=9, bytes=8)]
+            )
+            for a, b in parts
+        ],
+    )
+
+
+async def test_a_stage_is_told_of_all_its_parts_and_what_came_of_them_is_passed_on(
+    node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage]
+) -> None:
+    coordinator = Coordinator()
+    async with serving(coordinator, files) as port, running(node, f"127.0.0.1:{port}"):
+        await until(lambda: coordinator.hellos)
+        coordinator.tell(assign=assignment(3, 0, 4))
+        await until(lambda: stages)
+        stages[0].say("ready")
+        coordinator.tell(carry=carry_order(0, 4, (0, 3), (3, 4), to="127.0.0.1:5"))
+        await until(lambda: stages[0].commands[-1]["command"] == "carry")
+        order = stages[0].commands[-1]
+        cargo = [(1, 9, 8, 0, 0.0)]
+        assert order["parts"] == [
+            {"layers": (0, 3), "to": "127.0.0.1:5", "sender": "n7", "cargo": cargo},
+            {"layers": (3, 4), "to": "127.0.0.1:5", "sender": "n7", "cargo": cargo},
+        ]
+        assert (order["term"], order["epoch"], order["keep"], order["within_s"]) == (1, 4, 3, 2.5)
+        stages[0].say("carried", epoch=4, layers=[3, 4], given=True, sequences=1, bytes=7, seconds=0.5, code="")
+        coordinator.tell(carry=carry_order(4, 8, (4, 5), (5, 8), to="127.0.0.1:5"))  # it has no such stage
+        coordinator.tell(carry=carry_order(2, 8, (2, 4), (4, 8)))
+        await until(lambda: len(said(coordinator)) == 4)
+    first, *gone = said(coordinator)
+    assert (first.epoch, first.given, first.sequences, first.bytes) == (4, True, 1, 7)
+    assert (first.layers.begin, first.layers.end) == (3, 4)
+    assert [(one.layers.begin, one.layers.end, one.given, one.code) for one in gone] == [
+        (4, 5, True, "stage_gone"),
+        (5, 8, True, "stage_gone"),
+        (2, 8, False, "stage_gone"),
+    ]
+
+
+def said(coordinator: Coordinator) -> list[pb.Carried]:
+    return [message.carried for message in coordinator.heard if message.HasField("carried")]
+
+
 async def test_a_node_that_leaves_waits_for_its_layers_to_move(
     node: NodeDaemon, files: NodeFiles, stages: list[PlayedStage]
 ) -> None:

@@ -73,7 +73,8 @@ class Hop:
 
 class Stage:
     def __init__(self, index: int, budget: int) -> None:
-        self.worker = Worker(ToyBackend(CUTS[index], CUTS[index + 1], LAYERS), SLOTS, WireType.F32, EOG)
+        self.layers = CUTS[index], CUTS[index + 1]
+        self.worker = Worker(ToyBackend(*self.layers, LAYERS), SLOTS, WireType.F32, EOG)
         self.record = Record(budget) if index < STAGES - 1 and budget else None
         self.rows = 0
         step = self.worker.backend.step
@@ -184,8 +185,8 @@ class Ring:
         for stream in streams:
             if stream.slot >= 0 and stream.through:
                 with contextlib.suppress(FrameError):  # it was being brought back, and does not have so many
-                    data, floor = old.worker.backend.give(stream.slot, stream.through)
-                    new.worker.backend.take(stream.slot, stream.through, floor, data)
+                    data, floor = old.worker.backend.give(stream.slot, stream.through, old.layers)
+                    new.worker.backend.take(stream.slot, stream.through, floor, {old.layers: data})
 
 
 def text(prompt: list[int], limit: int) -> list[int]:

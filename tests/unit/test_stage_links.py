@@ -139,8 +139,8 @@ LOADED = {"layers": [2, 4], "fingerprint": "the file", "options": {"kv_type": "f
 def order(epoch: int, keep: int, to: str) -> dict[str, Any]:
     """to: whom cells go to; empty: to this stage."""
     cargo = [(1, 3, 1, 1 << 16, 1.0)]
-    told = {"term": 1, "epoch": epoch, "keep": keep, "to": to, "sender": "n2", "cargo": cargo}
-    return {**told, "within_s": 0.05, "always": True}
+    parts = [{"layers": [2, 4], "to": to, "sender": "n2", "cargo": cargo}]
+    return {"term": 1, "epoch": epoch, "keep": keep, "parts": parts, "within_s": 0.05, "always": True}
 
 
 def carried(stage: StageProcess) -> dict[str, Any]:
@@ -165,6 +165,19 @@ async def test_a_stage_that_gave_its_cells_is_quiet_and_was_in_no_later_ring(sta
     assert kept(stage) == []
     await stage._carry(order(9, 8, NEXT))
     assert carried(stage)["code"] == "stage_emptied"
+
+
+async def test_each_part_that_is_given_is_told_of(stage: StageProcess) -> None:
+    stage._loaded = LOADED
+    await stage._link(link(3))
+    run(stage, 1)
+    both = order(4, 3, NEXT)
+    (part,) = both["parts"]
+    both["parts"] = [part | {"layers": [2, 3]}, part | {"layers": [3, 4]}]
+    await stage._carry(both)  # nobody is there
+    told = [fields for event, fields in cast(Pipe, stage._pipe).events if event == "carried"]
+    assert sorted(one["layers"] for one in told) == [[2, 3], [3, 4]]
+    assert all(one["given"] and one["code"] and not one["sequences"] for one in told)
 
 
 async def test_a_stage_that_takes_cells_forgets_its_own_and_counts_as_one_of_their_ring(stage: StageProcess) -> None:

@@ -1,9 +1,11 @@
 """Which sequences' cells are carried to the process that takes a slice, and how long that is tried. Pure.
 
-Theory. A slice that moves whole to another process leaves its cells behind. They can be computed again, which takes a
-slice's compute for each row, those of an answer one by one; or be carried, which takes the link's time for their bytes.
-Both are known about: rows by what the slice was measured to take, the link by what is measured when it is opened. What
-is not carried, for whatever reason, is computed again, so a wrong estimate costs time and nothing else.
+Theory. Layers that move to another process leave their cells behind. They can be computed again, which takes a slice's
+compute for each row, those of an answer one by one; or be carried, which takes the link's time for their bytes. Both
+are known about: rows by what the slice was measured to take, the link by what is measured when it is opened. Where a
+slice's layers come from several processes, each part has its own link and bytes, and saves the rows of the whole slice,
+as it is computed again if one part is missing. What is not carried, for whatever reason, is computed again, so a wrong
+estimate costs time and nothing else.
 
 Bounds. All together are tried for no longer than computing them would take, between LEAST_S and MOST_S: so a link that
 stalls costs no more than the carrying can gain. A sequence of more than ``most_bytes`` is refused.
@@ -25,7 +27,8 @@ SLACK = 2  # times what cells should take: types and layouts of caches differ a 
 
 @dataclass(frozen=True, slots=True)
 class Cargo:
-    """A sequence at a stage. positions: from 0 on. bytes: about. replay_s: computing them again, about."""
+    """A sequence at a stage, or some layers of it. positions: from 0 on. bytes: about. replay_s: computing its rows at
+    all layers of the stage again, about."""
 
     slot: int
     positions: int
@@ -33,7 +36,7 @@ class Cargo:
     replay_s: float
 
     def most_bytes(self, layers: int) -> int:
-        """More are not what was asked for. layers: of the slice."""
+        """More are not what was asked for. layers: that it is of."""
         return SLACK * self.bytes + CELL_BYTES * layers * self.positions + HEAD_BYTES
 
 

@@ -1,16 +1,20 @@
-"""Cells of streams go from stages that are left to the processes that have their slices now, before a ring is closed.
+"""Cells of streams go from stages that are left to the processes that have their layers now, before a ring is closed.
 
-Theory. The old ring is over and the new one's stages are loaded. Where a slice moved whole, both of its processes are
-told, and what the new one took it tells of when it joins the ring, like any other stage that kept something
+Theory. The old ring is over and the new one's stages are loaded. A new stage's layers are those of one old stage or of
+several; if the processes of all of them are there still, each is told what to give to whom, and the new one what to
+take from whom. What that one took it tells of when it joins the ring, like any other stage that kept something
 (``batch.restore``). So nothing depends on what is answered here but how long the ring waits for it; and nothing goes
 wrong if it is not answered: then the time is up.
+
+Invariant. A process is told once: an old stage of all that it gives, a new one of all that it takes. No process is
+both, as one that stays has the layers that it had.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from dwarfstar_engine.batch.carry import Cargo, chosen, replay_s, within_s
@@ -26,33 +30,53 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 
 MARGIN_S = 1.0  # after their time is up nodes say so: how long that may take
 
+KvBytes = Callable[[Stage, Layers], int]  # what a KV cache of these layers takes on a stage's node
 
-def handovers(served: Epoch, ring: Epoch, members: Mapping[str, Member]) -> list[tuple[Stage, Stage]]:
-    """Stages of the ring that served, and those of the next one that are other processes with the same slice, where
-    both are there."""
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A stage of the next ring, and which of its layers each stage of the last one has."""
+
+    new: Stage
+    parts: tuple[tuple[Stage, Layers], ...]
+
+
+def handovers(served: Epoch, ring: Epoch, members: Mapping[str, Member]) -> list[Handover]:
+    """Stages of the next ring that are other processes than those that had their layers in the ring that served, where
+    all of these are there."""
+    there = [old for old in served.stages if _there(old, members)]
     found = []
     for new in ring.stages:
-        old = next((one for one in served.stages if one.plan.layers == new.plan.layers), None)
-        if old is None or old.event is None or new.event is None:
-            continue
-        if (old.member.id, old.event.pid) == (new.member.id, new.event.pid):
+        begin, end = new.plan.layers
+        common = [(old, (max(begin, old.plan.layers[0]), min(end, old.plan.layers[1]))) for old in there]
+        parts = tuple((old, part) for old, part in common if part[0] < part[1])
+        if new.event is None or any(_process(old) == _process(new) for old, _ in parts):
             continue  # it keeps its cells
-        member = members.get(old.member.id)
-        held = member.held.get(old.plan.layers) if member is not None else None
-        if held is not None and held.pid == old.event.pid and held.state in LOADED:
-            found.append((old, new))
+        if sum(part[1] - part[0] for _, part in parts) == end - begin:
+            found.append(Handover(new, parts))
     return found
 
 
-def cargo(streams: Iterable[Stream], new: Stage, cells: int) -> list[Cargo]:
-    """What of the streams is at a stage that is left. cells: of its KV cache."""
+def _process(stage: Stage) -> tuple[str, int]:
+    return (stage.member.id, 0 if stage.event is None else stage.event.pid)
+
+
+def _there(old: Stage, members: Mapping[str, Member]) -> bool:
+    """Whether the process that was in the ring is loaded still."""
+    member = members.get(old.member.id)
+    held = member.held.get(old.plan.layers) if member is not None else None
+    return old.event is not None and held is not None and held.pid == old.event.pid and held.state in LOADED
+
+
+def cargo(streams: Iterable[Stream], new: Stage, kv_bytes: int, cells: int) -> list[Cargo]:
+    """What of the streams goes to a stage. kv_bytes: of the cache of what goes, which has so many cells."""
     profile = new.profile
     costs = [(cost.rows, cost.ms) for cost in profile.prompt]
     return [
         Cargo(
             stream.slot,
             stream.through,
-            stream.through * new.plan.kv_bytes // max(1, cells),
+            stream.through * kv_bytes // max(1, cells),
             replay_s(len(stream.request.prompt), stream.through, costs, profile.step_ms),
         )
         for stream in streams
@@ -62,10 +86,18 @@ def cargo(streams: Iterable[Stream], new: Stage, cells: int) -> list[Cargo]:
 
 @dataclass(slots=True)
 class _Move:
-    old: Stage
-    new: Stage
+    handover: Handover
     sequences: int
-    told: pb.Carried | None = None  # by who takes, or by who gives, that it will not
+    told: pb.Carried | None = None  # by who takes, or by one who gives, that it will not
+
+    def hears(self, member: Member, told: pb.Carried) -> bool:
+        """Whether it is over with this."""
+        layers = (told.layers.begin, told.layers.end)
+        if not told.given:
+            new = self.handover.new
+            return (member.id, layers) == (new.member.id, new.plan.layers)
+        gives = any((member.id, layers) == (old.member.id, part) for old, part in self.handover.parts)
+        return gives and bool(told.code) and not told.sequences  # who takes lacks these of every sequence
 
 
 class Carrying:
@@ -74,83 +106,101 @@ class Carrying:
     def __init__(self, news: News) -> None:
         self._news = news
         self._epoch = 0
-        self._moves: dict[Layers, _Move] = {}
+        self._moves: list[_Move] = []
         self._changed = asyncio.Event()
 
     def heard(self, member: Member, told: pb.Carried) -> None:
         """A node says what came of a move."""
-        move = self._moves.get((told.layers.begin, told.layers.end))
-        if move is None or told.epoch != self._epoch or move.told is not None:
-            return
-        if told.given:
-            if member.id == move.old.member.id and told.code and not told.sequences:
-                move.told = told  # the other one waits for nothing
-        elif member.id == move.new.member.id:
-            move.told = told
+        if told.epoch == self._epoch:
+            for move in self._moves:
+                if move.told is None and move.hears(member, told):
+                    move.told = told
         self._changed.set()
 
     async def run(
         self,
-        pairs: Iterable[tuple[Stage, Stage]],
+        found: Iterable[Handover],
         streams: Iterable[Stream],
         ring: Epoch,
         keep: int,
         cells: int,
+        kv_bytes: KvBytes,
         settings: Settings,
     ) -> None:
         """Have the streams' cells carried; returns when it is over. keep: the epoch that wrote them. cells: of a KV
         cache."""
-        self._epoch, waiting, longest_s = ring.number, list(streams), 0.0
-        always = settings.carry == "on"
-        self._moves = {}
-        for old, new in pairs:
-            goods = chosen(cargo(waiting, new, cells), always=always)
+        self._epoch, waiting, self._moves = ring.number, list(streams), []
+        orders, longest_s = _Orders(ring, keep, always=settings.carry == "on"), 0.0
+        for handover in found:
+            new, layers = handover.new, handover.new.plan.layers
+            goods = chosen(cargo(waiting, new, kv_bytes(new, layers), cells), always=orders.always)
             if not goods:
                 continue
             time_s = within_s(goods, settings.rescue_s)
-            order = _order(ring, keep, old, new, goods, time_s, always)
-            self._moves[new.plan.layers] = _Move(old, new, len(goods))
             longest_s = max(longest_s, time_s)
-            with contextlib.suppress(PeerError):  # it takes no messages: it is lost, or will be
-                new.member.send(pb.CoordinatorMessage(carry=order))
-                order.to_hop = new.address
-                old.member.send(pb.CoordinatorMessage(carry=order))
+            for old, part in handover.parts:
+                what = {one.slot: one for one in cargo(waiting, new, kv_bytes(new, part), cells)}
+                orders.add(old, new, part, [what[one.slot] for one in goods], time_s)
+            self._moves.append(_Move(handover, len(goods)))
+        orders.send()
         if self._moves:
             await self._wait(longest_s + MARGIN_S)
-        for layers, move in self._moves.items():
+        for move in self._moves:
             told = move.told or pb.Carried(code="silent", message="nothing was heard of it in time")
-            nodes = (move.old.member.name, move.new.member.name)
-            self._news.carried(ring, layers, nodes, move.sequences, told)
-        self._moves = {}
+            new, givers = move.handover.new, dict.fromkeys(old.member.name for old, _ in move.handover.parts)
+            self._news.carried(ring, new.plan.layers, (", ".join(givers), new.member.name), move.sequences, told)
+        self._moves = []
 
     async def _wait(self, at_most_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(at_most_s):
-                while any(move.told is None for move in self._moves.values()):
+                while any(move.told is None for move in self._moves):
                     self._changed.clear()
                     await self._changed.wait()
 
 
-def _order(
-    ring: Epoch, keep: int, old: Stage, new: Stage, goods: Iterable[Cargo], time_s: float, always: bool
-) -> pb.Carry:
-    begin, end = new.plan.layers
-    return pb.Carry(
-        term=ring.term,
-        epoch=ring.number,
-        keep=keep,
-        layers=pb.Slice(begin=begin, end=end),
-        sender=old.member.id,
-        cargo=[
-            pb.Cargo(
-                slot=one.slot,
-                positions=one.positions,
-                bytes=one.bytes,
-                most_bytes=one.most_bytes(end - begin),
-                replay_s=one.replay_s,
-            )
-            for one in goods
-        ],
-        within_s=time_s,
-        always=always,
-    )
+class _Orders:
+    """What processes are told: each once."""
+
+    def __init__(self, ring: Epoch, keep: int, *, always: bool) -> None:
+        self._ring, self._keep, self.always = ring, keep, always
+        self._orders: dict[tuple[str, int], tuple[Stage, pb.Carry]] = {}
+
+    def add(self, old: Stage, new: Stage, layers: Layers, goods: Iterable[Cargo], time_s: float) -> None:
+        """These layers of sequences are to go from one stage to the other."""
+        begin, end = layers
+        part = pb.CarryPart(
+            layers=pb.Slice(begin=begin, end=end),
+            sender=old.member.id,
+            cargo=[
+                pb.Cargo(
+                    slot=one.slot,
+                    positions=one.positions,
+                    bytes=one.bytes,
+                    most_bytes=one.most_bytes(end - begin),
+                    replay_s=one.replay_s,
+                )
+                for one in goods
+            ],
+        )
+        self._to(new, time_s).parts.append(part)
+        part.to_hop = new.address
+        self._to(old, time_s).parts.append(part)
+
+    def _to(self, stage: Stage, time_s: float) -> pb.Carry:
+        begin, end = stage.plan.layers
+        empty = pb.Carry(
+            term=self._ring.term,
+            epoch=self._ring.number,
+            keep=self._keep,
+            layers=pb.Slice(begin=begin, end=end),
+            always=self.always,
+        )
+        _, order = self._orders.setdefault(_process(stage), (stage, empty))
+        order.within_s = max(order.within_s, time_s)
+        return order
+
+    def send(self) -> None:
+        for stage, order in self._orders.values():
+            with contextlib.suppress(PeerError):  # it takes no messages: it is lost, or will be
+                stage.member.send(pb.CoordinatorMessage(carry=order))

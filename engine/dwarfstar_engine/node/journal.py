@@ -56,7 +56,7 @@ class Kind(StrEnum):
     STREAMS_WAITING = "streams_waiting"
     STREAMS_RESUMED = "streams_resumed"
     STREAMS_GIVEN_UP = "streams_given_up"
-    CELLS_CARRIED = "cells_carried"  # from a stage to the process that takes its slice, and were not computed again
+    CELLS_CARRIED = "cells_carried"  # from stages to the process that takes their layers, and were not computed again
     SETTINGS = "settings"
     OWNER_PLAN = "owner_plan"  # committed, set aside, or back
     OWNER_MODEL = "owner_model"  # loaded or unloaded as ordered, or not

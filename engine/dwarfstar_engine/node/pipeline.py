@@ -549,10 +549,14 @@ class Pipeline:
         """Have cells of streams that wait carried to where their layers are now. Raises StageError: the epoch broke."""
         if self.settings.carry == "off" or not self._keep or self._served.number != self._keep:
             return
-        pairs = handovers(self._served, self._ring, self.members)
-        if pairs and len(self.waiting):
-            cells, settings = self.need().cells, self.settings
-            await self._unless_broken(self.carrying.run(pairs, self.waiting, self._ring, self._keep, cells, settings))
+        found = handovers(self._served, self._ring, self.members)
+        if found and len(self.waiting):
+            cells, ring, keep = self.need().cells, self._ring, self._keep
+            work = self.carrying.run(found, self.waiting, ring, keep, cells, self._kv_bytes, self.settings)
+            await self._unless_broken(work)
+
+    def _kv_bytes(self, stage: Stage, layers: Layers) -> int:
+        return self.stage_plan(stage.member.id, layers).kv_bytes
 
     async def _close_ring(self) -> None:
         """Join the loaded stages. Raises DwarfStarError."""

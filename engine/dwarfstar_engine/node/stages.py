@@ -326,19 +326,26 @@ class Stages:
         layers = (carry.layers.begin, carry.layers.end)
         stage = next((one for one in self._stages if one.layers == layers and one.ready), None)
         if stage is None or not stage.child.alive:
-            gone = pb.Carried(epoch=carry.epoch, layers=carry.layers, given=bool(carry.to_hop), code="stage_gone")
-            self._told(gone)
+            gives = any(part.to_hop for part in carry.parts)
+            for of in [part.layers for part in carry.parts] if gives else [carry.layers]:
+                self._told(pb.Carried(epoch=carry.epoch, layers=of, given=gives, code="stage_gone"))
             return
         stage.child.send(
             command="carry",
             term=carry.term,
             epoch=carry.epoch,
             keep=carry.keep,
-            to=self._seen_from_here(carry.to_hop),
-            sender=carry.sender,
-            cargo=[(one.slot, one.positions, one.bytes, one.most_bytes, one.replay_s) for one in carry.cargo],
             within_s=carry.within_s,
             always=carry.always,
+            parts=[
+                {
+                    "layers": (part.layers.begin, part.layers.end),
+                    "to": self._seen_from_here(part.to_hop),
+                    "sender": part.sender,
+                    "cargo": [(one.slot, one.positions, one.bytes, one.most_bytes, one.replay_s) for one in part.cargo],
+                }
+                for part in carry.parts
+            ],
         )
 
     def _seen_from_here(self, hop: str) -> str:
@@ -372,8 +379,9 @@ class Stages:
                 slots = [pb.SlotCells(**dict(zip(names, one, strict=True))) for one in event.get("slots", ())]
                 self._report(stage, pb.STAGE_STATE_LINKED, epoch=int(event["epoch"]), slots=slots)
             case "carried":
-                fields = {name: value for name, value in event.items() if name != "event"}
-                self._told(pb.Carried(layers=stage.slice, **fields))
+                fields = {name: value for name, value in event.items() if name not in ("event", "layers")}
+                begin, end = event["layers"]
+                self._told(pb.Carried(layers=pb.Slice(begin=begin, end=end), **fields))
             case "broken":
                 stage.state = pb.STAGE_STATE_BROKEN
                 code = event.get("code", "")

@@ -21,7 +21,7 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from dwarfstar_engine import native
 from dwarfstar_engine.errors import FrameError, StageError
 from dwarfstar_engine.model.arch import ArchRules
 from dwarfstar_engine.model.slice import SliceFile, TokenEmbedding
-from dwarfstar_engine.stage import llamacpp
+from dwarfstar_engine.plan.standby import Layers
+from dwarfstar_engine.stage import cells, llamacpp
 from dwarfstar_engine.stage.hot import FloatRows, HotStage, Side, Table
 from dwarfstar_engine.stage.llamacpp import llama
 
@@ -248,12 +249,26 @@ class LlamaSlice:
         assert value, row
         return value
 
-    def give(self, slot: int, positions: int) -> tuple[bytearray, int]:
-        """As ``HotStage.give``."""
-        return self.hot.give(slot, positions)
+    def give(self, slot: int, positions: int, layers: Layers) -> tuple[bytearray, int]:
+        """As ``HotStage.give``, of these layers. Raises FrameError also if they cannot be told from the others."""
+        data, floor = self.hot.give(slot, positions)
+        begin, end = self.file.layers
+        if layers == (begin, end):
+            return data, floor
+        return cells.divide(
+            data, self._windowed(self.file.layers), layers[0] - begin, layers[1] - begin, positions
+        ), floor
 
-    def take(self, slot: int, positions: int, floor: int, data: bytearray) -> None:
+    def take(self, slot: int, positions: int, floor: int, parts: Mapping[Layers, bytearray]) -> None:
         """As ``HotStage.take``, and the cells must be of these positions. Raises FrameError or StageError."""
+        try:
+            ordered = cells.in_order(parts, self.file.layers)
+            data = ordered[0][1]
+            if len(ordered) > 1:
+                data = cells.join([(one, self._windowed(layers)) for layers, one in ordered], positions)
+        except FrameError:
+            self.hot.forget(slot)
+            raise
         self.hot.take(slot, positions, floor, data)
         side, sequence = (self._own[slot], 0) if self._own else (self._steps, slot)
         memory = ctypes.c_void_p(side.memory)
@@ -261,6 +276,10 @@ class LlamaSlice:
         if last != positions - 1 or (first and not self.window):
             self.hot.forget(slot)
             raise FrameError(f"the cells given for {positions} positions of slot {slot} are of {first} to {last}")
+
+    def _windowed(self, layers: Layers) -> tuple[bool, ...]:
+        begin, end = layers
+        return self._rules.windowed[begin:end] or (False,) * (end - begin)
 
     def _close_contexts(self) -> None:
         while self._contexts:

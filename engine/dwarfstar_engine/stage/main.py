@@ -9,8 +9,8 @@ also in the middle (``native/src/stage.cpp``). Loading comes before any frame an
 A stage that goes from one ring to the next keeps what its slots hold, and the record of what it sent, if it is told to:
 then it says what that is. Its old hops end, the new ones open and its slots are looked at or emptied at the same time.
 
-Between two rings it may give what its slots hold to the process that has its slice in the next one, or take it from the
-one that had it (``stage/carry.py``). One that took cells of an epoch counts as one that was in its ring.
+Between two rings it may give what its slots hold to the processes that have its layers in the next one, or take it from
+those that had them (``stage/carry.py``). One that took cells of an epoch counts as one that was in its ring.
 
 Commands: ``load`` a slice (once), ``carry`` cells, ``link`` it into an epoch's ring. Events: ``listening``,
 ``loading``, ``ready``, ``carried``, ``linked``, ``broken`` (a hop ended), ``failed``, ``stats``.
@@ -286,35 +286,42 @@ class StageProcess:
 
     async def _carry(self, command: dict[str, Any]) -> None:
         """Give or take cells of the epoch ``keep``, before the ring of ``epoch`` is closed."""
-        began, keep, worker, loaded = time.perf_counter(), int(command["keep"]), self._worker, self._loaded
-        has, gives = self._has(keep), bool(command["to"])
+        began, keep, worker, parts = time.perf_counter(), int(command["keep"]), self._worker, command["parts"]
+        has, gives = self._has(keep), any(part["to"] for part in parts)
+        begin, end = self._loaded.get("layers", (0, 0))
         if worker is None or (gives and not has):
             outcome = carry.Outcome(code="stage_emptied", message="this stage has no cells of that epoch")
-            self._pipe.emit("carried", **carry.event(command, outcome, began))
+            for layers in [part["layers"] for part in parts] if gives else [(begin, end)]:
+                self._pipe.emit("carried", **carry.event(command, layers, outcome, began, given=gives))
             return
         self._receiver.set_epoch(0, ())  # hops of the ring to come wait for the link
         self._leave_ring(keep)  # not that of ``epoch``: a stage that gives is not in it, and has nothing of it later
         with contextlib.suppress(queue.Empty):
             while True:
                 self._prompts.get_nowait()
-        begin, end = loaded["layers"]
+        options = self._loaded["options"]
         written = Written(
             int(command["term"]),
             keep,
-            str(loaded["fingerprint"]),
+            str(self._loaded["fingerprint"]),
             (begin, end),
-            str(loaded["options"]["kv_type"]),
-            int(loaded["options"]["context"]),
+            str(options["kv_type"]),
+            int(options["context"]),
         )
         if gives:
-            trust, build = self._trust, self._build
-            outcome = await carry.give(command, written, worker.backend, self._quiet, build, self._name, trust)
-        else:
-            if not has:
-                await self._slots(keeps=False)
-                self._since = keep
-            outcome = await carry.take(command, written, worker.backend, self._quiet, self._carried)
-        self._pipe.emit("carried", **carry.event(command, outcome, began))
+            await asyncio.gather(*(self._give(command, part, written, worker.backend, began) for part in parts))
+            return
+        if not has:
+            await self._slots(keeps=False)
+            self._since = keep
+        outcome = await carry.take(command, written, worker.backend, self._quiet, self._carried)
+        self._pipe.emit("carried", **carry.event(command, (begin, end), outcome, began))
+
+    async def _give(
+        self, command: dict[str, Any], part: dict[str, Any], written: Written, backend: Backend, began: float
+    ) -> None:
+        outcome = await carry.give(command, part, written, backend, self._quiet, self._build, self._name, self._trust)
+        self._pipe.emit("carried", **carry.event(command, part["layers"], outcome, began, given=True))
 
     async def _quiet(self, work: Callable[[], _T]) -> _T:
         """Do this in the thread of slots, when no frame of a prompt runs."""

@@ -7,12 +7,14 @@ changes the token drawn at the end, or is an error. :func:`expected` computes th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dwarfstar_engine.errors import FrameError, ModelError
+from dwarfstar_engine.plan.standby import Layers
+from dwarfstar_engine.stage.cells import in_order
 
 WIDTH = 4  # 64 bits as four lanes of 16: every lane is exact in f32
 VOCABULARY = 256  # tokens are bytes
@@ -100,21 +102,26 @@ class ToySlice:
             if owner == source:
                 self._cache[(target, layer)] = {p: s for p, s in cache.items() if p < position}
 
-    def give(self, slot: int, positions: int) -> bytearray:
-        """What a slot holds before ``positions``, for another process; what it held from there on is forgotten."""
+    def give(self, slot: int, positions: int, layers: Layers) -> bytearray:
+        """What a slot holds of these layers before ``positions``, for another process; what it held from there on is
+        forgotten."""
         if not 0 < positions <= self.held(slot):
             raise FrameError(f"toy: slot {slot} holds {self.held(slot)} positions, not {positions}")
         self.trim(slot, positions)
-        rows = [[self._cache[(slot, layer)][position] for position in range(positions)] for layer in self._layers]
+        rows = [[self._cache[(slot, layer)][position] for position in range(positions)] for layer in range(*layers)]
         return bytearray(np.array(rows, np.uint64).tobytes())
 
-    def take(self, slot: int, positions: int, data: bytearray) -> None:
-        """Let a slot hold what another process gave. Raises FrameError: then it holds nothing."""
+    def take(self, slot: int, positions: int, parts: Mapping[Layers, bytearray]) -> None:
+        """Let a slot hold what other processes gave. Raises FrameError: then it holds nothing."""
         self.trim(slot, 0)
-        rows = np.frombuffer(bytes(data), np.uint64)
-        if len(rows) != positions * len(self._layers):
-            raise FrameError(f"toy: {len(rows)} hidden states are not {positions} of {len(self._layers)} layers")
-        for layer, states in zip(self._layers, rows.reshape(-1, positions).tolist(), strict=True):
+        for layers, data in in_order(parts, (self._layers.start, self._layers.stop)):
+            self._take(slot, positions, range(*layers), np.frombuffer(bytes(data), np.uint64))
+
+    def _take(self, slot: int, positions: int, layers: range, rows: NDArray[np.uint64]) -> None:
+        if len(rows) != positions * len(layers):
+            self.trim(slot, 0)
+            raise FrameError(f"toy: {len(rows)} hidden states are not {positions} of {len(layers)} layers")
+        for layer, states in zip(layers, rows.reshape(-1, positions).tolist(), strict=True):
             self._cache[(slot, layer)] = dict(enumerate(states))
 
     def clear(self) -> None:

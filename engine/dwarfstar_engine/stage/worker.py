@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from dwarfstar_engine import native
 from dwarfstar_engine.errors import DwarfStarError, FrameError
 from dwarfstar_engine.native import WireType
+from dwarfstar_engine.plan.standby import Layers
 from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.llama import Embedder, LlamaSlice
 from dwarfstar_engine.stage.measure import FIRST_ROWS, Profile, measure
@@ -78,13 +79,14 @@ class Backend(Protocol):
         """Positions that a slot holds, and how many it can be cut to at least, but for none. While nothing runs."""
         ...
 
-    def give(self, slot: int, positions: int) -> tuple[bytearray, int]:
-        """What a slot holds before ``positions``, for a process with the same slice, and what it can be cut to. What
-        it held from there on is forgotten. Raises FrameError or StageError."""
+    def give(self, slot: int, positions: int, layers: Layers) -> tuple[bytearray, int]:
+        """What a slot holds before ``positions`` of some layers of the slice, for a process that has these, and what it
+        can be cut to. What it held from there on is forgotten. Raises FrameError or StageError."""
         ...
 
-    def take(self, slot: int, positions: int, floor: int, data: bytearray) -> None:
-        """Let a slot hold what another process gave. Raises FrameError or StageError: then it holds nothing."""
+    def take(self, slot: int, positions: int, floor: int, parts: Mapping[Layers, bytearray]) -> None:
+        """Let a slot hold what other processes gave of the slice's layers. Raises FrameError or StageError: then it
+        holds nothing."""
         ...
 
     def measure(self, known: Profile | None = None) -> Profile:
@@ -147,11 +149,11 @@ class LlamaBackend:
     def held(self, slot: int) -> tuple[int, int]:
         return self._slice.hot.held(slot)
 
-    def give(self, slot: int, positions: int) -> tuple[bytearray, int]:
-        return self._slice.give(slot, positions)
+    def give(self, slot: int, positions: int, layers: Layers) -> tuple[bytearray, int]:
+        return self._slice.give(slot, positions, layers)
 
-    def take(self, slot: int, positions: int, floor: int, data: bytearray) -> None:
-        self._slice.take(slot, positions, floor, data)
+    def take(self, slot: int, positions: int, floor: int, parts: Mapping[Layers, bytearray]) -> None:
+        self._slice.take(slot, positions, floor, parts)
 
     def measure(self, known: Profile | None = None) -> Profile:
         if known is None:
@@ -225,11 +227,11 @@ class ToyBackend:
     def held(self, slot: int) -> tuple[int, int]:
         return self._slice.held(slot), 0
 
-    def give(self, slot: int, positions: int) -> tuple[bytearray, int]:
-        return self._slice.give(slot, positions), 0
+    def give(self, slot: int, positions: int, layers: Layers) -> tuple[bytearray, int]:
+        return self._slice.give(slot, positions, layers), 0
 
-    def take(self, slot: int, positions: int, floor: int, data: bytearray) -> None:
-        self._slice.take(slot, positions, data)
+    def take(self, slot: int, positions: int, floor: int, parts: Mapping[Layers, bytearray]) -> None:
+        self._slice.take(slot, positions, parts)
 
     def measure(self, known: Profile | None = None) -> Profile:
         ms = 1000 * self._delay_s

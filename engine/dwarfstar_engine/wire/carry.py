@@ -1,20 +1,20 @@
-"""Cells of slots on their way from a stage to the process that takes its slice: a gRPC stream of its own for each move.
+"""Cells of slots on their way from a stage to the process that takes its layers: a gRPC stream for each such pair.
 
-Theory. The coordinator tells both ends of a move. The one that gives connects to the one that takes, over the cluster's
-mutual TLS; that one hears nobody but the node it was told of, and takes nothing but what it was told to expect: cells
-of this file's layers, of this term and epoch, of these slots and positions. A sequence arrives whole and with its
+Theory. The coordinator tells both ends. The one that gives connects to the one that takes, over the cluster's mutual
+TLS; that one hears nobody but the nodes it was told of, and takes nothing but what it was told to expect: cells of
+these layers of this file, of this term and epoch, of these slots and positions. A sequence arrives whole and with its
 checksum before anybody looks at it; then it is answered, and the next one is sent. Whatever goes wrong ends the stream,
 or leaves out one sequence; what is missing is computed again.
 
-Bounds. PIECE_BYTES a message; of a sequence as many bytes as were expected at most; one stream for each move. How long
-all takes is bounded by who opens a stream and who expects one. One sequence is in memory at each end.
+Bounds. PIECE_BYTES a message; of a sequence as many bytes as were expected at most; an expected stream is served
+once. How long all takes is bounded by who opens a stream and who expects one. Of each one sequence is in memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Expected:
-    """A move, at the end that takes. slots: of each the positions, and its bytes at most. over: the stream ended."""
+    """A stream, at the end that takes. slots: of each the positions, and its bytes at most. over: the stream ended."""
 
     written: Written
     sender: str
@@ -68,24 +68,23 @@ class Expected:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     begun: bool = False
     taken: set[int] = field(default_factory=set)
-    bytes: int = 0
 
 
 class CarryReceiver:
-    """The end that takes: a gRPC service. Between ``expect`` and ``forget`` it serves one stream."""
+    """The end that takes: a gRPC service. Between ``expect`` and ``forget`` it serves the streams expected."""
 
     def __init__(self, build: BuildInfo, name: str) -> None:
         self._build, self._name = build, name
-        self._expected: Expected | None = None
+        self._expected: tuple[Expected, ...] = ()
         self._changed = asyncio.Event()
 
-    def expect(self, expected: Expected) -> None:
-        self._expected = expected
+    def expect(self, expected: Iterable[Expected]) -> None:
+        self._expected = tuple(expected)
         self._changed.set()
 
     def forget(self) -> None:
         """Nothing is taken from now on, also of a stream that is open."""
-        self._expected = None
+        self._expected = ()
         self._changed.clear()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -121,13 +120,16 @@ class CarryReceiver:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXPECTED_WAIT_S):
                 await self._changed.wait()
-        expected, node_id = self._expected, channel.peer_node_id(context)
-        if expected is None or node_id != expected.sender:
+        node_id, theirs = channel.peer_node_id(context), _written(hello)
+        awaited = [one for one in self._expected if one.sender == node_id]
+        if not awaited:
             raise TrustError(f"{self._name} takes no cells from {node_id} now", code="not_a_sender")
+        expected = next((one for one in awaited if one.written == theirs), None)
+        if expected is None:
+            wanted = " or ".join(str(one.written) for one in awaited)
+            raise PeerError(f"{self._name} takes cells of {wanted}, not of {theirs}", code="cells_differ")
         if expected.begun:
             raise PeerError(f"{self._name} is given these cells already", code="given_twice")
-        if (theirs := _written(hello)) != expected.written:
-            raise PeerError(f"{self._name} has cells of {expected.written}, not of {theirs}", code="cells_differ")
         expected.begun = True
         return expected, hello.probes
 
@@ -154,14 +156,13 @@ class CarryReceiver:
         try:
             if native.crc32c(cells) != head.crc32c:
                 raise FrameError(f"the cells of slot {head.slot} were damaged on their way", code="damaged")
-            if self._expected is not expected:
+            if expected not in self._expected:
                 raise PeerError(f"{self._name} waits for no cells any more", code="too_late")
             await expected.take(Sequence(head.slot, head.positions, head.floor, cells))
         except DwarfStarError as error:
             await context.write(_answer(error))
             return
         expected.taken.add(head.slot)
-        expected.bytes += len(cells)
         await context.write(_answer())
 
 

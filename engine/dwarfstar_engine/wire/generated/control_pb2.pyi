@@ -1323,8 +1323,8 @@ Global___Release: _TypeAlias = Release  # noqa: Y015
 
 @_typing.final
 class Carry(_message.Message):
-    """Cells go from a stage, which leaves its ring, to the process that has the same slice in the next one. Each of the two
-    is told, and answers with Carried.
+    """Cells go from stages, which leave their ring, to the processes that have their layers in the next one. Each of them is
+    told once. Who takes answers with one Carried, who gives with one for each part.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1333,28 +1333,24 @@ class Carry(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
-    TO_HOP_FIELD_NUMBER: _builtins.int
-    SENDER_FIELD_NUMBER: _builtins.int
-    CARGO_FIELD_NUMBER: _builtins.int
     WITHIN_S_FIELD_NUMBER: _builtins.int
     ALWAYS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     epoch: _builtins.int
     """of the ring to come"""
     keep: _builtins.int
     """of the ring that wrote them"""
-    to_hop: _builtins.str
-    """host:port of the process that takes them; empty: it is this one"""
-    sender: _builtins.str
-    """id in the certificate of the node that gives them; no other is heard"""
     within_s: _builtins.float
     always: _builtins.bool
     """also where computing them again is thought to be quicker"""
     @_builtins.property
-    def layers(self) -> Global___Slice: ...
+    def layers(self) -> Global___Slice:
+        """of the stage that is told"""
+
     @_builtins.property
-    def cargo(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cargo]:
-        """in this order"""
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CarryPart]:
+        """that it gives; or that it takes, which are all of its layers"""
 
     def __init__(
         self,
@@ -1363,19 +1359,53 @@ class Carry(_message.Message):
         epoch: _builtins.int = ...,
         keep: _builtins.int = ...,
         layers: Global___Slice | None = ...,
-        to_hop: _builtins.str = ...,
-        sender: _builtins.str = ...,
-        cargo: _abc.Iterable[Global___Cargo] | None = ...,
         within_s: _builtins.float = ...,
         always: _builtins.bool = ...,
+        parts: _abc.Iterable[Global___CarryPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["always", b"always", "cargo", b"cargo", "epoch", b"epoch", "keep", b"keep", "layers", b"layers", "sender", b"sender", "term", b"term", "to_hop", b"to_hop", "within_s", b"within_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["always", b"always", "epoch", b"epoch", "keep", b"keep", "layers", b"layers", "parts", b"parts", "term", b"term", "within_s", b"within_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Carry: _TypeAlias = Carry  # noqa: Y015
+
+@_typing.final
+class CarryPart(_message.Message):
+    """What two slices have in common."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    TO_HOP_FIELD_NUMBER: _builtins.int
+    SENDER_FIELD_NUMBER: _builtins.int
+    CARGO_FIELD_NUMBER: _builtins.int
+    to_hop: _builtins.str
+    """host:port of the process that takes them; empty: it is this one"""
+    sender: _builtins.str
+    """id in the certificate of the node that gives them; no other is heard"""
+    @_builtins.property
+    def layers(self) -> Global___Slice: ...
+    @_builtins.property
+    def cargo(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cargo]:
+        """in this order, which is that of all parts of a slice"""
+
+    def __init__(
+        self,
+        *,
+        layers: Global___Slice | None = ...,
+        to_hop: _builtins.str = ...,
+        sender: _builtins.str = ...,
+        cargo: _abc.Iterable[Global___Cargo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cargo", b"cargo", "layers", b"layers", "sender", b"sender", "to_hop", b"to_hop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarryPart: _TypeAlias = CarryPart  # noqa: Y015
 
 @_typing.final
 class Cargo(_message.Message):
@@ -1394,7 +1424,7 @@ class Cargo(_message.Message):
     most_bytes: _builtins.int
     """more are not taken"""
     replay_s: _builtins.float
-    """computing them again would take, about"""
+    """computing its rows again would take who takes them, about"""
     def __init__(
         self,
         *,
@@ -1438,7 +1468,9 @@ class Carried(_message.Message):
     """of the error tree: why no more"""
     message: _builtins.str
     @_builtins.property
-    def layers(self) -> Global___Slice: ...
+    def layers(self) -> Global___Slice:
+        """of who takes; or of the part, by who gives it"""
+
     def __init__(
         self,
         *,

@@ -132,7 +132,7 @@ class CarryHello(_message.Message):
     fingerprint: _builtins.str
     """of the model's file"""
     layer_begin: _builtins.int
-    """half open: layers [begin, end)"""
+    """half open: the cells are those of layers [begin, end)"""
     layer_end: _builtins.int
     kv_type: _builtins.str
     context: _builtins.int
