@@ -42,7 +42,7 @@ namespace {
 
 constexpr uint32_t MAGIC = 0x1A665344;  // "DSf\x1a"
 constexpr uint32_t RESIDUE = 0x48674BC7;  // CRC32C of bytes followed by their own CRC32C
-constexpr uint8_t VERSION = 4, KIND_STEP = 1, KIND_RESULT = 2, PAYLOAD_NONE = 0, WANT_DRAWN = 1, WANT_CHECKED = 2;
+constexpr uint8_t VERSION = 5, KIND_STEP = 1, KIND_RESULT = 2, PAYLOAD_NONE = 0, WANT_DRAWN = 1, WANT_CHECKED = 2;
 constexpr uint32_t MAX_POSITION = (1u << 24) - 1, MAX_TIMINGS = 256;
 constexpr uint32_t STATE_MAGIC = 0xAF143CD8;  // llama.cpp's, before the cells of a sequence
 constexpr uint32_t STATE_ALL = 0, STATE_WINDOWED = 1;  // LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: caches with a window only

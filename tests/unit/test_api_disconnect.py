@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from dwarfstar_engine.api.app import create_app
-from dwarfstar_engine.serving import Request
+from dwarfstar_engine.api.server import WRITE_NOW
+from dwarfstar_engine.serving import Request, Sink, Token
 from support.fake_client import Client
-from support.fake_engine import FakeEngine, Step
+from support.fake_engine import FakeEngine, FakeGeneration, Step
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 TURNS = 200  # of the event loop: far more than anything here needs to come to rest
@@ -43,6 +46,19 @@ class EndlessEngine(FakeEngine):
             finally:
                 self.template_left = True
         return await super().chat_tokens(messages)
+
+
+class ByHand(FakeEngine):
+    """Says what is put into ``sink``, once it has ``begun``."""
+
+    def __init__(self, script: Sequence[Step]) -> None:
+        super().__init__(script)
+        self.begun = asyncio.Event()
+
+    def generate(self, request: Request, sink: Sink) -> FakeGeneration:
+        self.sink = sink
+        self.begun.set()
+        return super().generate(request, sink)
 
 
 @pytest.mark.parametrize("wait_in", ["template", "queue", "generation"])
@@ -119,6 +135,45 @@ async def test_a_stop_string_ends_the_generation_though_nobody_reads() -> None:
     assert engine.cancelled == 1
     client.reading.set()
     await request
+
+
+async def test_no_token_passes_one_that_waits_to_be_sent() -> None:
+    """Tokens are written where they arrive, but not while the task that writes others waits for the client."""
+    engine = ByHand([asyncio.Event()])
+    client = Client(CHAT | {"stream": True})
+    written: list[bytes] = []
+    at_once: list[bool] = []
+
+    async def send(message: Message) -> None:
+        await client.reading.wait()
+        written.append(message.get("body", b""))
+
+    def write_now(body: bytes) -> bool:
+        at_once.append(client.reading.is_set())
+        if at_once[-1]:
+            written.append(body)
+        return at_once[-1]
+
+    async def say(piece: bytes, finish: str | None = None) -> None:
+        engine.sink.put(Token(engine.id_of(piece), finish=finish))
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+
+    client.scope["extensions"] = {WRITE_NOW: {"call": write_now}}
+    request = asyncio.create_task(create_app(engine)(client.scope, client.receive, send))
+    await engine.begun.wait()
+    await say(b"a")
+    await say(b"b")
+    client.reading.clear()
+    await say(b"c")
+    client.reading.set()  # who waits to send it is not awake yet
+    await say(b"d")
+    await say(b"e")
+    await say(b"f", "length")
+    await request
+    texts = re.findall(rb'"content":"([a-z])"', b"".join(written))
+    assert b"".join(texts) == b"abcdef"
+    assert at_once == [True, False, True]
 
 
 async def test_a_slow_reader_may_leave() -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import chain
 from urllib.parse import urlsplit
 
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from dwarfstar_engine.api import server
 from dwarfstar_engine.api.server import MAX_HEAD_BYTES
 from support.fake_client import serve
-from support.fake_engine import FakeEngine
+from support.fake_engine import FakeEngine, Step
 
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 CHUNKED = POST + b"transfer-encoding: chunked\r\n\r\n"
@@ -98,3 +102,43 @@ async def test_an_offer_of_another_protocol_is_passed_over() -> None:
 async def test_what_is_not_for_us_is_refused(sent: bytes) -> None:
     async with serve(FakeEngine()) as url:
         assert (await answers(url, [sent])).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_a_stream_stays_in_order_however_slowly_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are written where they arrive while the client keeps up, and by a task while it does not."""
+    written: list[bool] = []
+    plain = server.write_now
+
+    def counted(cycle: RequestResponseCycle, body: bytes) -> bool:
+        written.append(plain(cycle, body))
+        return written[-1]
+
+    monkeypatch.setattr(server, "write_now", counted)
+    groups = [[f"{group}.{number} ".encode() * 200 for number in range(20)] for group in range(200)]
+    gates = [asyncio.Event() for _ in groups]
+    steps: list[Step] = []
+    for gate, texts in zip(gates, groups, strict=True):
+        steps += [gate, *texts]
+    pieces = list(chain.from_iterable(groups))
+    engine = FakeEngine(steps, pieces=pieces, context=10_000)
+    body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 9000}).encode()
+
+    async def release() -> None:
+        for gate in gates:
+            gate.set()
+            await asyncio.sleep(0.001)
+
+    async with serve(engine) as url, asyncio.timeout(20), asyncio.TaskGroup() as group:
+        reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port, limit=1 << 16)
+        writer.write(POST + b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        group.create_task(release())
+        await engine.all_closed.wait()
+        got = b""
+        while piece := await reader.read(1 << 20):
+            got += piece
+        writer.close()
+    events = re.findall(rb'data: ({"id".*?})\n\n', re.sub(rb"\r\n[0-9a-f]+\r\n", b"", got))
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+    assert text.encode() == b"".join(pieces)
+    assert got.endswith(b"0\r\n\r\n") and b"[DONE]" in got
+    assert True in written and False in written

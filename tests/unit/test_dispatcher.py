@@ -21,7 +21,7 @@ from dwarfstar_engine.serving import Request, Sampling, Token
 from dwarfstar_engine.stage import toy
 from dwarfstar_engine.stage.worker import ToyBackend, Worker
 from dwarfstar_engine.wire import frames
-from dwarfstar_engine.wire.frames import FaultFrame, ResultFrame, StepFrame
+from dwarfstar_engine.wire.frames import MAX_RESULTS, FaultFrame, ResultFrame, StepFrame
 
 LAYERS, CONTEXT = 5, 60
 EPOCH = 4
@@ -78,7 +78,8 @@ class Ring:
     async def run(self) -> None:
         while True:
             if self.waiting and self.rng.random() < 0.6:
-                await self.dispatcher.on_frame(self.result())
+                together = min(self.rng.randint(1, MAX_RESULTS), len(self.waiting))
+                await self.dispatcher.on_frame(b"".join(self.result() for _ in range(together)))
             await asyncio.sleep(0)
 
     def idle(self) -> bool:

@@ -17,6 +17,7 @@ from dwarfstar_engine.wire import frames
 from dwarfstar_engine.wire.frames import (
     MAX_OPS,
     MAX_POSITION,
+    MAX_RESULTS,
     MAX_ROUNDS,
     MAX_ROWS,
     MAX_SLOTS,
@@ -476,3 +477,38 @@ def test_a_request_for_rows_out_of_range_is_refused(begin: int, end: int, stage:
     struct.pack_into("<iiHH", data, at, begin, end, stage, until)
     with pytest.raises(FrameError, match="out of range"):
         frames.decode(sealed(data))
+
+
+def result(number: int, rows: int) -> bytes:
+    drawn = [SampledRow(slot, 5, -0.5, ((5, -0.5),) * (slot % 3)) for slot in range(rows)]
+    return frames.encode(ResultFrame(1, number, drawn, ((number, 2),) * (number % 3)))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=MAX_RESULTS))
+def test_results_in_one_message_come_apart_as_they_were(rows: list[int]) -> None:
+    parts = [result(number, count) for number, count in enumerate(rows)]
+    assert frames.split(b"".join(parts)) == parts
+    assert [frames.number_of(part) for part in parts] == list(range(len(rows)))
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=4), st.data())
+def test_results_that_are_cut_off_are_refused(rows: list[int], data: st.DataObject) -> None:
+    parts = [result(number, count) for number, count in enumerate(rows)]
+    whole = b"".join(parts)
+    bounds = {sum(map(len, parts[:count])) for count in range(len(parts) + 1)}
+    cut = data.draw(st.integers(1, len(whole) - 1).filter(lambda at: at not in bounds))
+    with pytest.raises(FrameError):
+        for part in frames.split(whole[:cut]):
+            frames.decode(part)
+
+
+def test_too_many_results_are_refused() -> None:
+    with pytest.raises(FrameError, match="too many"):
+        frames.split(result(1, 1) * (MAX_RESULTS + 1))
+
+
+@given(st.one_of(steps(), faults))
+def test_what_is_no_result_is_one_frame(frame: frames.Frame) -> None:
+    data = frames.encode(frame)
+    assert frames.split(data) == [data]
+    assert frames.split(data[:7]) == [data[:7]]

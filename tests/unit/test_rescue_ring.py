@@ -140,9 +140,12 @@ class Ring:
             stage, prompt = ready[chosen]
             data = stage.queues[prompt].popleft()
             out = stage.worker.run(data)
-            stage.outlet.pass_on(data, out, stage.worker.take_asked(prompt))
+            asked = stage.worker.take_asked(prompt)
             if feed := stage.worker.take_feed():
+                stage.outlet.pass_on_later(out)
                 self.deliver(0, feed)
+            else:
+                stage.outlet.pass_on(data, out, asked)
 
     async def turns(self, count: int) -> None:
         for _ in range(count):

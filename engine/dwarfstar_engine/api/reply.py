@@ -23,6 +23,7 @@ from dwarfstar_engine.api.choice import Choice, Delta, Scored
 from dwarfstar_engine.api.errors import ClientGone, RequestTimedOut, error_body, json_response
 from dwarfstar_engine.api.prepare import Plan
 from dwarfstar_engine.api.run import Deadline, Run, unless_over
+from dwarfstar_engine.api.server import WRITE_NOW
 from dwarfstar_engine.api.sse import DONE, event
 from dwarfstar_engine.errors import DwarfStarError
 from dwarfstar_engine.serving import Engine
@@ -93,7 +94,7 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._stream:
             try:
-                await unless_over(receive, self._deadline, self._send_events(send))
+                await unless_over(receive, self._deadline, self._send_events(scope, send))
             except ClientGone:
                 if not self._started:
                     raise
@@ -118,7 +119,8 @@ class Reply(Response):
                     whole.finish = delta.finish
         return self._form.whole(wholes, self._usage())
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, scope: Scope, send: Send) -> None:
+        write_now, form = scope.get("extensions", {}).get(WRITE_NOW, {}).get("call"), self._form
         with Run(self._engine, self._choices) as run:
             deltas = await run.deltas()  # what is raised here is still an HTTP error
             self._started = True
@@ -129,6 +131,8 @@ class Reply(Response):
                     body = head + b"".join(map(self._form.delta, deltas))
                     head = b""
                     await send({"type": "http.response.body", "body": body, "more_body": True})
+                    if write_now is not None:
+                        run.at_once = lambda delta: write_now(form.delta(delta))
                     deltas = await run.deltas()
             except Exception as error:  # of any kind: the client must see an end that is not a good one
                 if not isinstance(error, DwarfStarError):

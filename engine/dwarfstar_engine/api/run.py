@@ -3,6 +3,7 @@
 The engine pushes tokens, from the event loop. A token is turned into a delta where it arrives, which costs a few
 microseconds, so a stop string ends its generation at once, whatever the client is doing. One task takes all deltas that
 are ready: it is woken once however many there are, so a token costs one task switch at most and several are one write.
+While that task waits, ``at_once`` may take a delta instead, and nobody is woken.
 
 Bound. Deltas not yet taken are as many as the answer may have tokens, which the context bounds: a client that reads
 slowly does not hold up the engine, whose slot would be idle meanwhile. The time limit bounds how long they are held.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -34,6 +35,7 @@ class Run:
     """``with Run(engine, choices) as run``, then :meth:`deltas` until it is empty.
 
     Entering raises what the engine refuses a request with; then nothing is left running, as if none had been taken.
+    at_once: takes a delta where it arrives, unless it is a choice's last or others wait; False: it does not want it.
     """
 
     def __init__(self, engine: Engine, choices: Sequence[Choice]) -> None:
@@ -44,6 +46,7 @@ class Run:
         self._ready: list[Delta] = []
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self.at_once: Callable[[Delta], bool] = _never
 
     def __enter__(self) -> Self:
         try:
@@ -78,9 +81,12 @@ class Run:
         return batch
 
     def add(self, delta: Delta) -> None:
-        self._ready.append(delta)
+        waiter = self._waiter
         if delta.finish is not None:
             self._running -= 1
+        elif waiter is not None and not waiter.done() and self.at_once(delta):
+            return
+        self._ready.append(delta)
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -97,6 +103,10 @@ class Run:
     def _cancel(self) -> None:
         for answer in self._answers:
             answer.cancel()
+
+
+def _never(delta: Delta) -> bool:
+    return False
 
 
 class _Answer:
@@ -122,17 +132,16 @@ class _Answer:
     def put(self, token: Token) -> None:
         try:
             delta = self._choice.add(token)
+            if delta is not None:
+                if token.finish is not None:
+                    self._forget()
+                elif delta.finish is not None:
+                    self.cancel()  # by a stop string, of which the engine knows nothing
+                self._run.add(delta)
         except Exception as error:  # of any kind: a sink must not raise, and the client must hear of it
             log.exception("an answer failed")
             self.cancel()
             self._run.fail(error)
-            return
-        if delta is not None:
-            if token.finish is not None:
-                self._forget()
-            elif delta.finish is not None:
-                self.cancel()  # by a stop string, of which the engine knows nothing
-            self._run.add(delta)
 
     def fail(self, error: Exception) -> None:
         self._forget()

@@ -8,15 +8,17 @@ another protocol for what it is in HTTP/1.1, its body included.
 
 from __future__ import annotations
 
+import functools
 import ssl
 from typing import Any
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 64 << 10  # h11's bound; the largest heads met, of browsers with cookies, are a quarter of it
 GRACEFUL_SHUTDOWN_S = 1
+WRITE_NOW = "dwarfstar.write_now"  # in a scope's ``extensions``: its "call" is ``write_now``
 
 
 class Protocol(HttpToolsProtocol):
@@ -60,6 +62,7 @@ class Protocol(HttpToolsProtocol):
         self._kept = 0
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            self.scope["extensions"] = {WRITE_NOW: {"call": functools.partial(write_now, self.cycle)}}
 
     def on_body(self, body: bytes) -> None:
         self._kept = 0
@@ -69,6 +72,18 @@ class Protocol(HttpToolsProtocol):
         self._kept = 0
         if not self.parser.should_upgrade():
             super().on_message_complete()
+
+
+def write_now(cycle: RequestResponseCycle, body: bytes) -> bool:
+    """Write a piece of a streamed response at once, with no task of its own: half of what a token's event costs else.
+
+    Only while nobody is in ``send`` for this response. False: nothing was written, as the client reads slowly or left;
+    ``send`` knows what to do then.
+    """
+    if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.chunked_encoding:
+        return False
+    cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+    return True
 
 
 def http_server(app: Any, tls: ssl.SSLContext | None = None) -> uvicorn.Server:

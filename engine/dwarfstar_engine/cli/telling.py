@@ -16,7 +16,7 @@ from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import StatusView
 
 ELECTION_S = 5.0  # after the start; a cluster that has no leader for longer is worth a line
-LOOK_S = 0.25
+LOOK_S, SERVED_LOOK_S = 0.25, 1.0  # while it comes up, and later: a status is a tenth of a millisecond's work
 PROGRESS_EVERY_S = 1.0  # of a load: a line for each percent would scroll everything else away
 
 
@@ -73,7 +73,7 @@ async def tell(coordinator: Told, say: Callable[[str], None], started: float, ho
             invited = True
             for line in _invitation(status.coordinator.api_url, home, curl):
                 say(line)
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(SERVED_LOOK_S if invited else LOOK_S)
 
 
 def _line(status: StatusView, loading: str, *, served: bool) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 from dwarfstar_engine.batch.restore import Kept
-from dwarfstar_engine.batch.scheduler import DRAFTED, DRAWN, Scheduler, Step
+from dwarfstar_engine.batch.scheduler import DRAFTED, DRAWN, Output, Scheduler, Step
 from dwarfstar_engine.batch.trial import Trial
 from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, StageError
 from dwarfstar_engine.node.drafter import Drafter
@@ -189,13 +189,24 @@ class Dispatcher:
         return SamplerSpec.of(stream.request.sampling, stream.request.prompt, stream.seed, stream.answer).encode()
 
     async def on_frame(self, data: bytes) -> None:
-        """A frame from the last stage. Raises FrameError if it is not one."""
+        """A message from the last stage: a frame, or several results. Raises FrameError if it is not one."""
+        parts = frames.split(data)
+        outputs = self._complete(parts[0])
+        for part in parts[1:]:
+            outputs += self._complete(part)
+        if self._pump():
+            await self._flush()
+        if outputs:
+            self._deliver(outputs)
+
+    def _complete(self, data: bytes) -> list[Output]:
+        """What a frame from the last stage means."""
         frame = frames.decode(data)
         if frame.epoch != self.epoch or self._error is not None:
-            return
+            return []
         if isinstance(frame, FaultFrame):
             self._on_fault(frame.message)
-            return
+            return []
         if not isinstance(frame, ResultFrame):
             raise FrameError("the last stage sent a frame that is no result: run one release everywhere")
         flight = self._flights.pop(frame.number, None)
@@ -204,11 +215,15 @@ class Dispatcher:
         rows = len(frame.rows)
         if frame.rounds:
             self._flights[frame.number] = _Flight(rows, 0, rows, False, time.monotonic(), frame.rounds - 1)
-        outputs = self.scheduler.complete(
+        if not flight.prompt and len(frame.timings) == len(self.stages):
+            for stage, (compute_us, wait_us) in zip(self.stages, frame.timings, strict=True):
+                if flight.rows:
+                    stage.add(compute_us, wait_us, flight.rows)
+        return self.scheduler.complete(
             frame.number, [(row.slot, Token(row.token, row.logprob, row.top)) for row in frame.rows], frame.rounds > 0
         )
-        if self._pump():
-            await self._flush()
+
+    def _deliver(self, outputs: list[Output]) -> None:
         streams = self._streams
         for output in outputs:
             token = output.token
@@ -220,15 +235,10 @@ class Dispatcher:
             if stream is not None:
                 stream.answer.append(token.id)
                 stream.sink.put(token)
-        if outputs:
-            now = time.monotonic()
-            self._drawn.append((now, len(outputs)))
-            if self._drafter is not None:
-                self._draft(self._drafter, len(outputs), now)
-        if not flight.prompt and len(frame.timings) == len(self.stages):
-            for stage, (compute_us, wait_us) in zip(self.stages, frame.timings, strict=True):
-                if flight.rows:
-                    stage.add(compute_us, wait_us, flight.rows)
+        now = time.monotonic()
+        self._drawn.append((now, len(outputs)))
+        if self._drafter is not None:
+            self._draft(self._drafter, len(outputs), now)
 
     # --- drafts ---
 

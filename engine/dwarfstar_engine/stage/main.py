@@ -127,13 +127,16 @@ class StageProcess:
             return
         outlet, feeder = self._outlet, self._feeder
         out = self._worker.run(data)
-        outlet.pass_on(data, out, self._worker.take_asked(False))
+        asked = self._worker.take_asked(False)
         if feed := self._worker.take_feed():  # first: the ring waits for it
+            outlet.pass_on_later(out)
             if feeder is not None:
                 feeder.send(feed)
                 await feeder.flush()
             else:
                 self._feed_self(self._epoch, feed)
+        else:
+            outlet.pass_on(data, out, asked)
         await outlet.flush()  # of this ring: ``_outlet`` may be another one's by now
 
     async def _on_prompt(self, data: bytes) -> None:

@@ -3,14 +3,18 @@
 A replay ends at the last stage that has lost its rows: what is left of it goes on without them, or nothing, where
 nobody waits for an answer. A frame that asks for rows follows them, so its answer says that they have arrived. Each
 ring has an outlet of its own; the record is the stage's, and goes from ring to ring.
+
+Results of rows that go on by themselves need no answer, so those of several lanes wait for each other (``held``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+from dwarfstar_engine.stage.held import HOLD_S, Held
 from dwarfstar_engine.stage.record import Record
 from dwarfstar_engine.wire import frames
 from dwarfstar_engine.wire.frames import Resend
@@ -25,6 +29,8 @@ class Outlet:
     ) -> None:
         self._sender, self._record, self._epoch, self._on_done = sender, record, epoch, on_done
         self._tasks: set[asyncio.Task[None]] = set()
+        self._held = Held()
+        self._letting_go: asyncio.TimerHandle | None = None
         self._turn = asyncio.Lock()  # held by who sends rows again: a slot's are asked for in pieces, in their order
 
     def pass_on(self, data: bytes, out: bytes, asked: Sequence[Resend]) -> None:
@@ -39,7 +45,28 @@ class Outlet:
         if asked:
             self._spawn(self._resend(asked, out))
         else:
-            self._sender.send(out)
+            self._send(out)
+
+    def pass_on_later(self, result: bytes) -> None:
+        """Queue a result whose rows went on without the coordinator, now or together with the next ones."""
+        if self._held.add(result, time.monotonic()):
+            self._send()
+        elif self._letting_go is None:
+            self._letting_go = asyncio.get_running_loop().call_later(HOLD_S, self._let_go)
+
+    def _send(self, *frame: bytes) -> None:
+        """Queue what waited, and a frame behind it."""
+        if self._letting_go is not None:
+            self._letting_go.cancel()
+            self._letting_go = None
+        if held := self._held.take():
+            self._sender.send(b"".join(held))
+        for one in frame:
+            self._sender.send(one)
+
+    def _let_go(self) -> None:
+        self._send()
+        self.flush_soon()
 
     async def flush(self) -> None:
         await self._sender.flush()
@@ -49,6 +76,8 @@ class Outlet:
 
     def release(self) -> None:
         """Let the next ring have the connection."""
+        if self._letting_go is not None:
+            self._letting_go.cancel()
         self._sender.release()
 
     async def close(self) -> None:

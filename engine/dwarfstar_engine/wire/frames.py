@@ -17,7 +17,7 @@ Layers further on have theirs still.
 
 Layout, little endian: header (44 bytes) · positions i32[n] · tokens i32[n] · slots u16[n] · wants u8[n] · timings ·
 operations · zeros to a multiple of 16 · payload · CRC32C over all before it. Result and fault frames have timings and a
-payload only.
+payload only. A message holds one frame, or several results, one behind the other.
 
 Invariants. A frame that decodes is whole, inside every bound below, and agrees with itself: counts match lengths, slots
 and positions are in range. The CRC is the last thing in the frame, so the CRC over *all* bytes of a sound frame is one
@@ -62,6 +62,7 @@ __all__ = [
     "MAX_FRAME_BYTES",
     "MAX_OPS",
     "MAX_POSITION",
+    "MAX_RESULTS",
     "MAX_ROUNDS",
     "MAX_ROWS",
     "MAX_SAMPLER_BYTES",
@@ -90,7 +91,9 @@ __all__ = [
     "is_replay",
     "is_step",
     "is_unasked",
+    "number_of",
     "outline",
+    "split",
     "without_rows",
 ]
 
@@ -101,7 +104,8 @@ MAX_ROUNDS = 32  # a frame goes round by itself: what its stage may be wrong abo
 MAX_FRAME_BYTES = 160 << 20  # 2048 rows of 16384 f32, and room for operations
 MAX_FAULT_CODE_BYTES = 64  # codes are identifiers
 MAX_FAULT_MESSAGE_BYTES = 4096  # one sentence, perhaps with a path in it
-FRAME_VERSION = 4  # of this layout and of the activation codecs
+MAX_RESULTS = 16  # in one message
+FRAME_VERSION = 5  # of this layout and of the activation codecs
 _ALIGNMENT = 16  # of the payload inside the frame, so that vector code may read it in place
 _FEW_ROWS = 16  # below this, checking ranges over a Python list is quicker than by numpy
 
@@ -115,7 +119,7 @@ _ROW_BYTES = 4 + 4 + 2 + 1
 _PROMPT, _REPLAY = 1, 2  # flags of a step frame
 UNASKED = (1 << 64) - 1  # number of a frame whose answer nobody waits for
 _UNASKED = UNASKED.to_bytes(8, "little")
-_KIND_AT, _FLAGS_AT, _NUMBER_AT, _COUNT_AT = 5, 12, 16, 24
+_KIND_AT, _FLAGS_AT, _TIMINGS_AT, _NUMBER_AT, _COUNT_AT, _PAYLOAD_AT = 5, 12, 14, 16, 24, 40
 _TIMING_BYTES = 8
 
 _RESULT_ROW = struct.Struct("<HHid")  # slot, entries of top, token, logprob
@@ -313,6 +317,35 @@ def outline(data: bytes) -> tuple[bool, tuple[int, ...], tuple[int, ...], tuple[
     end = ops_at + op_bytes
     done = decode_ops(data, ops_at, end, ops)
     return bool(flags & _PROMPT), slots, positions, done, _PAYLOADS[payload], cols, end + -end % _ALIGNMENT
+
+
+def number_of(data: bytes) -> int:
+    """The number of a sound frame."""
+    return int.from_bytes(data[_NUMBER_AT : _NUMBER_AT + 8], "little")
+
+
+def split(data: bytes) -> list[bytes]:
+    """The frames of a message, unchecked but for their lengths. Raises FrameError if results are cut off, or too many.
+
+    What is no result is one frame, sound or not.
+    """
+    found: list[bytes] = []
+    at, size = 0, len(data)
+    while len(found) < MAX_RESULTS:
+        if size - at < _HEADER.size or data[at + _KIND_AT] != FrameKind.RESULT:
+            end = size
+        else:
+            timings = int.from_bytes(data[at + _TIMINGS_AT : at + _NUMBER_AT], "little")
+            payload = int.from_bytes(data[at + _PAYLOAD_AT : at + _HEADER.size], "little")
+            end = at + _HEADER.size + timings * _TIMING_BYTES + payload + _CRC.size
+        if end == size:
+            found.append(data[at:] if at else data)
+            return found
+        if end > size:
+            break
+        found.append(data[at:end])
+        at = end
+    raise FrameError("Results in one message are cut off or too many; the connection is restarted.")
 
 
 def count_rows(data: bytes) -> int:
