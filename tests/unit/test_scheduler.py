@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dwarfstar_engine.batch import scheduler as scheduler_module
 from dwarfstar_engine.batch.chunks import ChunkCosts
-from dwarfstar_engine.batch.scheduler import TURN, Limits, Output, Scheduler, Step
+from dwarfstar_engine.batch.scheduler import GUESSING, TURN, Limits, Output, Scheduler, Step
 from dwarfstar_engine.batch.speculate import Mode, Speculation
 from dwarfstar_engine.errors import Overloaded
 from dwarfstar_engine.serving import Request, Sampling, Token
@@ -199,6 +199,8 @@ class Linear:
     def latency(self, rows: int) -> float:
         return 3.0 * rows + 0.5
 
+    saved = 0.0
+
 
 class Oracle:
     """Guesses that are right with some probability."""
@@ -255,6 +257,19 @@ def test_guesses_wait_for_the_first_token_also_behind_an_answer_that_is_read_aga
         scheduler.submit(number, request(prompt, 12))
         assert ring.finish()[number] == toy.expected(prompt, 12, LAYERS)
     assert any(step.prompt and not any(step.wants) for step in ring.steps)
+
+
+def test_a_text_that_never_repeats_is_looked_at_less_and_less() -> None:
+    limits = Limits(1, 2000, 2, chunk=50, rounds=32)
+    scheduler = Scheduler(limits, frozenset(), Speculation("auto", Linear()))
+    ring = Ring(scheduler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler_module, "Lookup", Oracle)
+        patch.setattr(Oracle, "propose", lambda self, limit: [])
+        scheduler.submit(1, request([97], 400))
+        ring.finish()
+    rounds = [step.rounds for step in ring.steps if not step.prompt]
+    assert rounds[0] == GUESSING and rounds == sorted(rounds[:-1]) + rounds[-1:] and rounds[-2] >= 20
 
 
 def test_what_a_draft_model_offers_is_sent_as_guesses() -> None:

@@ -43,6 +43,7 @@ class Costs:
     ms: tuple[float, ...]
     discount: float
     hop_ms: float
+    saved: float = 0.0
 
     def stage(self, ms: float, rows: int) -> float:
         return ms * (1 + self.discount * (rows - 1))
@@ -292,3 +293,10 @@ def test_choices_kept_are_bounded() -> None:
     for running, lanes, available in product(range(1, 40), range(1, 12), range(1, MAX_DEPTH + 1)):
         speculation.depth(Acceptance(0.5), running, lanes, available)
         assert len(speculation._choices) <= MAX_CHOICES
+
+
+def test_what_rows_save_that_go_by_themselves_is_lost_to_guesses() -> None:
+    """A gain that just pays where every row comes back to the coordinator does not where it need not."""
+    state = Acceptance(0.25, pause=9)
+    chosen = [Speculation("auto", Costs((4, 4), 1.0, 0.2, saved)).depth(state, 1, 3, MAX_DEPTH) for saved in (0.0, 2.0)]
+    assert chosen[0].guesses and not chosen[1].guesses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FED_MS = 0.4  # that a row saves which goes on by itself: a hop, and what the coordinator does between two
 HOP_MS = 0.25  # what a hop takes beside its link: a process wakes, and its caches are cold
 TOGETHER = 4  # rows of the batch that stages measure beside as many decodes
 
@@ -23,13 +24,18 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True)
 class RingCosts:
-    """``speculate.Costs``. round_trips_ms: of each link between stages."""
+    """``speculate.Costs``. round_trips_ms: of each link between stages. feeds: rows may go on by themselves."""
 
     stages: tuple[StageCost, ...]
     round_trips_ms: tuple[float, ...] = ()
+    feeds: bool = False
 
     def cost(self, rows: int) -> float:
         return max((stage.rows(rows) for stage in self.stages), default=0.0) or 1e-3
+
+    @property
+    def saved(self) -> float:
+        return FED_MS if self.feeds else 0.0
 
     def latency(self, rows: int) -> float:
         hops = HOP_MS * (len(self.stages) + 1) + sum(self.round_trips_ms) / 2

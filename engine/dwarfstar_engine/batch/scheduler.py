@@ -45,7 +45,8 @@ STEP_ROWS = 64  # rows of a frame of steps: a stage takes no more
 TURN = 2048  # tokens of a prompt that are read before another prompt that waits gets its turn
 DRAFTED = 8  # guesses that a draft model is asked to have ready
 SOON = 4  # rounds: lanes that end so soon are not waited for, they begin anew with this one
-GUESSING = 3  # rounds a sequence may go by itself while there is nothing to guess: then it is looked at again
+GUESSING = 3  # rounds a sequence may go by itself at least while there is nothing to guess: then it is looked at again
+NOVEL = 4  # tokens without a guess for which it may go one more
 DRAWN, CHECKED = 1, 2  # wants of a row: wire/frames.Want
 
 
@@ -113,10 +114,10 @@ class Output:
 
 @dataclass(slots=True)
 class _Sequence:
-    """tokens: prompt and answer. guesses: of what follows, the first ``guessed`` of which were sent. sent: rows sent of
-    both. going: the frame in which its row goes round by itself; -1: none. through: rows of the prompt that were
-    through all stages in this pipeline; from the first ones on its slot holds nothing of others anywhere. restore: what
-    is missing of it is being computed again."""
+    """tokens: prompt and answer. guesses: of what follows, the first ``guessed`` of which were sent. novel: tokens
+    since there was one. sent: rows sent of both. going: the frame in which its row goes round by itself; -1:
+    none. through: rows of the prompt that were through all stages in this pipeline; from the first ones on its
+    slot holds nothing of others anywhere. restore: what is missing of it is being computed again."""
 
     id: int
     request: Request
@@ -130,6 +131,7 @@ class _Sequence:
     kept: int = 0
     guesses: list[int] = field(default_factory=list)
     guessed: int = 0
+    novel: int = 0
     going: int = -1
     through: int = 0
     restore: Restore | None = None
@@ -411,6 +413,7 @@ class Scheduler:
         available = min(room, len(sequence.guesses))
         if available <= 0:
             return NONE
+        sequence.novel = 0
         stepping = len(self._running) - len(self._reading)
         return self._speculation.depth(sequence.acceptance, stepping, self.limits.lanes, available)
 
@@ -418,7 +421,7 @@ class Scheduler:
         """Rounds for which there will be nothing to guess of a sequence."""
         assert sequence.acceptance is not None
         pause = sequence.acceptance.pause
-        return pause if self.limits.drafts else max(pause, GUESSING)
+        return pause if self.limits.drafts else max(pause, GUESSING + sequence.novel // NOVEL)
 
     def _next_guesses(self) -> Step | None:
         """Guesses of a sequence whose row is on its way."""
@@ -647,6 +650,7 @@ class Scheduler:
         """A token is known, of which there may have been a guess."""
         assert self._speculation is not None and sequence.acceptance is not None and sequence.lookup is not None
         sequence.lookup.append(token)
+        sequence.novel += 1
         guesses = sequence.guesses
         right = bool(guesses) and guesses[0] == token
         if sequence.guessed:

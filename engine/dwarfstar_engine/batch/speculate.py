@@ -13,10 +13,11 @@ That makes, for a token,
 
     (1 - p) · (T + T ÷ F · q ÷ (1 - q))        with q = p^m,
 
-which is T without guesses, T ÷ (F·m) with right ones only, and T · (1 - p) ÷ (1 - p^m) for one frame at a time. Frames
-of more rows slow down all others: frames pass stages in order, so all queue behind the widest (simulated: sequences
-that widen their frames each for its own good lost up to 20 % together). What others then take for a token, T if they
-guess nothing, counts as much as the own gain. The least mean is chosen, if it wins enough over no guesses.
+which is T without guesses, T ÷ (F·m) with right ones only, and T · (1 - p) ÷ (1 - p^m) for one frame at a time. Rows
+without guesses may go on by themselves, which saves a part of L. Frames of more rows slow down all others: frames pass
+stages in order, so all queue behind the widest (simulated: sequences that widen their frames each for its own good lost
+up to 20 % together). What others then take for a token, T if they guess nothing, counts as much as the own gain. The
+least mean is chosen, if it wins enough over no guesses.
 
 p is a decaying mean over the sequence's guesses. It begins with what guesses were worth in the pipeline lately, so
 that a hundred short requests do not each find out that guessing fails. When no choice wins, a sequence makes none for
@@ -57,6 +58,11 @@ class Costs(Protocol):
 
     def latency(self, rows: int) -> float:
         """From sending a frame into an empty ring to its result."""
+        ...
+
+    @property
+    def saved(self) -> float:
+        """Of that, what a row does without that goes on by itself, as only rows without guesses may."""
         ...
 
 
@@ -161,6 +167,8 @@ class Speculation:
     def _token_ms(self, chance: float, running: int, lanes: int, frames: int, rows: int) -> float:
         """Time between tokens of a sequence, a mean over all that run, as the module's head derives it."""
         cost, latency = self._costs.cost(rows), self._costs.latency(rows)
+        if frames * rows == 1:
+            latency -= self._costs.saved
         round_ms = max(latency, running * frames * max(cost, latency / lanes))
         right = chance**rows
         own_ms = (1 - chance) * round_ms * (1 + right / (1 - right) / frames)

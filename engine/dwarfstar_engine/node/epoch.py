@@ -169,7 +169,7 @@ class Epoch:
             cache=settings.prefix_cache != "off",
             exact=settings.prefix_cache == "exact",
             windowed=any(stage.profile.window for stage in self.stages),
-            rounds=MAX_ROUNDS if self.stages[-1].link.feeds else 0,
+            rounds=MAX_ROUNDS if self._feeds else 0,
             drafts=drafts,
         )
 
@@ -179,10 +179,15 @@ class Epoch:
         steps_ms = [stage.profile.step_ms for stage in self.stages]
         return 1000 / max(steps_ms) if steps_ms and min(steps_ms) > 0 else 0.0
 
+    @property
+    def _feeds(self) -> bool:
+        """The last stage reaches the first one."""
+        return self.stages[-1].link.feeds
+
     def costs(self) -> RingCosts:
         profiles = [stage.profile for stage in self.stages]
         stages = tuple(StageCost(one.step_ms, one.together_ms if one.batched else 0.0) for one in profiles)
-        return RingCosts(stages, tuple(stage.link.round_trip_ms for stage in self.stages))
+        return RingCosts(stages, tuple(stage.link.round_trip_ms for stage in self.stages), self._feeds)
 
     # --- what people see ---
 
