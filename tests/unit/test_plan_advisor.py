@@ -8,7 +8,8 @@ import pytest
 
 from dwarfstar_engine.errors import PlanError
 from dwarfstar_engine.plan.advisor import Advice, Kind, advise
-from dwarfstar_engine.plan.cluster import Cluster, Link, Node
+from dwarfstar_engine.plan.cluster import Cluster, Device, Link, Node
+from dwarfstar_engine.plan.cluster import Kind as DeviceKind
 from dwarfstar_engine.plan.forecast import Job, Objective, Strategy, Wishes
 from dwarfstar_engine.plan.planner import plan_cluster
 from dwarfstar_engine.plan.remedy import DoesNotFitError, explained, tight
@@ -114,6 +115,15 @@ def test_a_plan_that_only_just_fits_says_so() -> None:
     assert tight(job, plan_cluster(Cluster((gpu("a", 20, 900),)), job).forecast) == ()
     quantised = replace(job, kv_type="q4_0")
     assert "--kv" not in tight(quantised, plan_cluster(Cluster((gpu("a", 14.1, 900),)), quantised).forecast)[0]
+
+
+def test_devices_that_are_a_stage_each_are_advised_too() -> None:
+    devices = (Device(DeviceKind.GPU, 24 * GIB, 900), Device(DeviceKind.GPU, 24 * GIB, 900))
+    cluster, job = Cluster((Node("tower", devices, cores=8),)), even_job(40, 30)
+    planned = plan_cluster(cluster, job, objective=Objective.THROUGHPUT)
+    assert planned.nodes == ("tower:0", "tower:1")
+    split = next(one for one in advise(cluster, job, planned).alternatives if one.kind is Kind.SPLIT)
+    assert split.aggregate_tok_s == planned.forecast.aggregate_tok_s
 
 
 def test_large_clusters_are_advised_too() -> None:

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from dwarfstar_engine.model.costs import ModelCosts
+from dwarfstar_engine.plan.advisor import Kind as Alternative
+from dwarfstar_engine.plan.advisor import advise
 from dwarfstar_engine.plan.cluster import Cluster, Device, Kind, Measured, Node
 from dwarfstar_engine.plan.cost import CROWDED, ROW_CORE_MS, TOKEN_CORE_MS, cluster_costs
 from dwarfstar_engine.plan.forecast import Forecast, Job, Objective, Strategy, Wishes
@@ -88,3 +90,21 @@ def test_more_stages_than_cores_where_only_they_hold_the_model() -> None:
     room = Device(Kind.CPU, 30 * MIB, 20.0, usable_bytes=30 * MIB)
     nodes = tuple(replace(local(name), devices=(room,)) for name in "abcd")
     assert len(plan_cluster(Cluster(nodes), JOB, objective=Objective.THROUGHPUT).nodes) == 4
+
+
+def test_whole_copies_on_one_machine_share_its_cores() -> None:
+    """Two on two cores are slowed down by each other; four give no more than two."""
+
+    def replicas(nodes: list[Node], head: str = "") -> float:
+        cluster = Cluster(tuple(nodes), head=head)
+        planned = plan_cluster(cluster, JOB, Strategy.PROPORTIONAL, Objective.THROUGHPUT)
+        found = advise(cluster, JOB, planned).alternatives
+        return next(one.aggregate_tok_s for one in found if one.kind is Alternative.REPLICAS)
+
+    alone = forecast([local("a")]).aggregate_tok_s
+    two, four = (replicas([local(name) for name in names]) for names in ("ab", "abcd"))
+    assert two == pytest.approx(2 * 1000 / (CROWDED * 1000 / alone + ROW_CORE_MS))
+    assert four == pytest.approx(two)
+    assert replicas([local(name) for name in "ab"], head=HOST) < two
+    assert replicas([local(name, host=name) for name in "ab"]) == pytest.approx(2 * alone)
+    assert replicas([local("a", host="x"), local("b", host="x"), local("c", host="y")]) == pytest.approx(two + alone)

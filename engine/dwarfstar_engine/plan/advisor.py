@@ -15,7 +15,7 @@ from dwarfstar_engine.plan.cluster import Cluster
 from dwarfstar_engine.plan.cost import Costs, cluster_costs
 from dwarfstar_engine.plan.forecast import Forecast, Job, Objective, Planned, Strategy, Wishes
 from dwarfstar_engine.plan.planner import NO_WISHES, fastest, plan_cluster, rate
-from dwarfstar_engine.plan.predict import plan_of, predict
+from dwarfstar_engine.plan.predict import plan_of, predict, together
 from dwarfstar_engine.plan.proportional import StagePlan
 from dwarfstar_engine.plan.search import Measure, Problem, in_order
 
@@ -63,7 +63,8 @@ def advise(cluster: Cluster, job: Job, planned: Planned, wishes: Wishes = NO_WIS
     """What else the nodes could do, for the plan's own objective."""
     nodes = tuple(node for node in cluster.nodes if node.name not in wishes.excluded)
     costs = cluster_costs(replace(cluster, nodes=nodes), job)
-    own = _alternative(Kind.SPLIT if len(planned.nodes) > 1 else Kind.SINGLE, [(planned.plan.stages, planned.forecast)])
+    kind = Kind.SPLIT if len(planned.nodes) > 1 else Kind.SINGLE
+    own = _alternative(costs, kind, [(planned.plan.stages, planned.forecast)])
     found = [own]
     found += [one for one in _others(costs, cluster, job, planned, wishes) if one.kind is not own.kind]
     best = _best(own, found, planned.objective)
@@ -83,10 +84,10 @@ def _best(own: Alternative, found: Sequence[Alternative], objective: Objective) 
 def _others(costs: Costs, cluster: Cluster, job: Job, planned: Planned, wishes: Wishes) -> Iterator[Alternative]:
     alone = alone_on(costs)
     if alone:
-        yield _alternative(Kind.SINGLE, [max(alone, key=lambda one: _value(one[1], planned.objective))])
+        yield _alternative(costs, Kind.SINGLE, [max(alone, key=lambda one: _value(one[1], planned.objective))])
     if len(alone) > 1:
-        yield _alternative(Kind.REPLICAS, alone)
-    if len(planned.nodes) == 1 and (split := _split(cluster, job, wishes)) is not None:
+        yield _alternative(costs, Kind.REPLICAS, alone)
+    if len(planned.nodes) == 1 and (split := _split(costs, cluster, job, wishes)) is not None:
         yield split
     if (pipelines := _pipelines(costs)) is not None:
         yield pipelines
@@ -95,12 +96,12 @@ def _others(costs: Costs, cluster: Cluster, job: Job, planned: Planned, wishes: 
 Ring = tuple[tuple[StagePlan, ...], Forecast]
 
 
-def _alternative(kind: Kind, rings: Sequence[Ring]) -> Alternative:
+def _alternative(costs: Costs, kind: Kind, rings: Sequence[Ring]) -> Alternative:
     return Alternative(
         kind=kind,
         rings=tuple(stages for stages, _ in rings),
         single_tok_s=max(forecast.single_tok_s for _, forecast in rings),
-        aggregate_tok_s=sum(forecast.aggregate_tok_s for _, forecast in rings),
+        aggregate_tok_s=together(costs, rings),
     )
 
 
@@ -118,7 +119,7 @@ def alone_on(costs: Costs) -> list[Ring]:
     return found
 
 
-def _split(cluster: Cluster, job: Job, wishes: Wishes) -> Alternative | None:
+def _split(costs: Costs, cluster: Cluster, job: Job, wishes: Wishes) -> Alternative | None:
     """Over all nodes, where the plan uses one."""
     try:
         planned = plan_cluster(cluster, job, Strategy.PROPORTIONAL, Objective.SINGLE, wishes)
@@ -126,7 +127,7 @@ def _split(cluster: Cluster, job: Job, wishes: Wishes) -> Alternative | None:
         return None
     if len(planned.nodes) < 2:
         return None
-    return _alternative(Kind.SPLIT, [(planned.plan.stages, planned.forecast)])
+    return _alternative(costs, Kind.SPLIT, [(planned.plan.stages, planned.forecast)])
 
 
 def _pipelines(costs: Costs) -> Alternative | None:
@@ -138,7 +139,7 @@ def _pipelines(costs: Costs) -> Alternative | None:
         rings = [ring for group in dealt(costs, count) if (ring := _ring(costs, group)) is not None]
         if len(rings) < count or all(len(stages) == 1 for stages, _ in rings):
             continue
-        found = _alternative(Kind.PIPELINES, rings)
+        found = _alternative(costs, Kind.PIPELINES, rings)
         if best is None or found.aggregate_tok_s > best.aggregate_tok_s:
             best = found
     return best

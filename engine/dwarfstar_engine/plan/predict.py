@@ -71,6 +71,26 @@ def predict(costs: Costs, stages: Sequence[StagePlan], prompt_tokens: int = PROM
     )
 
 
+def together(costs: Costs, rings: Sequence[tuple[Sequence[StagePlan], Forecast]]) -> float:
+    """Tokens a second of rings that share no node, at the same time: what each gives; less where they share cores."""
+    if len(rings) == 1:  # its forecast knows already; its stages may be devices of nodes
+        return rings[0][1].aggregate_tok_s
+    shared = _shared(costs, [stage for stages, _ in rings for stage in stages])
+    busy = dict.fromkeys(shared, 0.0)  # cores of each machine, of all that it has
+    paces = list[tuple[float, dict[str, float]]]()  # a ring's tokens a second, and what each takes of a machine, in ms
+    for stages, forecast in rings:
+        tok_s, taken = forecast.aggregate_tok_s, dict[str, float]()
+        for machine, there in shared.items():
+            if own := [stage for stage in there if stage in stages]:
+                *parts, (all_ms, _) = _on_shared_cores(costs, machine, own, forecast.batch)
+                tok_s = min(tok_s, 1000 * forecast.batch / max(ms for ms, _ in parts))
+                taken[machine] = all_ms / forecast.batch
+        for machine, ms in taken.items():
+            busy[machine] += tok_s * ms / 1000
+        paces.append((tok_s, taken))
+    return sum(tok_s / max([1.0, *(busy[machine] for machine in taken)]) for tok_s, taken in paces)
+
+
 def plan_of(costs: Costs, slices: Sequence[tuple[str, int, int]], excluded: Sequence[tuple[str, str]] = ()) -> Plan:
     """The plan of (node, first layer, end) in order."""
     need = costs.job.need
