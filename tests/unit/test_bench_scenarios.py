@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from dwarfstar_engine.bench import scenarios, stats
-from dwarfstar_engine.bench.client import Answer, Ask, Load
+from dwarfstar_engine.bench.client import Answer, ApartError, Ask, Load
 from dwarfstar_engine.bench.peers import ALL_CORES, REFERENCE, RPC, SPLIT, SPLIT_OFF, UNSPLIT
 from dwarfstar_engine.bench.prompts import Prompts, chat, prose
 from dwarfstar_engine.bench.scenarios import Lab
@@ -77,6 +77,26 @@ def test_speeds_come_out_as_they_are() -> None:
     values = scenarios.measure(one, _everybody(), 2, _lab(), lambda text: None)["decode.1"]
     assert values[UNSPLIT] == pytest.approx([100.0, 100.0]) and values[SPLIT] == pytest.approx([200.0, 200.0])
     assert SPLIT_OFF not in values
+
+
+@pytest.mark.parametrize("failures", [scenarios.TRIES - 1, scenarios.TRIES])
+def test_streams_that_pass_each_other_by_are_run_again(failures: int) -> None:
+    class Late(Fake):
+        def load(self, asks: Sequence[Ask]) -> Load:
+            late = len(self.asked) // len(asks) < failures
+            done = super().load(asks)
+            behind = [replace(answer, times=(99.0, 99.5), ended=99.5) for answer in done.answers[1:]]
+            return replace(done, answers=(done.answers[0], *behind)) if late else done
+
+    (_, four, _) = scenarios.scenarios(("decode",), CONTEXT, False)
+    said: list[str] = []
+    if failures < scenarios.TRIES:
+        values = scenarios.measure(four, [Late(SPLIT)], 1, _lab(), said.append)["decode.4"]
+        assert values[SPLIT] == pytest.approx([400.0])
+    else:
+        with pytest.raises(ApartError):
+            scenarios.measure(four, [Late(SPLIT)], 1, _lab(), said.append)
+    assert sum("once more" in line for line in said) == scenarios.TRIES - 1
 
 
 def test_one_stream_is_measured_without_drafts_where_the_engine_can_draft() -> None:

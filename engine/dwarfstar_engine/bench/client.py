@@ -73,6 +73,10 @@ class Load:
         return sum(answer.tokens for answer in self.answers)
 
 
+class ApartError(DwarfStarError):
+    """Some stream ended before another began: then there is no rate of them together."""
+
+
 @dataclass(slots=True)
 class _Stream:
     ask: Ask
@@ -197,7 +201,7 @@ def together_tok_s(answers: Sequence[Answer]) -> float:
     begin = max(answer.times[0] for answer in answers)
     end = min(answer.ended for answer in answers)
     if end <= begin:
-        raise DwarfStarError("the streams did not run at the same time: ask for more --tokens")
+        raise ApartError("the streams did not run at the same time: ask for more --tokens")
     count = 0.0
     for answer in answers:
         inside = sum(begin < when <= end for when in answer.times)
