@@ -14,6 +14,8 @@ from dwarfstar_engine.plan.cost import cluster_costs
 
 log = logging.getLogger("dwarfstar.coordinator")
 
+LOOK_BEATS = 5  # heartbeats from one look to the next: it takes two milliseconds, and minutes to come to a conclusion
+
 
 class Balancer:
     """See the module. warn: what the owner is to know, by what it is about."""
@@ -25,9 +27,9 @@ class Balancer:
         self._work: asyncio.Task[None] | None = None
 
     def tick(self, host: Host, now_s: float) -> None:
-        """Look, once a heartbeat at most. now_s: monotonic."""
+        """Look, every few heartbeats. now_s: monotonic."""
         settings, stages = host.settings, host.ring.stages
-        if settings.auto_balance == "off" or now_s - self._looked_s < settings.heartbeat_s:
+        if settings.auto_balance == "off" or now_s - self._looked_s < LOOK_BEATS * settings.heartbeat_s:
             return
         heard = all(stage.report.epoch == host.epoch for stage in stages)
         if not host.serving or len(stages) < 2 or not heard or len(host.ring.nodes) < len(stages):
