@@ -11,14 +11,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
 import pytest
 
 from dwarfstar_engine.errors import FrameError, PeerError, VersionMismatch
-from dwarfstar_engine.wire import channel, ring, trust
+from dwarfstar_engine.wire import channel, frames, ring, trust
+from dwarfstar_engine.wire.frames import MAX_RESULTS, FaultFrame, ResultFrame
 from dwarfstar_engine.wire.generated import data_pb2
 from dwarfstar_engine.wire.handshake import BuildInfo, local_build
 from dwarfstar_engine.wire.ring import (
@@ -491,3 +492,53 @@ def test_grpc_is_quiet_unless_the_owner_chose(chosen: str | None) -> None:
     program = "import sys, os, dwarfstar_engine.wire; print(os.environ['GRPC_VERBOSITY'], 'grpc' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [chosen or "ERROR", "False"]
+
+
+class Slow:
+    """A call whose writes take a turn of the event loop each, while ``others`` go on queueing."""
+
+    def __init__(self, sender: RingSender, others: list[bytes]) -> None:
+        self.sender, self.others, self.written = sender, others, list[bytes]()
+
+    async def write(self, data: bytes) -> None:
+        self.written.append(data)
+        if self.others:
+            self.sender.send(self.others.pop(0))
+        await asyncio.sleep(0)
+
+    def cancel(self) -> None: ...
+
+
+async def test_who_flushes_is_not_kept_by_what_others_queue() -> None:
+    """Or a stage that goes on by itself would never read the coordinator's next frame."""
+    sender = RingSender(lambda reason: None)
+    others = [b"other %d" % number for number in range(50)]
+    sender._call = call = cast(Any, Slow(sender, others.copy()))
+    sender.send(b"mine")
+    async with asyncio.timeout(5):
+        await sender.flush()
+        assert call.written == [b"mine"]
+        sender.send(b"mine, too")
+        await sender.flush()  # another call is sending
+        assert sender._rest is not None
+        await sender._rest
+        assert sorted(call.written) == sorted([b"mine", b"mine, too", *others])
+        assert call.written.index(b"mine, too") < 5
+        sender.send(b"last")
+        await sender.flush()
+        assert call.written[-1] == b"last"
+        await sender.close()
+
+
+async def test_results_that_wait_behind_each_other_are_one_message() -> None:
+    sender = RingSender(lambda reason: None)
+    sender._call = call = cast(Any, Slow(sender, []))
+    results = [frames.encode(ResultFrame(1, number, [])) for number in range(MAX_RESULTS + 3)]
+    fault = frames.encode(FaultFrame(1, 9, "code", "why"))
+    for data in (*results[:2], fault, *results[2:], fault):
+        sender.send(data)
+    await sender.flush()
+    assert call.written == [
+        b"".join(results[:2]), fault, b"".join(results[2 : 2 + MAX_RESULTS]), results[-1], fault,
+    ]  # fmt: skip
+    await sender.close()

@@ -63,6 +63,7 @@ log = logging.getLogger("dwarfstar.stage")
 STATS_EVERY_S = 1.0
 PROGRESS_STEP = 0.05  # of a load; finer news is of no use to anybody
 PROMPT_FRAMES = 256  # waiting to be run; the coordinator keeps a few in flight, so more are a fault
+SOCKET_TURNS = 3  # of the event loop, until a message that came is read or a write is known to be over
 PROMPT_NICE = 5  # the thread that reads prompts yields the core to the one that answers the network
 
 
@@ -175,10 +176,14 @@ class StageProcess:
             self._outlet.flush_soon()
 
     def _feed_self(self, epoch: int, feed: bytes) -> None:
-        """The only stage of a ring goes on by itself, after what waits on its sockets."""
+        """The only stage of a ring goes on by itself, after what waits on its sockets. It never rests: a message would
+        take a frame's time for each turn of the event loop that it needs."""
         self._feeding = self._loop.create_task(self._go_on(epoch, feed))
 
     async def _go_on(self, epoch: int, feed: bytes) -> None:
+        if frames.count_rows(feed) > 1:  # else that many turns would be felt
+            for _ in range(SOCKET_TURNS):
+                await asyncio.sleep(0)
         if epoch == self._epoch:
             try:
                 await self._on_frame(feed)

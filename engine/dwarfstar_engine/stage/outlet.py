@@ -59,9 +59,7 @@ class Outlet:
         if self._letting_go is not None:
             self._letting_go.cancel()
             self._letting_go = None
-        if held := self._held.take():
-            self._sender.send(b"".join(held))
-        for one in frame:
+        for one in (*self._held.take(), *frame):  # the sender joins results
             self._sender.send(one)
 
     def _let_go(self) -> None:

@@ -89,6 +89,7 @@ __all__ = [
     "is_fault",
     "is_prompt",
     "is_replay",
+    "is_result",
     "is_step",
     "is_unasked",
     "number_of",
@@ -275,6 +276,11 @@ def is_replay(data: bytes) -> bool:
 def is_step(data: bytes) -> bool:
     """Whether ``data``, if it is a frame at all, is a step frame."""
     return len(data) > _KIND_AT and data[_KIND_AT] == FrameKind.STEP
+
+
+def is_result(data: bytes) -> bool:
+    """Whether ``data``, if it is a frame at all, is a result."""
+    return len(data) > _KIND_AT and data[_KIND_AT] == FrameKind.RESULT
 
 
 def is_fault(data: bytes) -> bool:

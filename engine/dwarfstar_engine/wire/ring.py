@@ -25,7 +25,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from dwarfstar_engine.errors import DwarfStarError, FrameError, PeerError, TrustError, VersionMismatch
-from dwarfstar_engine.wire import channel
+from dwarfstar_engine.wire import channel, frames
 from dwarfstar_engine.wire.generated import data_pb2
 from dwarfstar_engine.wire.handshake import BuildInfo, check_peer
 from dwarfstar_engine.wire.link import MAX_PROBES, PROBES, Link
@@ -259,6 +259,7 @@ class RingSender:
         self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall[bytes, bytes] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._rest: asyncio.Task[None] | None = None  # writes what was queued while another call was sending
         self._closed = False
 
     async def open(
@@ -308,13 +309,35 @@ class RingSender:
             await self.flush()
 
     async def flush(self) -> None:
-        """Send what is queued; returns once it is on its way, or at once if another call is sending already."""
+        """Send what is queued; returns once it is on its way, or at once if another call is sending already. What
+        others queue meanwhile is left to a task: who reads frames must not be kept from the next one by theirs."""
         if self._sending or self._call is None:
             return
         self._sending = True
         try:
+            await self._write(len(self._queue))
+        finally:
+            self._sending = False
+        if self._queue and not self._closed:
+            self._sending = True
+            self._rest = asyncio.create_task(self._write_rest(), name="ring-rest")
+
+    async def _write_rest(self) -> None:
+        try:
             while self._queue and not self._closed:
-                await self._call.write(self._queue.popleft())
+                await self._write(len(self._queue))
+        finally:
+            self._sending = False
+
+    async def _write(self, count: int) -> None:
+        """Send the first ``count`` frames of the queue, at least."""
+        assert self._call is not None
+        try:
+            while count > 0 and self._queue and not self._closed:
+                before = len(self._queue)
+                message = self._message()
+                count -= before - len(self._queue)
+                await self._call.write(message)
                 if len(self._queue) < PACED:
                     self._room.set()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
@@ -324,8 +347,17 @@ class RingSender:
             task = asyncio.current_task()
             if not self._closed or task is None or task.cancelling():
                 raise
-        finally:
-            self._sending = False
+
+    def _message(self) -> bytes:
+        """What is to be written next: a frame, or all results that wait behind each other. A write is over turns of the
+        event loop after it began, each of which may compute; one result at a time could not keep up."""
+        frame = self._queue.popleft()
+        results = [frame]
+        while self._queue and frames.is_result(frame) and frames.is_result(self._queue[0]):
+            if len(results) == frames.MAX_RESULTS:
+                break
+            results.append(self._queue.popleft())
+        return frame if len(results) == 1 else b"".join(results)
 
     async def _watch(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
         try:
@@ -352,9 +384,10 @@ class RingSender:
     async def close(self) -> None:
         """End the hop. Idempotent; ``on_lost`` is not called."""
         self.release()
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        tasks = [task for task in (self._watcher, self._rest) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
