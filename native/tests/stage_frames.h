@@ -26,7 +26,7 @@ inline void seal(Bytes &frame) {
 
 inline Bytes header(uint8_t kind, uint8_t payload, size_t timings, size_t rows, uint32_t cols, size_t payload_bytes,
                     uint16_t rounds = 0) {
-    Bytes out{'D', 'S', 'f', 0x1A, 4, kind, payload, 0};
+    Bytes out{'D', 'S', 'f', 0x1A, 5, kind, payload, 0};
     put<uint32_t>(out, 9);  // epoch
     put<uint16_t>(out, 0);  // flags
     put<uint16_t>(out, static_cast<uint16_t>(timings));
