@@ -75,7 +75,7 @@ class Protocol(HttpToolsProtocol):
 
 
 def write_now(cycle: RequestResponseCycle, body: bytes) -> bool:
-    """Write a piece of a streamed response at once, with no task of its own: half of what a token's event costs else.
+    """Write a piece of a streamed response at once, with no task of its own.
 
     Only while nobody is in ``send`` for this response. False: nothing was written, as the client reads slowly or left;
     ``send`` knows what to do then.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FED_MS = 0.4  # that a row saves which goes on by itself: a hop, and what the coordinator does between two
+FED_MS = 0.4  # that a row saves which goes on by itself, estimated: a hop, and what the coordinator does between two
 HOP_MS = 0.25  # what a hop takes beside its link: a process wakes, and its caches are cold
 TOGETHER = 4  # rows of the batch that stages measure beside as many decodes
 
