@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dwarfstar_engine.bench import scenarios, stats
@@ -155,3 +158,20 @@ def test_percentiles_ratios_and_novelty() -> None:
     assert stats.percentile(list(range(1, 101)), 0.99) == 99
     assert stats.ratio([2, 9, 4], [1, 3, 4]) == 2, "the median of 2, 3 and 1, not a ratio of medians"
     assert stats.novelty("the same again. " * 40) < 0.2 < stats.novelty(prose(100, 1))
+
+
+@pytest.mark.parametrize(("work_s", "rests"), [(1.0, True), (60.0, False)])
+def test_the_next_peer_waits_until_an_engine_rests(work_s: float, rests: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process started counts, too."""
+    monkeypatch.setattr(scenarios, "REST_S", 0.1)
+    work = f"import time\nuntil = time.monotonic() + {work_s}\nwhile time.monotonic() < until: pass\ninput()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE) as process:
+        try:
+            assert scenarios.rest((process.pid,), 6.0 if rests else 0.8) is rests
+            assert time.monotonic() - began >= min(work_s, 0.8)
+        finally:
+            for child in psutil.Process(process.pid).children():
+                child.kill()
+            process.kill()

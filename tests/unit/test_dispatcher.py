@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import pytest
 
+from dwarfstar_engine.batch.chunks import WIDE
 from dwarfstar_engine.batch.scheduler import Limits, Scheduler
 from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, Overloaded, StageError
 from dwarfstar_engine.native import WireType
@@ -33,9 +34,18 @@ DEADLINE_S = 20.0
 class Ring:
     """Frames go through the workers in order; each result comes back some turns of the event loop later."""
 
-    def __init__(self, seed: int = 0, *, slots: int = 3, rows: int = 8, in_flight: int = 4, queued: int = 99) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        slots: int = 3,
+        rows: int = 8,
+        in_flight: int = 4,
+        queued: int = 99,
+        context: int = CONTEXT,
+    ) -> None:
         self.rng = random.Random(seed)
-        limits = Limits(slots, CONTEXT, in_flight, chunk=rows, queued=queued, rounds=seed % 3 * 4)
+        limits = Limits(slots, context, in_flight, chunk=rows, queued=queued, rounds=seed % 3 * 4)
         bounds = (0, 2, 3, LAYERS)
         self.workers = [Worker(ToyBackend(a, b, LAYERS), slots, WireType.F32, EOG) for a, b in pairwise(bounds)]
         self.sent: list[bytes] = []
@@ -198,6 +208,23 @@ async def test_closing_the_stream_frees_the_slot_at_once() -> None:
         assert dispatcher.scheduler.queued == 0 and dispatcher.scheduler.active == 1
         assert [token.id for token in await other] == reference([99, 100, 101], 9)[0]
     assert dispatcher.scheduler.active == 0
+
+
+async def test_an_answer_is_read_again_when_no_request_came_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwarfstar_engine.node.dispatcher.REST_S", 0.1)
+    ring = Ring(slots=1, rows=256, context=1000)
+    prompt = [97 + n % 25 for n in range(70)]
+    async with running(ring) as dispatcher:
+        for _ in range(2):  # the second comes at once, and nothing comes before it
+            answer = await collect(dispatcher, request(prompt, 100))
+            assert [frames.is_prompt(data) for data in ring.sent].count(True) == 1
+            ring.sent.clear()
+            prompt = [*prompt, *(token.id for token in answer), 100]
+        await until(lambda: len(ring.sent) > 0 and ring.idle())
+        assert all(frames.is_prompt(data) for data in ring.sent)
+        rows = len(frames.decode(ring.sent[0]).slots)  # type: ignore[union-attr]
+        assert rows >= WIDE
+    assert not ring.faults
 
 
 async def test_leaving_while_queued_costs_nothing() -> None:

@@ -74,7 +74,7 @@ class Ring:
         self.answers: deque[tuple[int, list[tuple[int, Token]], bool]] = deque()
 
     def pump(self) -> None:
-        while (step := self.scheduler.schedule()) is not None:
+        while (step := self.scheduler.schedule() or self.scheduler.reread()) is not None:
             self.steps.append(step)
             assert step.halts or step.slots
             assert len(step.slots) == len(step.positions) == len(step.tokens) == len(step.wants)

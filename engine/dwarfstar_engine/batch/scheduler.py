@@ -18,9 +18,9 @@ When stages would be idle, steps also carry *guesses* of the tokens to come, beh
 answers a guess only if it was right. A wrong one is taken back by sending the right row: rows replace what their slot
 holds from their position on. Order in the ring is the only synchronisation: a slot may be given away at once.
 
-Pure: no clock, no IO. ``submit``/``cancel`` change the queue, ``schedule`` gives the next frame or None, ``complete``
-takes a result. Every frame that was scheduled ends in exactly one ``complete``, unless the pipeline breaks: then the
-scheduler is thrown away with its epoch.
+Pure: no clock, no IO. ``submit``/``cancel`` change the queue, ``schedule`` gives the next frame or None, ``reread`` one
+that no request waits for, ``complete`` takes a result. Every frame that was scheduled ends in exactly one ``complete``,
+unless the pipeline breaks: then the scheduler is thrown away with its epoch.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ class Scheduler:
             return self._next_chunk(reading)
         if self._steps < lanes and not self._prompts and (guesses := self._next_guesses()) is not None:
             return guesses
-        return None if self._flights or self._running or self._waiting else self._reread()
+        return None
 
     def _next_step(self) -> Step | None:
         """A lane of sequences that are ready, or None while enough lanes are in flight and some will soon be back."""
@@ -524,10 +524,17 @@ class Scheduler:
             reads=(sequence, sequence.sent),
         )
 
-    def _reread(self) -> Step | None:
-        """While nothing is to be done: compute the rows of an answer again as a prompt would, so that the next turn of
-        its chat finds them (``chunks``). One chunk at a time, so that a request waits for no more."""
-        if self.limits.windowed or not self.limits.exact or (found := self._slots.unread(self._chunk)) is None:
+    @property
+    def idle(self) -> bool:
+        """Nothing is to be done for any request, and no frame is in flight."""
+        return not (self._flights or self._running or self._waiting)
+
+    def reread(self) -> Step | None:
+        """While idle: compute the rows of an answer again as a prompt would, so that the next turn of its chat finds
+        them (``chunks``). One chunk at a time, so that a request waits for no more."""
+        if not self.idle or self.limits.windowed or not self.limits.exact:
+            return None
+        if (found := self._slots.unread(self._chunk)) is None:
             return None
         slot, start, tokens = found
         return self._step(

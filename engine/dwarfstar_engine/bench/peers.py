@@ -56,13 +56,15 @@ class Peer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HttpPeer:
-    """A server. extra: fields that every request to it gets."""
+    """A server. extra: fields that every request to it gets. lingers: processes that, they or what they started, may
+    be at work for a while after their last answer."""
 
     name: str
     port: int
     head_pid: int
     home: Path | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    lingers: tuple[int, ...] = ()
 
     @property
     def url(self) -> str:
@@ -222,15 +224,15 @@ def dwarfstar(name: str, shape: Shape, places: Sequence[Place], folder: Path) ->
             return cast(dict[str, Any], json.loads((home / "run" / "engine.json").read_text()))
 
         engine = _wait(process, log, announced, "the split model")
-        for index, place in enumerate(far):
-            stack.enter_context(_lent(home, index, place))
+        nodes = [stack.enter_context(_lent(home, index, place)) for index, place in enumerate(far)]
         url = str(engine["api_url"])
         _wait(process, log, lambda: _healthy(url), "the split model")
-        yield HttpPeer(name, int(url.rpartition(":")[2]), int(engine["pid"]), home)
+        pids = (process.pid, *(node.pid for node in nodes))
+        yield HttpPeer(name, int(url.rpartition(":")[2]), int(engine["pid"]), home, lingers=pids)
 
 
 @contextlib.contextmanager
-def _lent(home: Path, index: int, place: Place) -> Iterator[None]:
+def _lent(home: Path, index: int, place: Place) -> Iterator[subprocess.Popen[bytes]]:
     """A node that joins from another machine."""
     made = subprocess.run(
         [*ENGINE, "token", "--home", str(home)], capture_output=True, text=True, timeout=60, check=False
@@ -243,8 +245,8 @@ def _lent(home: Path, index: int, place: Place) -> Iterator[None]:
     command += ["--name", f"lent{index}"]
     if place.core is not None:
         command += ["--cpus", str(place.core)]
-    with running(command, own / "node.log"):
-        yield
+    with running(command, own / "node.log") as process:
+        yield process
 
 
 # --- llama.cpp -------------------------------------------------------------------------------------------------------

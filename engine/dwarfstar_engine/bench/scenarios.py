@@ -6,6 +6,7 @@ prompts within a run. Run 0 warms caches and is not counted; scenarios that take
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,10 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT_TOKENS = 40
 STREAMS = (1, 4, 8)
 TRIES = 3  # of a shot
+REST_S = 1.0  # our engine begins to read answers again when it was idle for half of it (node/dispatcher.REST_S)
+REST_LOOK_S = 0.25
+REST_LOAD = 0.1  # of one core; what is below it is no work for a request
+REST_DEADLINE_S = 30.0
 TTFT_LENGTHS = (64, 256, 700, 2000)
 LONG_RUN_TOKENS = 700  # prompts from here on are measured without a warm-up
 TOGETHER = 4
@@ -325,6 +330,31 @@ def scenarios(only: Sequence[str], context: int, has_speculation: bool) -> Itera
     yield from (scenario for scenario in every if not only or scenario.name in only)
 
 
+def rest(pids: Sequence[int], deadline_s: float = REST_DEADLINE_S) -> bool:
+    """Wait until processes and what they started do nothing any more; whether they came to that."""
+    until = time.monotonic() + deadline_s
+    time.sleep(REST_S)
+    before = _cpu_s(pids)
+    while time.monotonic() < until:
+        time.sleep(REST_LOOK_S)
+        now = _cpu_s(pids)
+        if now - before < REST_LOAD * REST_LOOK_S:
+            return True
+        before = now
+    return False
+
+
+def _cpu_s(pids: Sequence[int]) -> float:
+    total = 0.0
+    for pid in pids:
+        own = psutil.Process(pid)
+        for process in (own, *own.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total
+
+
 def _one(shot: Shot, lab: Lab, peer: Peer, run: int, say: Callable[[str], None]) -> Mapping[str, float]:
     """A shot, again if its streams passed each other by: an hour of other figures is not to be lost for that."""
     for _ in range(TRIES - 1):
@@ -349,4 +379,8 @@ def measure(
             for key, value in _one(shot, lab, peer, run, say).items():
                 if run:
                     values[key].setdefault(peer.name, []).append(value)
+            if isinstance(peer, HttpPeer) and peer.lingers and not rest(peer.lingers):
+                say(
+                    f"{peer.name} is still at work {REST_DEADLINE_S:.0f} s after its turn: what follows is slowed by it"
+                )
     return {key: by_peer for key, by_peer in values.items() if by_peer}

@@ -30,6 +30,7 @@ from dwarfstar_engine.wire.sampler_spec import SamplerSpec
 
 RATE_WINDOW_S = 5.0  # tok/s shown is over so long
 RATE_TOKENS = 1 << 16  # more than any pipeline draws in RATE_WINDOW_S
+REST_S = 0.5  # idle for so long, answers are read again: a next turn that comes at once would wait for that
 SMOOTHING = 0.1  # weight of a new frame in the running mean of a stage's time
 
 
@@ -89,6 +90,8 @@ class Dispatcher:
         self._error: DwarfStarError | None = None
         self.always_draft = False  # also where drafts make it slower
         self._pumping = False
+        self._rest: asyncio.TimerHandle | None = None  # runs while idle
+        self._resting = False  # idle for REST_S
         self._flushes: set[asyncio.Future[None]] = set()
 
     def generate(self, request: Request, sink: Sink) -> Stream:
@@ -114,6 +117,7 @@ class Dispatcher:
             )
         if self._error is not None:
             raise self._error
+        self._wake()
         sequence = next(self._ids)
         self.scheduler.submit(sequence, request, stream.answer, accepted=accepted, kept=kept)
         self._streams[sequence] = stream
@@ -154,7 +158,7 @@ class Dispatcher:
     def _pump(self) -> bool:
         """Whether there is something to flush."""
         sent = False
-        while self._error is None and (step := self.scheduler.schedule()) is not None:
+        while self._error is None and (step := self._next()) is not None:
             least = 0 if step.rounds else step.wants.count(DRAWN)
             rows = 0 if step.stages else len(step.slots)
             self._flights[step.number] = _Flight(
@@ -162,7 +166,22 @@ class Dispatcher:
             )
             self._send(self._frame(step))
             sent = True
+        if self._error is None and self.scheduler.idle and not self._resting and self._rest is None:
+            self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
         return sent
+
+    def _next(self) -> Step | None:
+        return self.scheduler.schedule() or (self.scheduler.reread() if self._resting else None)
+
+    def _rested(self) -> None:
+        self._rest, self._resting = None, True
+        self._pump_soon()
+
+    def _wake(self) -> None:
+        self._resting = False
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
 
     def _frame(self, step: Step) -> bytes:
         ops: tuple[Op, ...] = tuple(Halt(slot) for slot in step.halts)
@@ -278,6 +297,7 @@ class Dispatcher:
         """The pipeline broke: nothing is sent any more. What it carried, in the order of arrival; then nothing."""
         if self._error is None:
             self._error = StageError(reason, retry_after_s=retry_after_s)
+        self._wake()
         self._flights.clear()
         carried, self._streams = self._streams, {}
         settled, running = self.scheduler.settled(), self.scheduler.running
