@@ -4,7 +4,8 @@
 // a row or a few at a time. `prompt` reads one prompt in large batches; when its last row is through, its cells move to
 // the slot's sequence in `steps`. So a short decode can go first while a long one is under way: a prompt's decode stops
 // for a moment at every layer (ds_tap_set_pause), and whoever waits there runs on the other context. Running streams
-// wait for a part of a layer, not for a chunk of somebody's prompt, and chunks may be as large as is efficient.
+// wait for a part of a layer, not for a chunk of somebody's prompt, and chunks may be as large as is efficient. Where
+// both have work without a break, each gets half of the time (gate.h).
 //
 // ds_stage_run takes exactly the frames that need nothing else: steps without operations, whose rows have a sampler
 // known here. llama.cpp streams the whole slice through the caches while it runs; what comes before and after finds them
@@ -29,16 +30,18 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <new>
 #include <vector>
 
 #include "dwarfstar_native.h"
+#include "gate.h"
 
 namespace {
+
+using dwarfstar::Gate;
+using dwarfstar::Pass;
 
 constexpr uint32_t MAGIC = 0x1A665344;  // "DSf\x1a"
 constexpr uint32_t RESIDUE = 0x48674BC7;  // CRC32C of bytes followed by their own CRC32C
@@ -97,56 +100,6 @@ uint32_t get(const uint8_t *from) {
 void put(uint8_t *to, uint32_t value) { std::memcpy(to, &value, sizeof value); }
 
 size_t padded(size_t n) { return (n + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
-// Who may compute. Steps go first; a prompt gets its turn when none waits, so between two steps at the latest.
-class Gate {
-  public:
-    void enter(bool urgent) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        if (urgent) ++waiting_;
-        free_.wait(lock, [&] { return !held_ && (urgent || waiting_ == 0); });
-        if (urgent) --waiting_;
-        held_ = true;
-        since_ = Clock::now();
-    }
-
-    void leave() {
-        {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            held_ = false;
-            busy_us_ += elapsed_us(since_);
-        }
-        free_.notify_all();
-    }
-
-    // Called by a prompt that holds the gate.
-    void pause() {
-        if (waiting_ == 0) return;
-        leave();
-        enter(false);
-    }
-
-    uint64_t busy_us() const { return busy_us_; }
-
-  private:
-    std::mutex mutex_;
-    std::condition_variable free_;
-    std::atomic<int> waiting_{0};
-    bool held_ = false;
-    Clock::time_point since_;
-    std::atomic<uint64_t> busy_us_{0};
-};
-
-class Pass {
-  public:
-    Pass(Gate &gate, bool urgent) : gate_(gate) { gate_.enter(urgent); }
-    ~Pass() { gate_.leave(); }
-    Pass(const Pass &) = delete;
-    Pass &operator=(const Pass &) = delete;
-
-  private:
-    Gate &gate_;
-};
 
 void pause_gate(void *gate) { static_cast<Gate *>(gate)->pause(); }
 

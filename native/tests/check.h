@@ -14,6 +14,7 @@
 
 void test_codec();
 void test_file();
+void test_gate();
 void test_rows();
 void test_stage();
 void test_stage_slots();

@@ -6,6 +6,7 @@ int main() {
     test_file();
     test_tap();
     test_codec();
+    test_gate();
     test_rows();
     test_stage();
     test_stage_slots();

@@ -4,7 +4,7 @@ Threads. The asyncio thread owns the sockets and the pipe and runs frames of gen
 thread of their own was measured and costs two hand-overs a frame (about 80 µs). While such a frame runs nothing is
 read, so gRPC's flow control holds the sender back; keepalive is answered by gRPC's own threads. Prompts have a thread
 of their own, as they take long: their frames wait in a bounded queue, run in order, and let the others go before them,
-also in the middle (``native/src/stage.cpp``). Loading comes before any frame and has a thread too.
+also in the middle (``native/src/gate.h``). Loading comes before any frame and has a thread too.
 
 A stage that goes from one ring to the next keeps what its slots hold, and the record of what it sent, if it is told to:
 then it says what that is. Its old hops end, the new ones open and its slots are looked at or emptied at the same time.
