@@ -164,13 +164,15 @@ def test_percentiles_ratios_and_novelty() -> None:
 def test_the_next_peer_waits_until_an_engine_rests(work_s: float, rests: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process started counts, too."""
     monkeypatch.setattr(scenarios, "REST_S", 0.1)
-    work = f"import time\nuntil = time.monotonic() + {work_s}\nwhile time.monotonic() < until: pass\ninput()"
+    until = f"until = time.monotonic() + {work_s}"
+    work = f"import time; print(1, flush=True); {until}\nwhile time.monotonic() < until: pass\ninput()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
-    began = time.monotonic()
-    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
+            assert process.stdout is not None and process.stdout.readline() == b"1\n"  # it works
+            began = time.monotonic()
             assert scenarios.rest((process.pid,), 6.0 if rests else 0.8) is rests
-            assert time.monotonic() - began >= min(work_s, 0.8)
+            assert time.monotonic() - began >= min(work_s, 0.8) - 0.1
         finally:
             for child in psutil.Process(process.pid).children():
                 child.kill()

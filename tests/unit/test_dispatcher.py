@@ -211,7 +211,7 @@ async def test_closing_the_stream_frees_the_slot_at_once() -> None:
 
 
 async def test_an_answer_is_read_again_when_no_request_came_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dwarfstar_engine.node.dispatcher.REST_S", 0.1)
+    monkeypatch.setattr("dwarfstar_engine.node.dispatcher.REST_S", 0.3)
     ring = Ring(slots=1, rows=256, context=1000)
     prompt = [97 + n % 25 for n in range(70)]
     async with running(ring) as dispatcher:

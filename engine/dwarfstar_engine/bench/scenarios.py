@@ -380,7 +380,5 @@ def measure(
                 if run:
                     values[key].setdefault(peer.name, []).append(value)
             if isinstance(peer, HttpPeer) and peer.lingers and not rest(peer.lingers):
-                say(
-                    f"{peer.name} is still at work {REST_DEADLINE_S:.0f} s after its turn: what follows is slowed by it"
-                )
+                say(f"{peer.name} is still at work after {REST_DEADLINE_S:.0f} s: what follows is slowed by it")
     return {key: by_peer for key, by_peer in values.items() if by_peer}

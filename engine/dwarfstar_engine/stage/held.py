@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dwarfstar_engine.wire import frames
 
-HOLD_S = (
-    0.040  # that a result waits for others: less than passes between two tokens of its stream, and than a reader sees
-)
+HOLD_S = 0.040  # that a result waits for others: less than a reader sees, and than passes between two of its tokens
 HELD = 4  # results in a message
 LANES = 64  # frames of which is known when they came last
 
