@@ -1,13 +1,17 @@
 """What the planner promises against what is measured: tokens a second and memory, on this machine's cores.
 
 ``python benchmarks/predictions.py`` starts an engine with one to four local nodes for each model, asks it what other
-cuts would give, carries them out, and measures each: one stream, four, eight, and what its stage processes take.
-Prints a table and writes JSON. Figures mean something on an otherwise idle machine only.
+cuts would give, carries them out, and measures each: one stream, eight, and what its stage processes take. Each round
+goes through all cuts, there and back, as a machine's pace changes by the minute. Prints a table of medians and writes
+JSON. Figures mean something on an otherwise idle machine only.
 
-A prediction is *asked before*: with what was measured when the first cut was loaded, and of a cut that never ran. One
-*of what runs* knows its own slices. Memory is what is resident (``Rss``): weights count, as they are read into a
-stage's own memory. Some 40 MiB are pages of libraries' files, which stages of one machine share (``Pss``), and in the
-first stage those rows of the embedding that were used.
+A prediction is *asked before*: while the cut measured before it serves, and of one that never ran; of the first cut
+once a short answer has gone through it. One *of what runs* is asked when it was measured. Which cut is predicted best
+is asked of all cuts at one moment, when a round begins.
+
+Memory is what is resident (``Rss``): weights count, as they are read into a stage's own memory. Some 40 MiB are pages
+of libraries' files, which stages of one machine share (``Pss``), and in the first stage those rows of the embedding
+that were used.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,26 +50,26 @@ CUTS: dict[
     },
     "gemma3": {1: [()], 2: [(6,), (12,)], 3: [(6, 12)]},  # its attention repeats each six layers: no other cut is legal
 }
-STREAMS = (1, 4, 8)
+TOKENS = {1: 192, 8: 96}  # of each answer, by streams
 PROMPT_TOKENS = 12
+WARM_TOKENS = 64  # pages are touched, code is warm, and stages have been seen in use
 LEAST_S = 0.5  # that all streams must run at the same time
 
 
 @dataclass
 class Case:
-    """One cut. before, runs: (single, aggregate) tok/s predicted before it ran and while it does. By number of streams:
-    measured tok/s, the median of every; client_ms and cpu_ms: processor time of a token, of the load client, and of the
-    engine's process and each stage's."""
+    """One cut. ranked, before, runs: (single, aggregate) tok/s predicted when a round began, before it ran and then; of
+    each round. By number of streams, of each round: measured tok/s. client_ms and cpu_ms: processor time of a token
+    in the last one, of the load client, and of the engine's process and each stage's."""
 
     model: str
     cuts: tuple[int, ...]
-    before: tuple[float, float] = (0.0, 0.0)
-    runs: tuple[float, float] = (0.0, 0.0)
+    ranked: list[tuple[float, float]] = field(default_factory=list)
+    before: list[tuple[float, float]] = field(default_factory=list)
+    runs: list[tuple[float, float]] = field(default_factory=list)
     stage_ms: list[float] = field(default_factory=list)
     measured_ms: list[float] = field(default_factory=list)
-    hop_ms: list[float] = field(default_factory=list)
-    measured: dict[int, float] = field(default_factory=dict)
-    every: dict[int, list[float]] = field(default_factory=dict)
+    measured: dict[int, list[float]] = field(default_factory=dict)
     client_ms: dict[int, float] = field(default_factory=dict)
     cpu_ms: dict[int, list[float]] = field(default_factory=dict)
     memory: list[dict[str, float]] = field(default_factory=list)
@@ -106,61 +111,80 @@ def memory(stage: StageView, view: PlanView) -> dict[str, float]:
     return {**{name: round(1024 * gib, 2) for name, gib in told.items()}, **memory_mib(stage.pid)}
 
 
-def measure(there: LocalEngine, case: Case, tokens: int, rounds: int) -> None:
-    for number in range(rounds):
-        for streams in STREAMS:
-            pids = [there.pid, *(stage.pid for stage in there.status().stages)]
-            before = [cpu_s(pid) for pid in pids]
-            tok_s, done = decode(there, streams, tokens)
-            case.every.setdefault(streams, []).append(tok_s)
-            spent = zip(pids, before, strict=True)
-            case.cpu_ms[streams] = [round(1000 * (cpu_s(pid) - was) / done.tokens, 3) for pid, was in spent]
-            case.client_ms[streams] = round(1000 * done.client_s / done.tokens, 4)
-            if streams == 1 and number == rounds - 1:
-                case.measured_ms = [stage.ms_per_token for stage in there.status().stages]
-    case.measured = {streams: statistics.median(found) for streams, found in case.every.items()}
+def predictions(there: LocalEngine, case: Case) -> tuple[float, float]:
+    proposed = there.plan(case.cuts).proposed
+    assert proposed is not None
+    return promised(proposed)
+
+
+def measure(there: LocalEngine, case: Case) -> None:
+    for streams, tokens in TOKENS.items():
+        pids = [there.pid, *(stage.pid for stage in there.status().stages)]
+        before = [cpu_s(pid) for pid in pids]
+        tok_s, done = decode(there, streams, tokens)
+        case.measured.setdefault(streams, []).append(tok_s)
+        spent = zip(pids, before, strict=True)
+        case.cpu_ms[streams] = [round(1000 * (cpu_s(pid) - was) / done.tokens, 3) for pid, was in spent]
+        case.client_ms[streams] = round(1000 * done.client_s / done.tokens, 4)
+        if streams == 1:
+            case.measured_ms = [stage.ms_per_token for stage in there.status().stages]
     present = there.plan(case.cuts).present
     assert present is not None
-    case.runs = promised(present)
+    case.runs.append(promised(present))
     case.stage_ms = [stage.ms for stage in present.stages]
-    case.hop_ms = list(present.predicted.hop_ms)
     case.memory = [memory(stage, present) for stage in there.status().stages]
 
 
 def play(model: str, path: str, stages: int, given: argparse.Namespace) -> list[Case]:
     cases = [Case(model, cuts) for cuts in CUTS[model][stages][: given.cuts]]
-    wanted = Wanted(path, stages, cases[0].cuts)
+    wanted, runs = Wanted(path, stages, cases[0].cuts), cases[0]
     with tempfile.TemporaryDirectory(prefix="dwarfstar-") as folder, engine(wanted, Path(folder)) as there:
-        there.decode(1, PROMPT_TOKENS, 8)  # pages are touched, code is warm
-        for case in cases:
-            proposed = there.plan(case.cuts).proposed
-            assert proposed is not None
-            case.before = promised(proposed)
-        for case in cases:
-            if case is not cases[0]:
-                there.commit(case.cuts)
-                there.decode(1, PROMPT_TOKENS, 8)
-            measure(there, case, given.tokens, given.rounds)
-            print(row(case), flush=True)
+        there.decode(1, PROMPT_TOKENS, WARM_TOKENS)
+        for number in range(given.rounds):
+            for case in cases:
+                case.ranked.append(predictions(there, case))
+            for case in cases if number % 2 == 0 else cases[::-1]:
+                case.before.append(predictions(there, case))
+                if case is not runs:
+                    there.commit(case.cuts)
+                    there.decode(1, PROMPT_TOKENS, WARM_TOKENS)
+                    runs = case
+                measure(there, case)
+    for case in cases:
+        print(row(case), flush=True)
     return cases
 
 
-def off(predicted: float, measured: float) -> str:
-    return f"{predicted:.1f} ({predicted / measured - 1:+.0%})"
+def errors(case: Case, asked: list[tuple[float, float]]) -> tuple[float, float]:
+    """How far what was predicted is off, as a share: the median over rounds, as a round shares the machine's pace."""
+    index = {1: 0, 8: 1}
+    single, aggregate = (
+        statistics.median(
+            said[index[streams]] / seen - 1 for said, seen in zip(asked, case.measured[streams], strict=True)
+        )
+        for streams in TOKENS
+    )
+    return single, aggregate
+
+
+def medians(figures: list[tuple[float, float]]) -> tuple[float, float]:
+    single, aggregate = (statistics.median(column) for column in zip(*figures, strict=True))
+    return single, aggregate
 
 
 def row(case: Case) -> str:
-    single, four, eight = (case.measured[streams] for streams in STREAMS)
-    cells = [case.name, f"{single:.1f}", off(case.before[0], single), off(case.runs[0], single)]
-    cells += [f"{four:.1f}", f"{eight:.1f}", off(case.before[1], eight), off(case.runs[1], eight)]
+    single, eight = (statistics.median(case.measured[streams]) for streams in TOKENS)
+    before, runs = errors(case, case.before), errors(case, case.runs)
+    cells = [case.name, f"{single:.1f}", f"{before[0]:+.0%}", f"{runs[0]:+.0%}"]
+    cells += [f"{eight:.1f}", f"{before[1]:+.0%}", f"{runs[1]:+.0%}"]
     cells.append(" ".join(f"{a:.2f}/{b:.2f}" for a, b in zip(case.stage_ms, case.measured_ms, strict=True)))
     cells.append(" ".join(f"{m['weights'] + m['kv'] + m['compute']:.0f}/{m['Rss']:.0f}" for m in case.memory))
     return f"| {' | '.join(cells)} |"
 
 
 HEAD = (
-    "| cut | 1 stream tok/s | asked before | of what runs | 4 streams | 8 streams | asked before | of what runs "
-    "| stage ms, predicted/measured | MiB, promised/Rss |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| cut | 1 stream tok/s | asked before | of what runs | 8 streams | asked before | of what runs "
+    "| stage ms, predicted/measured | MiB, promised/Rss |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -171,11 +195,20 @@ def best_cuts(cases: list[Case]) -> list[str]:
         groups.setdefault((case.model, case.stages), []).append(case)
     for (model, stages), group in groups.items():
         for which, index, streams in (("single", 0, 1), ("aggregate", 1, 8)):
-            chosen = max(group, key=lambda case: case.before[index])
-            most = max(group, key=lambda case: case.measured[streams])
-            share = chosen.measured[streams] / most.measured[streams]
-            lines.append(f"{model}, {stages} stages, {which}: {chosen.cuts} predicted, best {most.cuts}: {share:.3f}")
+            tok_s = {case.cuts: statistics.median(case.measured[streams]) for case in group}
+            chosen = max(group, key=lambda case: medians(case.ranked)[index]).cuts
+            most = max(tok_s, key=tok_s.__getitem__)
+            lines.append(
+                f"{model}, {stages} stages, {which}: {chosen} predicted, best {most}: {tok_s[chosen] / tok_s[most]:.3f}"
+            )
     return lines
+
+
+def worst(cases: list[Case]) -> Iterator[str]:
+    """How far what was asked before is off, of all cuts."""
+    for index, which in enumerate(("single", "aggregate")):
+        found = sorted(abs(errors(case, case.before)[index]) for case in cases)
+        yield f"{which}: off by {statistics.median(found):.1%} in the median, {found[-1]:.1%} at most"
 
 
 def main() -> None:
@@ -183,7 +216,6 @@ def main() -> None:
     parser.add_argument("--models", default="smollm2,gemma3")
     parser.add_argument("--stages", default="1,2,3,4")
     parser.add_argument("--cuts", type=int, default=6, help="of each number of stages, so many")
-    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -194,8 +226,12 @@ def main() -> None:
         for stages in map(int, given.stages.split(",")):
             if stages in CUTS[model]:
                 cases += play(model, path, stages, given)
-    found: dict[str, Any] = {"cases": [asdict(case) for case in cases], "best": best_cuts(cases)}
-    print("\n".join(found["best"]))
+    found: dict[str, Any] = {
+        "cases": [asdict(case) for case in cases],
+        "best": best_cuts(cases),
+        "off": [*worst(cases)],
+    }
+    print("\n".join([*found["best"], *found["off"]]))
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)

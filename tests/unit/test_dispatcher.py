@@ -16,7 +16,7 @@ from dwarfstar_engine.batch.chunks import WIDE
 from dwarfstar_engine.batch.scheduler import Limits, Scheduler
 from dwarfstar_engine.errors import ContextLengthError, DwarfStarError, FrameError, Overloaded, StageError
 from dwarfstar_engine.native import WireType
-from dwarfstar_engine.node.dispatcher import RATE_WINDOW_S, Dispatcher
+from dwarfstar_engine.node.dispatcher import ALONE_FRAMES, RATE_WINDOW_S, Dispatcher
 from dwarfstar_engine.node.streams import Stream
 from dwarfstar_engine.serving import Request, Sampling, Token
 from dwarfstar_engine.stage import toy
@@ -523,3 +523,17 @@ async def test_a_stuck_frame_grows_old() -> None:
     assert ring.dispatcher.oldest_age_s(now + 5) >= 5
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_stage_is_judged_by_rows_that_had_the_ring_to_themselves() -> None:
+    """Beside others a stage may compute when another does, and on the same cores."""
+    ring = Ring(context=400)
+    async with running(ring) as dispatcher:
+        stages = dispatcher.stages
+        while stages[0].frames <= 2 * ALONE_FRAMES:
+            same = request(prompt_of(ring.rng), 40)
+            await asyncio.gather(*(collect(dispatcher, same) for _ in range(3)))
+        assert all(stage.alone_frames < stage.frames / 2 for stage in stages)
+        while not stages[0].alone_ms:
+            await collect(dispatcher, request(prompt_of(ring.rng), 40))
+        assert all(stage.alone_ms > 0 and stage.alone_frames >= ALONE_FRAMES for stage in stages)

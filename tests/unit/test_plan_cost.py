@@ -8,7 +8,7 @@ import pytest
 
 from dwarfstar_engine.model.costs import ModelCosts
 from dwarfstar_engine.plan.cluster import LOOPBACK, Cluster, Device, Kind, Link, Measured, Node
-from dwarfstar_engine.plan.cost import COORDINATOR_MS, EFFICIENCY, HOP_MS, STAGE_MS, cluster_costs, node_costs
+from dwarfstar_engine.plan.cost import COORDINATOR_MS, EFFICIENCY, HOP_MS, MAX_PACE, STAGE_MS, cluster_costs, node_costs
 from dwarfstar_engine.plan.forecast import Job, Objective
 from dwarfstar_engine.plan.planner import plan_cluster
 from dwarfstar_engine.plan.predict import plan_of, predict
@@ -77,6 +77,22 @@ def test_what_was_measured_of_a_model_with_more_layers_says_nothing() -> None:
     )
     both = node_costs(gpu("a", 24, 100, other, ran(0, 15, 3.0)), SMOL)
     assert both.step_ms(0, 15) == pytest.approx(3.0) and both.batch_factor(4) == 4
+
+
+def test_what_a_slice_takes_in_use_counts_for_all_slices_of_its_node() -> None:
+    measured = ran(18, 30, 3.0, head_ms=0.6, prompt=((64, 30.0),))
+    before = gpu("a", 24, 9999, measured)
+    now, then = (node_costs(one, SMOL) for one in (replace(before, ran=ran(0, 15, 6.0)), before))
+    pace = 6.0 / then.step_ms(0, 15)
+    assert now.step_ms(0, 15) == pytest.approx(6.0)
+    assert now.step_ms(18, 30) == pytest.approx(3.0 * pace) and now.head_ms == pytest.approx(0.6 * pace)
+    assert now.prompt_ms(0, 9, 64) == pytest.approx(pace * then.prompt_ms(0, 9, 64))
+    assert now.batch_factor(4) == then.batch_factor(4)
+    nonsense = node_costs(replace(before, ran=ran(0, 15, 1e9)), SMOL)
+    assert nonsense.step_ms(18, 30) == pytest.approx(3.0 * MAX_PACE)
+    assert node_costs(replace(before, ran=Measured((0, 99), 6.0)), SMOL) == replace(
+        then, node=replace(before, ran=Measured((0, 99), 6.0))
+    )
 
 
 def test_a_head_measured_by_difference() -> None:

@@ -10,7 +10,7 @@ from dwarfstar_engine.model.costs import ModelCosts
 from dwarfstar_engine.plan.advisor import Kind as Alternative
 from dwarfstar_engine.plan.advisor import advise
 from dwarfstar_engine.plan.cluster import Cluster, Device, Kind, Measured, Node
-from dwarfstar_engine.plan.cost import CROWDED, ROW_CORE_MS, TOKEN_CORE_MS, cluster_costs
+from dwarfstar_engine.plan.cost import CROWDED, ROW_CORE_MS, TOKEN_CORE_MS, UNEVEN, cluster_costs
 from dwarfstar_engine.plan.forecast import Forecast, Job, Objective, Strategy, Wishes
 from dwarfstar_engine.plan.planner import CORES_BUSY, plan_cluster
 from dwarfstar_engine.plan.predict import plan_of, predict
@@ -39,7 +39,7 @@ def test_more_stages_than_cores_make_no_token_come_sooner() -> None:
     two, four = forecast(nodes[:2], 12), forecast(nodes, 6, 12, 18)
     assert four.bottleneck == "a + b + c + d" and four.aggregate_tok_s < two.aggregate_tok_s
     computed = sum(stage.ms for stage in four.stages)
-    assert four.aggregate_tok_s == pytest.approx(2 * 1000 / (CROWDED * computed + 4 * ROW_CORE_MS))
+    assert four.aggregate_tok_s == pytest.approx(2 * 1000 / (CROWDED * computed + 4 * ROW_CORE_MS) / (1 + 2 * UNEVEN))
     apart = forecast([local(name, host=name) for name in "abcd"], 6, 12, 18)
     assert apart.aggregate_tok_s > 1.5 * four.aggregate_tok_s
 
@@ -104,7 +104,7 @@ def test_whole_copies_on_one_machine_share_its_cores() -> None:
     alone = forecast([local("a")]).aggregate_tok_s
     two, four = (replicas([local(name) for name in names]) for names in ("ab", "abcd"))
     assert two == pytest.approx(2 * 1000 / (CROWDED * 1000 / alone + ROW_CORE_MS))
-    assert four == pytest.approx(two)
+    assert four == pytest.approx(two / (1 + 2 * UNEVEN))
     assert replicas([local(name) for name in "ab"], head=HOST) < two
     assert replicas([local(name, host=name) for name in "ab"]) == pytest.approx(2 * alone)
     assert replicas([local("a", host="x"), local("b", host="x"), local("c", host="y")]) == pytest.approx(two + alone)

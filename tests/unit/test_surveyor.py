@@ -12,9 +12,9 @@ from dwarfstar_engine.node import bandwidth
 from dwarfstar_engine.node.facts import lent_bytes
 from dwarfstar_engine.node.members import GIB, Member
 from dwarfstar_engine.node.source import Source, open_source
-from dwarfstar_engine.node.surveyor import MAX_SLICES, Survey, Surveyor
+from dwarfstar_engine.node.surveyor import MAX_SLICES, NEWS, RAN_S, Survey, Surveyor
 from dwarfstar_engine.plan.capacity import usable_bytes
-from dwarfstar_engine.plan.cluster import Kind, Link
+from dwarfstar_engine.plan.cluster import Kind, Link, Measured
 from dwarfstar_engine.plan.proportional import Plan, StagePlan
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.wire.generated import control_pb2 as pb
@@ -111,6 +111,36 @@ def test_what_slices_took_is_kept_by_slice_and_model(source: Source, tmp_path: P
     assert survey(surveyor, other, node).cluster.nodes[0].measured == ()
     surveyor.heard(other, "1", (0, 6), profile())
     assert survey(surveyor, source, node).cluster.nodes[0].measured == ()
+
+
+def test_what_a_slice_takes_in_use_is_told_of_nodes_that_were_measured(source: Source, tmp_path: Path) -> None:
+    surveyor, node = Surveyor(), member("1", "a")
+
+    def told() -> Measured | None:
+        return survey(surveyor, source, node).cluster.nodes[0].ran
+
+    surveyor.ran(source, source, "1", (0, 6), 3.0, 5.0)
+    assert told() is None, "nothing is known of it"
+    surveyor.heard(source, "1", (0, 6), profile())
+    surveyor.ran(source, source, "1", (0, 6), 3.0, 5.0)
+    first = told()
+    assert first == Measured((0, 6), 3.0)
+    surveyor.ran(source, source, "1", (0, 6), 3.0 * (1 + NEWS / 2), 5.0)
+    assert told() is first, "plans are not made anew for noise"
+    surveyor.ran(source, source, "1", (0, 6), 3.0 * (1 + 2 * NEWS), 5.0)
+    assert told() == Measured((0, 6), 3.0 * (1 + 2 * NEWS))
+    surveyor.ran(source, source, "1", (6, 12), 3.0, 5.0)
+    assert told() == Measured((6, 12), 3.0, last=True)
+    surveyor.forget(5.0 + RAN_S)
+    assert told() is not None
+    surveyor.forget(5.1 + RAN_S)
+    assert told() is None, "it may be free again"
+    surveyor.ran(source, source, "1", (6, 12), 3.0, 5.0)
+    other = open_source("toy:8", tmp_path)
+    surveyor.heard(other, "1", (0, 6), profile())
+    assert survey(surveyor, other, node).cluster.nodes[0].ran is None, "of another model"
+    surveyor.ran(source, source, "1", (0, 6), 3.0, 5.0)
+    assert told() is None
 
 
 def test_links_between_machines_are_those_that_were_measured(source: Source) -> None:

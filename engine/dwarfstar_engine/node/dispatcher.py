@@ -32,21 +32,35 @@ RATE_WINDOW_S = 5.0  # tok/s shown is over so long
 RATE_TOKENS = 1 << 16  # more than any pipeline draws in RATE_WINDOW_S
 REST_S = 0.5  # idle for so long, answers are read again: a next turn that comes at once would wait for that
 SMOOTHING = 0.1  # weight of a new frame in the running mean of a stage's time
+ALONE_SMOOTHING = 0.02  # and of one that was alone in the ring: plans are made of these
+ALONE_FRAMES = 24  # from so many on they are believed
 
 
 @dataclass(slots=True)
 class StageTimes:
-    """Running means of one stage, in ms: per row of a step computed, and waited for a frame."""
+    """Running means of one stage, in ms: per row of a step computed, and waited for a frame. alone: of single rows that
+    shared the ring with nothing, where no other stage computed at the same time."""
 
     compute_ms: float = 0.0
     wait_ms: float = 0.0
     frames: int = 0
+    alone: float = 0.0
+    alone_frames: int = 0
 
     def add(self, compute_us: int, wait_us: int, rows: int) -> None:
         weight = SMOOTHING if self.frames else 1.0
         self.compute_ms += weight * (compute_us / 1000 / rows - self.compute_ms)
         self.wait_ms += weight * (wait_us / 1000 - self.wait_ms)
         self.frames += 1
+
+    def add_alone(self, compute_us: int) -> None:
+        self.alone_frames += 1
+        self.alone += max(ALONE_SMOOTHING, 1 / self.alone_frames) * (compute_us / 1000 - self.alone)
+
+    @property
+    def alone_ms(self) -> float:
+        """What a row takes here when nothing else goes on; 0.0: not known yet."""
+        return self.alone if self.alone_frames >= ALONE_FRAMES else 0.0
 
 
 @dataclass(slots=True)
@@ -235,9 +249,12 @@ class Dispatcher:
         if frame.rounds:
             self._flights[frame.number] = _Flight(rows, 0, rows, False, time.monotonic(), frame.rounds - 1)
         if not flight.prompt and len(frame.timings) == len(self.stages):
+            alone = flight.rows == 1 and len(self._flights) == (frame.rounds > 0)
             for stage, (compute_us, wait_us) in zip(self.stages, frame.timings, strict=True):
                 if flight.rows:
                     stage.add(compute_us, wait_us, flight.rows)
+                if alone:
+                    stage.add_alone(compute_us)
         return self.scheduler.complete(
             frame.number, [(row.slot, Token(row.token, row.logprob, row.top)) for row in frame.rows], frame.rounds > 0
         )

@@ -482,6 +482,10 @@ class Pipeline:
         stages = self._ring.views(self.source, dispatcher.stages if dispatcher else None, 0.0)
         return tuple(one.ms_per_token for one in stages)
 
+    @property
+    def alone_ms(self) -> tuple[float, ...]:
+        return tuple(stage.alone_ms for stage in self._dispatcher.stages) if self._dispatcher is not None else ()
+
     def idle_s(self, now: float) -> float:
         return now - self._idle_since
 

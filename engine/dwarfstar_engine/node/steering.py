@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -79,6 +80,10 @@ class Host(Protocol):
     @property
     def measured_ms(self) -> tuple[float, ...]:
         """Of each stage that runs, for a token; 0.0: none went through it yet."""
+
+    @property
+    def alone_ms(self) -> tuple[float, ...]:
+        """The same while nothing else goes on; empty: nothing serves."""
 
     def need(self) -> Need: ...
 
@@ -261,7 +266,17 @@ class Steering:
             raise PlanError("no node has joined yet: start one with `dwarfstar node`", code="no_nodes")
         if not host.source.loaded:
             raise PlanError(NoModel().message, code=NoModel.code)
+        self._learn()
         return self.surveyor.survey(here, host.source, host.settings, host.context, lent)
+
+    def _learn(self) -> None:
+        """Tell the surveyor what stages take in use."""
+        host, surveyor, now_s = self._host, self.surveyor, time.monotonic()
+        for stage, ms in zip(host.ring.stages, host.alone_ms, strict=False):
+            if ms:
+                file = stage.member.runs(host.source)
+                surveyor.ran(host.source, file, stage.member.id, stage.plan.layers, ms, now_s)
+        surveyor.forget(now_s)
 
     def survey_present(self) -> tuple[Survey, Planned | None]:
         """The cluster, and the plan that runs. Raises PlanError: no node is here."""

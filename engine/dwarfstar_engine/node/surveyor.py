@@ -7,6 +7,9 @@ served. Machines are told apart by the address that their stages are reached at.
 A node may run its layers from another file of the model (``files``): it is planned with that one's bytes, and what
 was measured of it counts for as long as it runs that.
 
+A node does not keep the pace that it was measured at: others use it, it grows hot, and a measurement lasts a moment
+only. What a slice takes there in use (``ran``) counts for all its slices; for RAN_S after it was seen last.
+
 Bounds. MAX_SLICES of a node, the newest; MAX_NODES nodes; MAX_LINKS links.
 """
 
@@ -32,6 +35,8 @@ from dwarfstar_engine.wire.generated import control_pb2 as pb
 
 MAX_SLICES = 8  # a few cuts that were tried; older ones say nothing about the machine as it is now
 MAX_LINKS = 1024
+NEWS = 0.03  # a pace that differs by less is the same: plans are not made anew for it
+RAN_S = 600.0  # a pace counts for so long after it was seen last: a node that is slow now may be free later
 TOGETHER = 4  # rows that a stage's profile has run as one
 ELEMENT_BYTES = {
     WireType.F32.name: 4.0,
@@ -64,13 +69,14 @@ class Surveyor:
     def __init__(self) -> None:
         self._fingerprint = ""
         self._slices: dict[tuple[str, str], dict[Layers, Measured]] = {}  # by node id and file, oldest first
+        self._ran: dict[tuple[str, str], tuple[Measured, float]] = {}  # by node id and file; and when it was seen
         self._links: dict[tuple[str, str], Link] = {}
 
     def heard(self, source: Source, node: str, layers: Layers, profile: pb.StageProfile) -> None:
         """What a slice took on a node, measured there when it was loaded. source: the file it is of."""
         model, key = source.stands_for or source.fingerprint, (node, source.fingerprint)
         if model != self._fingerprint:
-            self._fingerprint, self._slices = model, {}
+            self._fingerprint, self._slices, self._ran = model, {}, {}
         if profile.step_ms <= 0:
             return
         slices = self._slices.pop(key, {})
@@ -87,7 +93,23 @@ class Surveyor:
             del slices[next(iter(slices))]
         self._slices[key] = slices
         while len(self._slices) > MAX_NODES:
-            del self._slices[next(iter(self._slices))]
+            oldest = next(iter(self._slices))
+            del self._slices[oldest]
+            self._ran.pop(oldest, None)
+
+    def ran(self, model: Source, file: Source, node: str, layers: Layers, ms: float, now_s: float) -> None:
+        """What a slice of a file takes on a node for a row, in use; of nodes that were heard of. now_s: monotonic."""
+        key = (node, file.fingerprint)
+        if model.fingerprint != self._fingerprint or key not in self._slices:
+            return
+        known, _ = self._ran.get(key, (None, 0.0))
+        if known is None or known.layers != layers or abs(ms / known.step_ms - 1) > NEWS:
+            known = Measured(layers, ms, last=layers[1] == file.layers)
+        self._ran[key] = known, now_s
+
+    def forget(self, now_s: float) -> None:
+        """Paces that were not seen for RAN_S."""
+        self._ran = {key: one for key, one in self._ran.items() if now_s - one[1] <= RAN_S}
 
     def linked(self, source: Member, target: Member, link: pb.LinkProfile) -> None:
         """A hop between two nodes, measured when it was opened."""
@@ -113,8 +135,10 @@ class Surveyor:
         names = {member.id: member.name if times[member.name] == 1 else member.id for member in members}
         files = {member.id: member.runs(source) for member in members}
         ran = {node: tuple(measured.get((node, file.fingerprint), {}).values()) for node, file in files.items()}
+        paces = {node: self._ran.get((node, file.fingerprint), (None,))[0] for node, file in files.items()}
         nodes = tuple(
-            _node(names[member.id], member, ran[member.id], (lent or {}).get(member.id)) for member in members
+            _node(names[member.id], member, ran[member.id], paces[member.id], (lent or {}).get(member.id))
+            for member in members
         )
         mixed = any(file is not source for file in files.values())
         links = list(self._links.values())
@@ -136,7 +160,7 @@ class Surveyor:
         return Survey(cluster, job, {name: node for node, name in names.items()})
 
 
-def _node(name: str, member: Member, measured: tuple[Measured, ...], lent: str | None) -> Node:
+def _node(name: str, member: Member, measured: tuple[Measured, ...], ran: Measured | None, lent: str | None) -> Node:
     told = member.device
     usable = told.memory_usable_bytes
     device = Device(
@@ -146,7 +170,7 @@ def _node(name: str, member: Member, measured: tuple[Measured, ...], lent: str |
         usable or told.effective_vram_bytes,
     )
     threads = told.threads or told.cores or 1
-    return Node(name, (device,), _override(member, lent), measured, member.host, told.cores, threads)
+    return Node(name, (device,), _override(member, lent), measured, member.host, told.cores, threads, ran)
 
 
 def _override(member: Member, lent: str | None) -> Override | None:

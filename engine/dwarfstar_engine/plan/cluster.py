@@ -61,7 +61,7 @@ class Node:
 
     host: the machine it is a part of; nodes of one host need no network between them. Empty: it is its own.
     cores: of that machine, which all its nodes share; 0: not known, as many as they want. threads: that a stage has
-    on processors.
+    on processors. ran: what a slice takes there in use: where ``measured`` says otherwise, the pace has changed.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Node:
     host: str = ""
     cores: int = 0
     threads: int = 1
+    ran: Measured | None = None
 
     @property
     def machine(self) -> str:

@@ -5,12 +5,17 @@ that llama.cpp reaches, and a fixed part for each stage. All layers of a node co
 slice of a node gives its rate, and with it every other slice. The head is read like a layer of its size, unless it was
 measured apart, or slices with and without it were: then their difference is the head.
 
+What was measured after loading holds for that moment. Where a slice is seen in use (``Node.ran``), all figures of its
+node change with it.
+
 Rows of several streams run together cost what was measured of that; where nothing was, as much as apart. A prompt's
 rows share one reading of the weights, until arithmetic is what takes the time: at ``FREE_ROWS`` rows.
 
 Nodes of one machine share its cores. What a stage computes on them, what its process does for each row to pass, and
 what the coordinator does for each token if it is there, takes core time, and a machine has so many cores' time a
-second. Where stages compute at the same time each is ``CROWDED`` times as slow: they share caches and memory.
+second. Where stages compute at the same time each is ``CROWDED`` times as slow: they share caches and memory. Several
+cores are never kept busy all the time by more stages than there are, as some idle when few stages are due: each stage
+too many makes that take ``UNEVEN`` longer.
 
 A hop takes its link's latency, the bytes of the rows, and ``HOP_MS`` for the processes that wake. The last stage feeds
 the first one, with ids: that hop carries no activations. A ring of one stage has no hop.
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from dwarfstar_engine.model.costs import ModelCosts, stage_bytes
@@ -32,12 +37,14 @@ from dwarfstar_engine.plan.proportional import Capacity
 EFFICIENCY = {Kind.GPU: 0.7, Kind.CPU: 0.85}  # of the memory's bandwidth that llama.cpp's decode reaches
 STAGE_MS = {Kind.GPU: 0.3, Kind.CPU: 0.1}  # launching a graph, sampling, encoding a frame
 FREE_ROWS = {Kind.GPU: 32.0, Kind.CPU: 4.0}  # rows of a prompt that cost as much as one
-HOP_MS = 0.15  # processes wake; measured on loopback, from the end of one stage's computing to the next one's start
+HOP_MS = 0.3  # a frame is written and read, processes wake; measured on loopback: a round less what stages compute
 COORDINATOR_MS = 0.1  # of a token: results read, text sent
 # Of nodes that share a machine, measured on two cores with two to four stages:
-CROWDED = 1.1
-ROW_CORE_MS = 0.3  # of a core, that a stage's process takes for a row beside computing: frames in and out
-TOKEN_CORE_MS = 0.35  # of a core, that the coordinator takes for a token: result, text, HTTP
+CROWDED = 1.04
+UNEVEN = 0.1
+ROW_CORE_MS = 0.25  # of a core, that a stage's process takes for a row beside computing: frames in and out
+TOKEN_CORE_MS = 0.2  # of a core, that the coordinator takes for a token: result, text, HTTP
+MAX_PACE = 8.0  # times as slow, or as fast, as measured after loading: no machine changes so much
 FIXED_SHARE = 0.1  # of a measured step, at most, is taken as fixed
 BATCHES = (1, 2, 4, 8)  # streams run together in a lane that are considered
 
@@ -102,9 +109,9 @@ def node_costs(node: Node, job: Job) -> NodeCosts:
     else:
         per_byte = 1 / (stage_gb_s(node) * 1e6 * EFFICIENCY[kind])
         head_ms, fixed = costs.head_bytes * per_byte, STAGE_MS[kind]
-    upto_ms = (0.0, *(per_byte * total for total in accumulate(read)))
     prompt = _measured_prompt(measured, read, per_byte, fixed) or ((FREE_ROWS[kind], 1.0),)
-    return NodeCosts(
+    upto_ms = (0.0, *(per_byte * total for total in accumulate(read)))
+    found = NodeCosts(
         node=node,
         costs=costs,
         usable_bytes=usable_bytes(node),
@@ -113,6 +120,19 @@ def node_costs(node: Node, job: Job) -> NodeCosts:
         fixed_ms=fixed,
         batches=_measured_batches(measured),
         prompt=prompt,
+    )
+    return found if node.ran is None or node.ran.layers[1] > job.layers else _at_pace(found, node.ran)
+
+
+def _at_pace(costs: NodeCosts, ran: Measured) -> NodeCosts:
+    """Costs of a node on which a slice takes in use what ``ran`` says."""
+    pace = ran.step_ms / max(1e-9, costs.step_ms(*ran.layers))
+    pace = min(MAX_PACE, max(1 / MAX_PACE, pace))
+    return replace(
+        costs,
+        upto_ms=tuple(ms * pace for ms in costs.upto_ms),
+        head_ms=costs.head_ms * pace,
+        fixed_ms=costs.fixed_ms * pace,
     )
 
 

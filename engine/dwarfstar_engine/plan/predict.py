@@ -23,6 +23,7 @@ from dwarfstar_engine.plan.cost import (
     CROWDED,
     ROW_CORE_MS,
     TOKEN_CORE_MS,
+    UNEVEN,
     Costs,
     busy_ms,
     kind_of,
@@ -82,7 +83,7 @@ def together(costs: Costs, rings: Sequence[tuple[Sequence[StagePlan], Forecast]]
         tok_s, taken = forecast.aggregate_tok_s, dict[str, float]()
         for machine, there in shared.items():
             if own := [stage for stage in there if stage in stages]:
-                *parts, (all_ms, _) = _on_shared_cores(costs, machine, own, forecast.batch)
+                *parts, (all_ms, _) = _on_shared_cores(costs, machine, own, forecast.batch, len(there))
                 tok_s = min(tok_s, 1000 * forecast.batch / max(ms for ms, _ in parts))
                 taken[machine] = all_ms / forecast.batch
         for machine, ms in taken.items():
@@ -125,7 +126,7 @@ def _pace(costs: Costs, stages: Sequence[StagePlan], batch: int) -> _Pace:
         taken = busy_ms(costs.link(a.node, b.node), batch * row_bytes(costs.job))
         parts.append((taken, f"{a.node} → {b.node}"))
     for machine, there in _shared(costs, stages).items():
-        parts += _on_shared_cores(costs, machine, there, batch)
+        parts += _on_shared_cores(costs, machine, there, batch, len(there))
     slowest, where = max(parts, key=lambda part: part[0])
     return _Pace(batch, slowest, round_ms, where)
 
@@ -140,8 +141,13 @@ def _shared(costs: Costs, stages: Sequence[StagePlan]) -> dict[str, list[StagePl
     return {machine: there for machine, there in found.items() if len(there) > 1}
 
 
-def _on_shared_cores(costs: Costs, machine: str, there: Sequence[StagePlan], batch: int) -> Iterator[tuple[float, str]]:
-    """How long a lane's tokens keep each stage on a machine busy, and all its cores; and what that is called."""
+def _on_shared_cores(
+    costs: Costs, machine: str, there: Sequence[StagePlan], batch: int, stages: int
+) -> Iterator[tuple[float, str]]:
+    """How long a lane's tokens keep each stage on a machine busy, and all its cores; and what that is called.
+
+    stages: that share these cores, those of other rings as well.
+    """
     core_ms = TOKEN_CORE_MS * batch if machine == costs.cluster.head else 0.0
     cores = 1
     for stage in there:
@@ -150,7 +156,8 @@ def _on_shared_cores(costs: Costs, machine: str, there: Sequence[StagePlan], bat
         cores = node.cores
         core_ms += took * min(node.threads, cores)
         yield took, stage.node
-    yield core_ms / cores, " + ".join(stage.node for stage in there)
+    uneven = 1 + UNEVEN * max(0, stages - cores) if cores > 1 else 1.0
+    yield core_ms * uneven / cores, " + ".join(stage.node for stage in there)
 
 
 def _ttft_ms(costs: Costs, stages: Sequence[StagePlan], tokens: int) -> float:
