@@ -193,7 +193,7 @@ async def serve_http(app: Any, listener: socket.socket, tls: Any, stopping: asyn
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     serving = asyncio.create_task(server._serve([listener]))
     await stopping.wait()
-    server.should_exit = True
+    server.stop()
     await serving
 
 
