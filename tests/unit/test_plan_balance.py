@@ -52,7 +52,8 @@ class Run:
         """Observe for a while; the advice heard in it. follow: do what is advised."""
         before, end = len(self.heard), self.now_s + seconds
         while self.now_s < end:
-            self.state, advice = observe(self.state, self.seen(), COSTS, self.now_s)
+            seen = self.seen()
+            self.state, advice = observe(self.state, seen, lambda seen=seen: (COSTS, seen.stages), self.now_s)
             if advice is not None:
                 self.heard.append((self.now_s, advice))
                 if follow:
