@@ -149,7 +149,7 @@ async def standing_by(
         url = f"{'https' if tls else 'http'}://{shown_host(reached_host(str(bound[0])))}:{bound[1]}"
         understudy = Understudy(settings, files, me)
         stack.push_async_callback(understudy.close)
-        chair = Chair(understudy.make, _describe, forwarded_app(settings))
+        chair = Chair(understudy.make, _describe, shared.mark, forwarded_app(settings))
         stack.push_async_callback(chair.close)
         removed = Deputy(files.load().ca_pem, lambda node: node in chair.lead.removed)
         chair.service = ControlService(None, removed, on_stop, chair)
