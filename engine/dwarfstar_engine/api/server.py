@@ -9,7 +9,6 @@ another protocol for what it is in HTTP/1.1, its body included.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import ssl
 from typing import Any
@@ -90,23 +89,22 @@ def write_now(cycle: RequestResponseCycle, body: bytes) -> bool:
 
 
 class Server(uvicorn.Server):
-    """Of the ten ticks that uvicorn's has a second one does something, it writes the date. The others look whether it is
-    to end, and wake a process that has nothing to do."""
+    """Of the ten ticks that uvicorn's has a second one does something, it writes the date. The others look whether it
+    is to end, and wake a process that has nothing to do."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._ending = asyncio.Event()
+        self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def stop(self) -> None:
         """Have it end, once responses have ended or GRACEFUL_SHUTDOWN_S later."""
         self.should_exit = True
-        self._ending.set()
+        if not self._ending.done():
+            self._ending.set_result(None)
 
     async def main_loop(self) -> None:
         while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DATE_S):
-                    await self._ending.wait()
+            await asyncio.wait({self._ending}, timeout=DATE_S)
 
 
 def http_server(app: Any, tls: ssl.SSLContext | None = None) -> Server:

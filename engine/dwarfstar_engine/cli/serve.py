@@ -270,6 +270,13 @@ class _Told:
     def __init__(self, chair: Chair) -> None:
         self._chair = chair
 
+    def mark(self) -> object:
+        coordinator = self._chair.coordinator
+        if coordinator is None or not coordinator.serving:
+            return None
+        names = [(one.ring.number, [stage.member.name for stage in one.ring.stages]) for one in coordinator.pipelines]
+        return coordinator.api_url, names  # of an epoch's number there is one ring, and none when it is taken down
+
     def status(self) -> StatusView:
         coordinator = self._chair.coordinator
         return self._chair.status() if coordinator is None else coordinator.status()

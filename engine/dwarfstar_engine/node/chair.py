@@ -42,7 +42,8 @@ class Chair:
     """See the module. It is also what a control service does beside coordinating (``control.Duties``).
 
     make: a coordinator as the state says; may raise DwarfStarError. describe: what is to be kept, given that. mark: as
-    ``lead.Chair``'s. app: the HTTP API for requests that other nodes forward. lead, service: set before anything begins.
+    ``lead.Chair``'s. app: the HTTP API for requests that other nodes forward. lead, service: set before anything
+    begins.
     """
 
     lead: Lead

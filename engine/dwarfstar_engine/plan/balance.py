@@ -35,7 +35,8 @@ SILENCE_S = 30.0  # without an observation a run of them is broken
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """stages: as they run now, on nodes by whatever tells them apart. busy: share of the time each computed, 0 … 1. tok_s: of the whole pipeline."""
+    """stages: as they run now, on nodes by whatever tells them apart. busy: share of the time each computed, 0 … 1.
+    tok_s: of the whole pipeline."""
 
     stages: tuple[StagePlan, ...]
     busy: tuple[float, ...]
