@@ -61,6 +61,6 @@ async def serve(engine: FakeEngine, *, tls: ssl.SSLContext | None = None, **sett
     try:
         yield f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = True
+        server.stop()
         await running
         listener.close()

@@ -17,7 +17,7 @@ from dwarfstar_engine.api.keybook import KeyBook, add, format_key
 from dwarfstar_engine.api.keys import Gate
 from dwarfstar_engine.cli.front import Front
 from dwarfstar_engine.cluster.lease import Timings
-from dwarfstar_engine.cluster.state import ClusterState
+from dwarfstar_engine.cluster.state import ClusterState, encode
 from dwarfstar_engine.errors import Unavailable
 from dwarfstar_engine.node import lead as lead_module
 from dwarfstar_engine.node import led as led_module
@@ -57,6 +57,8 @@ class Machine:
     begun: list[int] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     wishes: dict[str, Any] = field(default_factory=dict)
+    marked: object = None
+    looks: int = 0
     app: Any = None
     port: int = 0
     lead: Lead = field(init=False)
@@ -71,7 +73,11 @@ class Machine:
     def end(self, cause: str) -> None:
         self.ended.append(cause)
 
+    def mark(self) -> object:
+        return self.marked
+
     def wanted(self, state: ClusterState) -> Mapping[str, Any]:
+        self.looks += 1
         return self.wishes
 
     # --- control.Duties ---
@@ -187,6 +193,36 @@ async def test_a_removed_node_is_neither_called_nor_heard(machines: Make) -> Non
     await until(lambda: second.lead.leader != "alpha")
     first.wishes = {"overrides": {}}  # its owner has let it in again
     await until(lambda: (led := second.lead.serving()) is not None and led == first.lead.serving())
+
+
+async def test_what_is_kept_already_is_described_again_only_when_it_may_have_changed(
+    machines: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leader, marks = machines("alpha"), 0
+
+    def mark() -> object:
+        nonlocal marks
+        marks += 1
+        return leader.marked
+
+    monkeypatch.setattr(leader, "mark", mark)
+    leader.marked, leader.wishes = "one", {"model": "toy:8"}
+    await leader.start()
+    await until(lambda: leader.lead.state.model == "toy:8" and marks > 5)
+    assert leader.looks == 2, "one that found it changed, and one that found it kept"
+    leader.marked, leader.wishes = "two", {"model": "toy:6"}
+    await until(lambda: leader.lead.state.model == "toy:6")
+    leader.marked, seen = None, leader.looks  # it is not known whether it has changed
+    await until(lambda: leader.looks > seen + 3)
+
+
+async def test_another_state_is_compared_with_what_is_wanted_again(machines: Make) -> None:
+    leader = machines("alpha")
+    leader.marked, leader.wishes = "one", {"model": "toy:8"}
+    await leader.start()
+    await until(lambda: leader.looks == 2)
+    leader.lead._put(encode(ClusterState().changed(9, "beta", model="toy:6")))
+    await until(lambda: leader.lead.state.version.term == 9 and leader.lead.state.model == "toy:8")
 
 
 def _follows(node: Machine, leader: Machine) -> bool:

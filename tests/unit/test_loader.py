@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dwarfstar_engine.api.keybook import KeyStore, key_folder
 from dwarfstar_engine.cli import serve, shared
 from dwarfstar_engine.cli.standby import Understudy
 from dwarfstar_engine.cluster.state import ClusterState, Version
@@ -17,13 +19,19 @@ from dwarfstar_engine.node import loader as module
 from dwarfstar_engine.node import moves as moves_module
 from dwarfstar_engine.node.coordinator import Coordinator
 from dwarfstar_engine.node.loader import Chosen
+from dwarfstar_engine.node.roster import RosterStore, remove
 from dwarfstar_engine.node.source import NO_MODEL, Source, open_source
 from dwarfstar_engine.node.vocab import ToyVocab, Vocab
 from dwarfstar_engine.plan.advisor import Kind
+from dwarfstar_engine.plan.forecast import Objective, Strategy
+from dwarfstar_engine.plan.owned import OwnedPlan
+from dwarfstar_engine.plan.proportional import Plan, StagePlan
+from dwarfstar_engine.plan.shares import Wanted
 from dwarfstar_engine.serving import Request, Sampling
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import LoadRequest, PlanRequest
 from dwarfstar_engine.wire.generated import control_pb2 as pb
+from dwarfstar_engine.wire.trust import utc_now
 from unit import test_several
 from unit.test_recovery import Player, Sink, make, playing, serves, until
 from unit.test_steering import cuts, refused, said, slices
@@ -344,6 +352,38 @@ async def test_an_engine_that_leads_again_serves_what_was_loaded_meanwhile(tmp_p
     Lead.boot_version = Version()
     assert (await chair._make(state)).main.name == "toy:6" and engine.context == 128
     assert (await chair._make(kept(make(tmp_path), "", state))).main is NO_MODEL
+
+
+async def test_what_is_described_for_the_cluster_is_marked(tmp_path: Path) -> None:
+    """Every change of what is to be kept changes the mark, and a file that cannot be read leaves none."""
+    engine = make(tmp_path)
+    chair = serve._chair(engine, engine.settings)
+    chair._coordinator = engine
+    keys = KeyStore(key_folder(tmp_path), utc_now)
+    roster = RosterStore(tmp_path / "trust", utc_now)
+    later = utc_now() + timedelta(hours=1)
+    plan = Plan((StagePlan("id-a", (0, 8), 1, 1),))
+    changes: list[Callable[[], object]] = [
+        lambda: keys.issue("laptop"),
+        lambda: keys.revoke("laptop"),
+        lambda: roster.change(lambda held: remove(held, "k-1", "one", later, utc_now())),
+        lambda: engine.steering.lent.update({"id-a": "50%"}),
+        lambda: engine.nodes.names.update({"id-a": "desk"}),
+        lambda: setattr(engine.planner, "planned", plan),
+        lambda: setattr(engine.steering, "_owned", OwnedPlan("f", (("id-a", 8),), Strategy.FASTEST, Objective.SINGLE)),
+        lambda: setattr(engine.dealer, "wanted", Wanted(2)),
+        lambda: kept(engine, "toy:6", ClusterState()),
+        lambda: kept(engine, "", ClusterState()),
+    ]
+    assert chair.mark() is None, "nobody has looked yet"
+    for change in changes:
+        before, _ = chair.wanted(ClusterState()), (mark := chair.mark())
+        assert mark is not None and mark == chair.mark()
+        change()
+        assert chair.mark() != mark and chair.wanted(ClusterState()) != before
+    keys.path.write_bytes(b"{")
+    chair.wanted(ClusterState())
+    assert chair.mark() is None, "it is looked at again until it can be read"
 
 
 async def test_the_draft_model_is_used_with_its_own_model_only(tmp_path: Path) -> None:

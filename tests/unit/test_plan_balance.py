@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -21,12 +22,17 @@ from dwarfstar_engine.plan.balance import (
     observe,
 )
 from dwarfstar_engine.plan.cluster import Cluster
-from dwarfstar_engine.plan.cost import cluster_costs
+from dwarfstar_engine.plan.cost import Costs, cluster_costs
 from dwarfstar_engine.plan.predict import plan_of
+from dwarfstar_engine.plan.proportional import StagePlan
 from support.clusters import even_job, gpu
 
 COSTS = cluster_costs(Cluster((gpu("a", 24, 68), gpu("b", 24, 120), gpu("c", 24, 120))), even_job(36, 11))
 EVERY_S = 5.0
+
+
+def present(seen: Observation) -> tuple[Costs, Sequence[StagePlan]]:
+    return COSTS, seen.stages
 
 
 @dataclass
@@ -52,7 +58,8 @@ class Run:
         """Observe for a while; the advice heard in it. follow: do what is advised."""
         before, end = len(self.heard), self.now_s + seconds
         while self.now_s < end:
-            self.state, advice = observe(self.state, self.seen(), COSTS, self.now_s)
+            seen = self.seen()
+            self.state, advice = observe(self.state, seen, partial(present, seen), self.now_s)
             if advice is not None:
                 self.heard.append((self.now_s, advice))
                 if follow:

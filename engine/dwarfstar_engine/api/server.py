@@ -8,6 +8,7 @@ another protocol for what it is in HTTP/1.1, its body included.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import ssl
 from typing import Any
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 MAX_HEAD_BYTES = 64 << 10  # h11's bound; the largest heads met, of browsers with cookies, are a quarter of it
 GRACEFUL_SHUTDOWN_S = 1
+DATE_S = 1.0  # between the times that responses tell
 WRITE_NOW = "dwarfstar.write_now"  # in a scope's ``extensions``: its "call" is ``write_now``
 
 
@@ -86,7 +88,26 @@ def write_now(cycle: RequestResponseCycle, body: bytes) -> bool:
     return True
 
 
-def http_server(app: Any, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """Of the ten ticks that uvicorn's has a second one does something, it writes the date. The others look whether it
+    is to end, and wake a process that has nothing to do."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def stop(self) -> None:
+        """Have it end, once responses have ended or GRACEFUL_SHUTDOWN_S later."""
+        self.should_exit = True
+        if not self._ending.done():
+            self._ending.set_result(None)
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            await asyncio.wait({self._ending}, timeout=DATE_S)
+
+
+def http_server(app: Any, tls: ssl.SSLContext | None = None) -> Server:
     """A server of ``app`` for the running event loop; it logs nothing of its own and knows HTTP only.
 
     tls: what it encrypts with; None: it does not.
@@ -103,4 +124,4 @@ def http_server(app: Any, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
         ssl_context_factory=None if tls is None else lambda config, default: tls,
     )
-    return uvicorn.Server(config)
+    return Server(config)

@@ -220,6 +220,7 @@ def _chair(coordinator: Coordinator, settings: Settings) -> Chair:
     """The engine's: it has its coordinator, model and vocabulary from the start, and its files say what is kept. If
     another node led since the start, what that one served counts."""
     store, roster = KeyStore(key_folder(settings.home), utc_now), RosterStore(settings.home / "trust", utc_now)
+    read = False  # both, at the last look
 
     async def make(state: ClusterState) -> Coordinator:
         if state.wishes and state.version != chair.lead.boot_version:
@@ -227,6 +228,8 @@ def _chair(coordinator: Coordinator, settings: Settings) -> Chair:
         return shared.restore(coordinator, state)
 
     def describe(state: ClusterState, now: Coordinator) -> Mapping[str, Any]:
+        nonlocal read
+        read = False
         told: dict[str, Any] = shared.model_of(now, state)
         told["overrides"] = shared.with_lent(state.overrides, now)
         with contextlib.suppress(TrustError):  # a damaged file is told of where it is used; what was kept stays
@@ -236,9 +239,15 @@ def _chair(coordinator: Coordinator, settings: Settings) -> Chair:
                 node.id: {REMOVED: True} for node in roster.read().nodes if node.removed
             }
             told["overrides"] = shared.with_lent(removed, now)
+            read = True
         return told
 
-    chair = Chair(make, describe, forwarded_app(settings))
+    def mark(now: Coordinator) -> object:
+        with contextlib.suppress(TrustError):
+            return (shared.mark(now), store.signature(), roster.stamp()) if read else None
+        return None
+
+    chair = Chair(make, describe, mark, forwarded_app(settings))
     return chair
 
 
@@ -260,6 +269,13 @@ class _Told:
 
     def __init__(self, chair: Chair) -> None:
         self._chair = chair
+
+    def mark(self) -> object:
+        coordinator = self._chair.coordinator
+        if coordinator is None or not coordinator.serving:
+            return None
+        names = [(one.ring.number, [stage.member.name for stage in one.ring.stages]) for one in coordinator.pipelines]
+        return coordinator.api_url, names  # of an epoch's number there is one ring, and none when it is taken down
 
     def status(self) -> StatusView:
         coordinator = self._chair.coordinator

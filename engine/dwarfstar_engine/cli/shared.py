@@ -47,6 +47,22 @@ def model_of(coordinator: Coordinator, before: ClusterState) -> dict[str, Any]:
     return {"model": main.name, "wishes": with_plan(wishes, before.wishes, coordinator)}
 
 
+def mark(coordinator: Coordinator) -> tuple[object, ...]:
+    """All that ``model_of`` and ``with_lent`` are made of beside the state before. Quick to compare with an earlier one
+    where nothing has changed: parts are the same objects then."""
+    loader, steering, dealer = coordinator.loader, coordinator.steering, coordinator.dealer
+    return (
+        loader.changing,
+        loader.kept,
+        coordinator.planned,
+        dealer.wanted,
+        dealer.text,
+        steering.owner_text,
+        tuple(steering.lent.items()),
+        tuple(coordinator.nodes.names.items()),
+    )
+
+
 def find_source(own: Settings, state: ClusterState) -> Source:
     """This machine's file of the model served: looked for as a stage looks for it (``NodeDaemon``); none, if none is.
 

@@ -149,7 +149,7 @@ async def standing_by(
         url = f"{'https' if tls else 'http'}://{shown_host(reached_host(str(bound[0])))}:{bound[1]}"
         understudy = Understudy(settings, files, me)
         stack.push_async_callback(understudy.close)
-        chair = Chair(understudy.make, _describe, forwarded_app(settings))
+        chair = Chair(understudy.make, _describe, shared.mark, forwarded_app(settings))
         stack.push_async_callback(chair.close)
         removed = Deputy(files.load().ca_pem, lambda node: node in chair.lead.removed)
         chair.service = ControlService(None, removed, on_stop, chair)
@@ -193,7 +193,7 @@ async def serve_http(app: Any, listener: socket.socket, tls: Any, stopping: asyn
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     serving = asyncio.create_task(server._serve([listener]))
     await stopping.wait()
-    server.should_exit = True
+    server.stop()
     await serving
 
 

@@ -16,7 +16,7 @@ from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import StatusView
 
 ELECTION_S = 5.0  # after the start; a cluster that has no leader for longer is worth a line
-LOOK_S, SERVED_LOOK_S = 0.25, 1.0  # while it comes up, and later: a status is a tenth of a millisecond's work
+LOOK_S, SERVED_LOOK_S = 0.25, 1.0  # while it comes up, and later
 PROGRESS_EVERY_S = 1.0  # of a load: a line for each percent would scroll everything else away
 
 
@@ -48,6 +48,9 @@ def opening(source: Source, settings: Settings, local: int, lent_gib: float | No
 class Told(Protocol):
     """Of what it is told."""
 
+    def mark(self) -> object:
+        """While it is equal to what it was, there is nothing new to tell. Quick. None: not known."""
+
     def status(self) -> StatusView: ...
     def loading(self) -> str: ...
 
@@ -58,7 +61,12 @@ async def tell(coordinator: Told, say: Callable[[str], None], started: float, ho
     started: monotonic time the program began. curl: the options with which curl gets in.
     """
     told, invited, told_at = "", False, 0.0
+    seen: object = None
     while True:
+        mark = coordinator.mark()
+        if mark is not None and mark == seen:
+            await asyncio.sleep(SERVED_LOOK_S)
+            continue
         status, now = coordinator.status(), time.monotonic()
         loading = coordinator.loading() if status.stages else ""
         line = _line(status, loading, served=invited)
@@ -73,6 +81,7 @@ async def tell(coordinator: Told, say: Callable[[str], None], started: float, ho
             invited = True
             for line in _invitation(status.coordinator.api_url, home, curl):
                 say(line)
+        seen = mark
         await asyncio.sleep(SERVED_LOOK_S if invited else LOOK_S)
 
 

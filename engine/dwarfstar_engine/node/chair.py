@@ -35,20 +35,22 @@ AWAIT_S = 3.0  # for the nodes of the plan before: they come as soon as their le
 
 Make = Callable[[ClusterState], Awaitable[Coordinator]]
 Describe = Callable[[ClusterState, Coordinator], Mapping[str, Any]]
+Mark = Callable[[Coordinator], object]
 
 
 class Chair:
     """See the module. It is also what a control service does beside coordinating (``control.Duties``).
 
-    make: a coordinator as the state says; may raise DwarfStarError. describe: what is to be kept, given that. app: the
-    HTTP API for requests that other nodes forward. lead, service: set before anything begins.
+    make: a coordinator as the state says; may raise DwarfStarError. describe: what is to be kept, given that. mark: as
+    ``lead.Chair``'s. app: the HTTP API for requests that other nodes forward. lead, service: set before anything
+    begins.
     """
 
     lead: Lead
     service: ControlService
 
-    def __init__(self, make: Make, describe: Describe, app: Callable[[Coordinator], tunnel.App]) -> None:
-        self._make, self._describe, self._app = make, describe, app
+    def __init__(self, make: Make, describe: Describe, mark: Mark, app: Callable[[Coordinator], tunnel.App]) -> None:
+        self._make, self._describe, self._mark, self._app = make, describe, mark, app
         self._coordinator: Coordinator | None = None
         self._forwarded: tuple[Coordinator, tunnel.App] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -74,6 +76,10 @@ class Chair:
             coordinator.retire(cause)
         if self._task is not None:
             self._task.cancel()
+
+    def mark(self) -> object:
+        coordinator = self._coordinator
+        return None if coordinator is None else self._mark(coordinator)
 
     def wanted(self, state: ClusterState) -> Mapping[str, Any]:
         coordinator = self._coordinator

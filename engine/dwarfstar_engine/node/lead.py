@@ -56,8 +56,11 @@ class Chair(Protocol):
     def end(self, cause: str) -> None:
         """It leads no more: all requests end at once."""
 
+    def mark(self) -> object:
+        """While it is equal to what it was, ``wanted`` says the same of a state. Quick. None: not known."""
+
     def wanted(self, state: ClusterState) -> Mapping[str, Any]:
-        """Fields of the state as they should be, while this node leads."""
+        """Fields of the state as they should be, while this node leads. It may read files: call it in a thread."""
 
 
 @dataclass(slots=True)
@@ -110,6 +113,7 @@ class Lead:
         self._last = ""  # who led before
         self._changed = asyncio.Event()
         self._look_at = 0.0
+        self._looked: tuple[object, ClusterState] | None = None  # the mark at which this state was as wanted
         self._able = chair is not None
         self._rest_until: float | None = time.monotonic() + (START_S if self._peers else 0.0)  # None: it has served
         self.trouble: DwarfStarError | None = None  # nobody was found in the time given
@@ -390,8 +394,14 @@ class Lead:
         if self._chair is None or now < self._look_at or (term := self.leading()) is None:
             return
         self._look_at = now + STATE_S
+        mark = self._chair.mark()  # before the look: what changes meanwhile is seen at the next
+        if mark is not None and (mark, self.state) == self._looked:
+            return
         wanted = await asyncio.to_thread(self._chair.wanted, self.state)
-        if self.leading() != term or all(getattr(self.state, name) == value for name, value in wanted.items()):
+        if self.leading() != term:
+            return
+        if all(getattr(self.state, name) == value for name, value in wanted.items()):
+            self._looked = mark, self.state
             return
         try:
             await self._keep(self.state.changed(term, self.me, **wanted))

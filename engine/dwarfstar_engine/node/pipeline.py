@@ -687,9 +687,10 @@ class Pipeline:
     def tick(self, now: float) -> None:
         """Find what does not announce itself: frames that do not come back, streams that wait for too long."""
         settings, dispatcher = self.settings, self._dispatcher
-        waited_s = settings.rescue_s
-        error = StageError(f"the pipeline was not back in {waited_s:.0f} s: {self.reason}", retry_after_s=waited_s)
-        self.host.news.given_up(self.waiting.expire(now, error), error.message)
+        if len(self.waiting):
+            waited_s = settings.rescue_s
+            error = StageError(f"the pipeline was not back in {waited_s:.0f} s: {self.reason}", retry_after_s=waited_s)
+            self.host.news.given_up(self.waiting.expire(now, error), error.message)
         if dispatcher is None or dispatcher.scheduler.active or dispatcher.scheduler.queued:
             self._idle_since = now
         self._return_to_main(now)

@@ -113,16 +113,22 @@ class RosterStore:
     _stamp: tuple[int, int] = field(default=(-1, -1), init=False)
     _held: Roster = field(default_factory=Roster, init=False)
 
-    def read(self) -> Roster:
-        """As the file has it now. Raises TrustError if it is damaged."""
+    def stamp(self) -> tuple[int, int] | None:
+        """What changes with the file: its time of change (ns) and inode; None: there is none. Raises TrustError."""
         path = self.folder / FILE
         try:
             found = path.stat()
         except FileNotFoundError:
-            return Roster()
+            return None
         except OSError as error:
             raise TrustError(f"{path} cannot be read ({error.strerror}): check its folder.") from None
-        stamp = (found.st_mtime_ns, found.st_ino)
+        return found.st_mtime_ns, found.st_ino
+
+    def read(self) -> Roster:
+        """As the file has it now. Raises TrustError if it is damaged."""
+        path, stamp = self.folder / FILE, self.stamp()
+        if stamp is None:
+            return Roster()
         if stamp != self._stamp:
             try:
                 self._held = Roster.model_validate_json(read_private(path, MAX_FILE_BYTES))

@@ -13,7 +13,7 @@ below ``LEAST_GAIN``. Whether advice is followed is the caller's affair: it is s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dwarfstar_engine.errors import PlanError
@@ -35,7 +35,8 @@ SILENCE_S = 30.0  # without an observation a run of them is broken
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """stages: as they run now. busy: share of the time each computed, 0 … 1. tok_s: of the whole pipeline."""
+    """stages: as they run now, on nodes by whatever tells them apart. busy: share of the time each computed, 0 … 1.
+    tok_s: of the whole pipeline."""
 
     stages: tuple[StagePlan, ...]
     busy: tuple[float, ...]
@@ -115,8 +116,14 @@ class Balance:
     quiet_until_s: float = 0.0
 
 
-def observe(state: Balance, seen: Observation, costs: Costs, now_s: float) -> tuple[Balance, Move | RollBack | None]:
-    """What to do after an observation. Call it every few seconds."""
+Present = Callable[[], tuple[Costs, Sequence[StagePlan]] | None]
+"""Costs of the cluster, and the plan that runs in their terms; None: there is none now."""
+
+
+def observe(
+    state: Balance, seen: Observation, present: Present, now_s: float
+) -> tuple[Balance, Move | RollBack | None]:
+    """What to do after an observation. Call it every few seconds: ``present`` is asked when a gap has lasted only."""
     state = _followed(state, seen, now_s)
     if max(seen.busy) < UNDER_LOAD or now_s - state.last_s > SILENCE_S:
         return replace(_without_gap(state), last_s=now_s), None
@@ -135,7 +142,9 @@ def observe(state: Balance, seen: Observation, costs: Costs, now_s: float) -> tu
     )
     if now_s - since < GAP_S:
         return state, None
-    move = better(costs, seen.stages, [mean.value for mean in state.busy])
+    if (found := present()) is None:
+        return state, None
+    move = better(*found, [mean.value for mean in state.busy])
     before = state.tok_s.value
     state = replace(_without_gap(state), quiet_until_s=now_s + COOL_S)
     return (state, None) if move is None else (replace(state, advised=(move.cuts, before)), move)
