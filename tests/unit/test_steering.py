@@ -13,6 +13,7 @@ from dwarfstar_engine.errors import DwarfStarError, SettingsError
 from dwarfstar_engine.node import moves as moves_module
 from dwarfstar_engine.node.balancer import Balancer
 from dwarfstar_engine.node.coordinator import Coordinator
+from dwarfstar_engine.node.dispatcher import ALONE_FRAMES
 from dwarfstar_engine.node.members import GIB
 from dwarfstar_engine.node.needs import PROCESS_BYTES
 from dwarfstar_engine.node.steering import STALE
@@ -103,6 +104,31 @@ async def test_the_planner_decides_again_when_it_is_asked_to(monkeypatch: Any, t
         assert slices(coordinator) == AUTO and not coordinator.steering.decided
         same = await coordinator.steering.commit(PlanRequest(), 0)
         assert same.epoch == coordinator.epoch and coordinator.steering.decided, "kept as it is, without a new epoch"
+
+
+async def test_forecasts_follow_what_stages_take_in_use(monkeypatch: Any, tmp_path: Path) -> None:
+    async with playing(monkeypatch, tmp_path) as (coordinator, *_):
+        await serving(coordinator)
+        steering, pipeline = coordinator.steering, coordinator.first
+
+        async def asked() -> tuple[list[float], list[float]]:
+            view = await steering.propose(cuts(6))
+            assert view.present is not None and view.proposed is not None
+            return [stage.ms for stage in view.present.stages], [stage.ms for stage in view.proposed.stages]
+
+        for node, layers in AUTO:
+            steering.surveyor.heard(pipeline.source, node, layers, pb.StageProfile(step_ms=4.0))
+        present, proposed = await asked()
+        assert present == pytest.approx([4.0, 4.0])
+        other = proposed[1]
+        dispatcher = pipeline._dispatcher
+        assert dispatcher is not None
+        for _ in range(ALONE_FRAMES):
+            dispatcher.stages[1].add_alone(6000)
+        steering.learn(1.0)
+        present, proposed = await asked()
+        assert present == pytest.approx([4.0, 6.0])
+        assert proposed[1] == pytest.approx(1.5 * other, rel=1e-3)
 
 
 async def test_what_is_not_as_asked_is_not_carried_out(monkeypatch: Any, tmp_path: Path) -> None:

@@ -693,6 +693,7 @@ class Pipeline:
             self.host.news.given_up(self.waiting.expire(now, error), error.message)
         if dispatcher is None or dispatcher.scheduler.active or dispatcher.scheduler.queued:
             self._idle_since = now
+        self.steering.learn(now)
         self._return_to_main(now)
         self.moves.tick(now)
         self._balancer.tick(self, now)

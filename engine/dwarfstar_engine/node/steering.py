@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -266,12 +265,11 @@ class Steering:
             raise PlanError("no node has joined yet: start one with `dwarfstar node`", code="no_nodes")
         if not host.source.loaded:
             raise PlanError(NoModel().message, code=NoModel.code)
-        self._learn()
         return self.surveyor.survey(here, host.source, host.settings, host.context, lent)
 
-    def _learn(self) -> None:
-        """Tell the surveyor what stages take in use."""
-        host, surveyor, now_s = self._host, self.surveyor, time.monotonic()
+    def learn(self, now_s: float) -> None:
+        """Tell the surveyor what stages take in use: now and then, as a ring may break. now_s: monotonic."""
+        host, surveyor = self._host, self.surveyor
         for stage, ms in zip(host.ring.stages, host.alone_ms, strict=False):
             if ms:
                 file = stage.member.runs(host.source)
