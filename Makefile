@@ -17,7 +17,8 @@ serve: $(STAMP)          ## the same, headless
 test: $(STAMP)           ## all tests: simulation, unit, native, llama.cpp, whole processes
 	$(BIN)/python -m pytest -n 2 tests/sim
 	$(BIN)/python -m pytest -n 2 tests/unit tests/native tests/tui
-	$(BIN)/python -m pytest tests/llama tests/process
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/llama
+	$(BIN)/python -m pytest tests/process
 
 test-unit: $(STAMP)      ## the quick part
 	$(BIN)/python -m pytest -n 2 tests/unit
