@@ -39,9 +39,21 @@ def test_more_stages_than_cores_make_no_token_come_sooner() -> None:
     two, four = forecast(nodes[:2], 12), forecast(nodes, 6, 12, 18)
     assert four.bottleneck == "a + b + c + d" and four.aggregate_tok_s < two.aggregate_tok_s
     computed = sum(stage.ms for stage in four.stages)
-    assert four.aggregate_tok_s == pytest.approx(2 * 1000 / (CROWDED * computed + 4 * ROW_CORE_MS) / (1 + 2 * UNEVEN))
+    assert four.aggregate_tok_s == pytest.approx(2 * 1000 / (CROWDED * computed + 4 * ROW_CORE_MS) / (1 + UNEVEN))
     apart = forecast([local(name, host=name) for name in "abcd"], 6, 12, 18)
     assert apart.aggregate_tok_s > 1.5 * four.aggregate_tok_s
+
+
+def test_how_much_of_the_cores_more_stages_leave_idle_is_bounded() -> None:
+    def cores_ms(names: str) -> float:
+        cuts = range(24 // len(names), 24, 24 // len(names))
+        found = forecast([local(name) for name in names], *cuts)
+        took = sum(stage.ms * CROWDED + ROW_CORE_MS for stage in found.stages)
+        return 2 * 1000 / found.aggregate_tok_s / took
+
+    assert [cores_ms(names) for names in ("abc", "abcd", "abcdefgh")] == pytest.approx(
+        [1 + UNEVEN / 2, 1 + UNEVEN, 1 + UNEVEN]
+    )
 
 
 def test_one_stream_has_a_core_to_itself() -> None:
@@ -104,7 +116,7 @@ def test_whole_copies_on_one_machine_share_its_cores() -> None:
     alone = forecast([local("a")]).aggregate_tok_s
     two, four = (replicas([local(name) for name in names]) for names in ("ab", "abcd"))
     assert two == pytest.approx(2 * 1000 / (CROWDED * 1000 / alone + ROW_CORE_MS))
-    assert four == pytest.approx(two / (1 + 2 * UNEVEN))
+    assert four == pytest.approx(two / (1 + UNEVEN))
     assert replicas([local(name) for name in "ab"], head=HOST) < two
     assert replicas([local(name, host=name) for name in "ab"]) == pytest.approx(2 * alone)
     assert replicas([local("a", host="x"), local("b", host="x"), local("c", host="y")]) == pytest.approx(two + alone)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -268,10 +269,14 @@ class Steering:
         return self.surveyor.survey(here, host.source, host.settings, host.context, lent)
 
     def learn(self, now_s: float) -> None:
-        """Tell the surveyor what stages take in use: now and then, as a ring may break. now_s: monotonic."""
+        """Tell the surveyor what stages take in use: now and then, as a ring may break. now_s: monotonic.
+
+        Not of a node with several stages, which may be of devices that differ.
+        """
         host, surveyor = self._host, self.surveyor
+        nodes = Counter(stage.member.id for stage in host.ring.stages)
         for stage, ms in zip(host.ring.stages, host.alone_ms, strict=False):
-            if ms:
+            if ms and nodes[stage.member.id] == 1:
                 file = stage.member.runs(host.source)
                 surveyor.ran(host.source, file, stage.member.id, stage.plan.layers, ms, now_s)
         surveyor.forget(now_s)

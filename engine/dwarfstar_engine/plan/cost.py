@@ -14,8 +14,8 @@ rows share one reading of the weights, until arithmetic is what takes the time: 
 Nodes of one machine share its cores. What a stage computes on them, what its process does for each row to pass, and
 what the coordinator does for each token if it is there, takes core time, and a machine has so many cores' time a
 second. Where stages compute at the same time each is ``CROWDED`` times as slow: they share caches and memory. Several
-cores are never kept busy all the time by more stages than there are, as some idle when few stages are due: each stage
-too many makes that take ``UNEVEN`` longer.
+cores are never kept busy all the time by more stages than there are, as some idle when few stages are due: twice as
+many take ``UNEVEN`` longer.
 
 A hop takes its link's latency, the bytes of the rows, and ``HOP_MS`` for the processes that wake. The last stage feeds
 the first one, with ids: that hop carries no activations. A ring of one stage has no hop.
@@ -41,7 +41,7 @@ HOP_MS = 0.3  # a frame is written and read, processes wake; measured on loopbac
 COORDINATOR_MS = 0.1  # of a token: results read, text sent
 # Of nodes that share a machine, measured on two cores with two to four stages:
 CROWDED = 1.04
-UNEVEN = 0.1
+UNEVEN = 0.2
 ROW_CORE_MS = 0.25  # of a core, that a stage's process takes for a row beside computing: frames in and out
 TOKEN_CORE_MS = 0.2  # of a core, that the coordinator takes for a token: result, text, HTTP
 MAX_PACE = 8.0  # times as slow, or as fast, as measured after loading: no machine changes so much

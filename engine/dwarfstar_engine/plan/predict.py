@@ -156,8 +156,8 @@ def _on_shared_cores(
         cores = node.cores
         core_ms += took * min(node.threads, cores)
         yield took, stage.node
-    uneven = 1 + UNEVEN * max(0, stages - cores) if cores > 1 else 1.0
-    yield core_ms * uneven / cores, " + ".join(stage.node for stage in there)
+    crowd = min(1.0, max(0.0, stages / cores - 1)) if cores > 1 else 0.0
+    yield core_ms * (1 + UNEVEN * crowd) / cores, " + ".join(stage.node for stage in there)
 
 
 def _ttft_ms(costs: Costs, stages: Sequence[StagePlan], tokens: int) -> float:
