@@ -62,7 +62,10 @@ def _everybody() -> list[Fake]:
 
 
 @pytest.mark.parametrize("has_speculation", [False, True])
-def test_every_measure_of_every_scenario_gets_a_value_of_each_run(has_speculation: bool) -> None:
+def test_every_measure_of_every_scenario_gets_a_value_of_each_run(
+    has_speculation: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scenarios, "READING_S", 0.0)
     lab, peers = _lab(), _everybody()
     found = list(scenarios.scenarios((), CONTEXT, has_speculation))
     for scenario in found:
