@@ -161,12 +161,9 @@ def play(model: str, path: str, stages: int, given: argparse.Namespace) -> tuple
 
 def errors(case: Case, asked: list[tuple[float, float]]) -> tuple[float, float]:
     """How far what was predicted is off, as a share: the median over rounds, as a round shares the machine's pace."""
-    index = {1: 0, 8: 1}
     single, aggregate = (
-        statistics.median(
-            said[index[streams]] / seen - 1 for said, seen in zip(asked, case.measured[streams], strict=True)
-        )
-        for streams in TOKENS
+        statistics.median(said[index] / seen - 1 for said, seen in zip(asked, case.measured[streams], strict=True))
+        for index, streams in enumerate(TOKENS)
     )
     return single, aggregate
 
