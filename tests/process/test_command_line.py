@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 
-from dwarfstar_engine.views import StatusView
+from dwarfstar_engine.node.facts import cores
+from dwarfstar_engine.views import ProposalView, StatusView
 from support.engine_process import EngineProcess, command, until
 
 pytestmark = pytest.mark.process
@@ -284,6 +287,32 @@ def test_ctrl_c_ends_it_quietly(tmp_path: Path) -> None:
         assert engine.end() == 0
         engine.wait_gone()
         assert "WARNING" not in engine.output and "Traceback" not in engine.output
+
+
+def test_ctrl_c_tells_those_it_serves(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path / "h", "toy:4", "--local-nodes", "2") as engine:
+        engine.wait_serving()
+        body = {"prompt": "a", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", engine.url + "/v1/completions", json=body, timeout=60.0) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            engine.kill(engine.pid, signal.SIGINT)
+            *_, last = (line for line in lines if line)  # it is not cut off: that would raise
+        assert '"error"' in last and "stopping" in last and "send it again" in last
+        assert engine.end() == 0
+        assert "ERROR" not in engine.output and "Traceback" not in engine.output
+
+
+@pytest.mark.skipif(len(cores()) < 2, reason="two stages cannot have a core each")
+def test_pinned_stages_have_cores_of_their_own(tmp_path: Path) -> None:
+    pinned = ("--local-nodes", "2", "--threads", "1", "--pin")
+    with EngineProcess(tmp_path / "h", "--demo", *pinned) as engine:
+        status = engine.wait_serving().status()
+        first, second = (set(psutil.Process(stage.pid).cpu_affinity()) for stage in status.stages)
+        assert len(first) == len(second) == 1 and first != second
+        told = command("plan", "--json", "--home", str(engine.home))
+        promised = ProposalView.model_validate_json(told.stdout).present
+        assert promised is not None and promised.predicted.aggregate_tok_s > 1.2 * promised.predicted.single_tok_s
 
 
 def test_an_old_log_does_not_grow(tmp_path: Path) -> None:

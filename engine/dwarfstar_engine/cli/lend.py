@@ -95,11 +95,12 @@ async def lend(
     watch_parent: bool,
     timeout_s: float | None = None,
     ram_gb_s: float = 0.0,
+    cores: int = 0,
 ) -> None:
     """Be a node until SIGINT or SIGTERM. ``attach``: a coordinator that has put a certificate into HOME/trust itself.
 
-    join: addresses given by hand; without any, the coordinator is looked for. timeout_s: how long, at most. ram_gb_s:
-    of this machine's memory, where somebody has measured it already.
+    join: addresses given by hand; without any, the coordinator is looked for. timeout_s: how long, at most. ram_gb_s,
+    cores: of this machine, where somebody has looked already.
     Raises SettingsError, TrustError, PeerError (nobody there to join), VersionMismatch, ModelError (its own file).
     """
     joins = tuple(join_address(one) for one in join)
@@ -129,7 +130,9 @@ async def lend(
             listen=listen,
             models=settings.models_dir,
             trust=files,
-            facts=measure(settings.effective_vram, ram_gb_s or await asyncio.to_thread(known_gb_s, settings.home)),
+            facts=measure(
+                settings.effective_vram, ram_gb_s or await asyncio.to_thread(known_gb_s, settings.home), cores
+            ),
             threads=settings.threads or default_threads(1),
             cpus=cpus,
             gpu_layers=settings.gpu_layers,

@@ -114,7 +114,7 @@ def start(
         bool, typer.Option("--demo", help="The demo model on three local nodes, none of which can hold it.")
     ] = False,
     local_nodes: Annotated[int, typer.Option(min=0, max=64, help="Node processes on this machine.")] = 0,
-    pin: Annotated[bool, typer.Option("--pin", help="Pin each local node's stage to a core of its own.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Pin each local node's stage to cores of its own.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads of each stage.")] = None,
     cuts: Annotated[str | None, typer.Option(help="Layer boundaries by hand, as in 10,20.")] = None,
     wait_nodes: Annotated[int | None, typer.Option(help="Nodes to wait for before the first plan.")] = None,
@@ -258,6 +258,7 @@ def node(
     home: Home = None,
     models: Models = None,
     ram_gb_s: Annotated[float, typer.Option("--ram-gb-s", min=0.0, hidden=True)] = 0.0,
+    cores: Annotated[int, typer.Option("--cores", min=0, hidden=True)] = 0,
     parent: Annotated[bool, typer.Option("--parent", hidden=True)] = False,
 ) -> None:
     """Lend this machine to a coordinator: the first time with the line that `dwarfstar token` prints there."""
@@ -273,7 +274,12 @@ def node(
     )  # fmt: skip
     _log_to_stderr(True)
     pinned = _numbers(cpus, "cpus") or ()
-    _run(lend(settings, join or (), token, attach, pinned, watch_parent=parent, timeout_s=timeout, ram_gb_s=ram_gb_s))
+    _run(
+        lend(
+            settings, join or (), token, attach, pinned,
+            watch_parent=parent, timeout_s=timeout, ram_gb_s=ram_gb_s, cores=cores,
+        )
+    )  # fmt: skip
 
 
 @node_commands.command("remove")

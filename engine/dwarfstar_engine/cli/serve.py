@@ -129,7 +129,8 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
             say(line)
         stopping = asyncio.Event()
         _on_signals(stopping.set)
-        pinned = _pin(start.pin, local)
+        ram_gb_s = await asyncio.to_thread(known_gb_s, settings.home)  # once, on all cores, before anything computes
+        on = _deal_out(local, settings.threads, start.pin)
         authority = load_or_create_authority(settings.home / "trust", utc_now())
         lifetime = timedelta(hours=settings.certificate_hours)
         admission = Admission(authority, settings.home / "trust", utc_now, lifetime)
@@ -168,8 +169,7 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         # On this machine by loopback, where it listens there: the outward address may change.
         own = f"127.0.0.1:{port_of(coordinator.address)}" if is_any(settings.control_host) else coordinator.address
         running.announce(settings.home, own, door.url, join, door.certificate, found)
-        ram_gb_s = await asyncio.to_thread(known_gb_s, settings.home)  # once, and before anything computes
-        nodes = _local_nodes(local, pinned, settings, lent, ram_gb_s, coordinator.address, admission)
+        nodes = _local_nodes(local, on, settings, lent, ram_gb_s, coordinator.address, admission)
         for node in nodes:
             stack.push_async_callback(node.stop)
             await node.start()
@@ -197,6 +197,7 @@ async def _serve(start: Start, settings: Settings, say: Callable[[str], None]) -
         await _cancel([teller])
         say("stopping")
         stopping.set()
+        await _cancel(tasks[:1])  # who leads no more tells its clients so, who would else be cut off
         await http
         for task in done:
             task.result()
@@ -390,21 +391,43 @@ async def _joining(
     return server, f"{host}:{port}"
 
 
-def _pin(wanted: bool, nodes: int) -> tuple[int, ...]:
-    """A core for each local node's stage, if there are enough; this process keeps to the others.
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Of this machine: how many its nodes share, threads of each one's stage, and the cores each stage is pinned to, or
+    none."""
 
-    Without others it shares the last stage's, which is idle when the engine has the most to do: a token just came.
+    count: int
+    threads: int
+    pinned: Sequence[tuple[int, ...]] = ()
+
+
+def dealt_out(free: Sequence[int], nodes: int, threads: int) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """Cores for each local node's stage, one for each of its threads, and those for this process; empty: there are not
+    enough.
+
+    Where stages leave none it shares the last one's, which is idle when the engine has the most to do: a token just
+    came.
     """
-    free = cores()
-    if not wanted or not nodes or len(free) < nodes or not hasattr(os, "sched_setaffinity"):
-        return ()
-    os.sched_setaffinity(0, set(free[nodes:] or free[nodes - 1 :]))
-    return tuple(free[:nodes])
+    if len(free) < nodes * threads:
+        return [], ()
+    stages = [tuple(free[index * threads : (index + 1) * threads]) for index in range(nodes)]
+    return stages, tuple(free[nodes * threads :]) or stages[-1]
+
+
+def _deal_out(nodes: int, threads: int | None, pin: bool) -> Cores:
+    """Before this process has other threads: they keep to what it keeps to now."""
+    count, each = default_threads(1), threads or default_threads(max(1, nodes))
+    if not pin or not nodes or not hasattr(os, "sched_setaffinity"):
+        return Cores(count, each)
+    stages, own = dealt_out(cores(), nodes, each)
+    if own:
+        os.sched_setaffinity(0, own)
+    return Cores(count, each, stages)
 
 
 def _local_nodes(
     count: int,
-    pinned: tuple[int, ...],
+    on: Cores,
     settings: Settings,
     lent: str | None,
     ram_gb_s: float,
@@ -422,10 +445,11 @@ def _local_nodes(
                 name=f"node{index + 1}",
                 home=home,
                 coordinator=address,
-                threads=settings.threads or default_threads(count),
+                threads=on.threads,
                 effective_vram=lent,
                 ram_gb_s=ram_gb_s,
-                cpus=pinned[index : index + 1],
+                cores=on.count,
+                cpus=on.pinned[index] if on.pinned else (),
                 models=settings.models_dir,
             )
         )

@@ -30,7 +30,7 @@ import grpc.aio
 from dwarfstar_engine.errors import PeerError, TrustError, VersionMismatch
 from dwarfstar_engine.node import renewal
 from dwarfstar_engine.node.discovery import FOREIGN, Fixed, Seek
-from dwarfstar_engine.node.facts import default_threads, interfaces, is_any, local_host
+from dwarfstar_engine.node.facts import interfaces, is_any, local_host
 from dwarfstar_engine.node.files import offer
 from dwarfstar_engine.node.roster import REMOVED
 from dwarfstar_engine.node.stages import SILENT_S, NodeOptions, Stages
@@ -192,7 +192,7 @@ class NodeDaemon:
                 override=facts.override,
                 bandwidth_gb_s=facts.bandwidth_gb_s,
                 threads=self._options.threads,
-                cores=default_threads(1),
+                cores=facts.cores,
             ),
         )
 

@@ -38,7 +38,7 @@ _DOCUMENTATION = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6
 @dataclass(frozen=True, slots=True)
 class Facts:
     """kind: "cpu" or "cuda". usable_bytes: what would be lent. override_bytes: what its owner set instead, or 0, and
-    override the words for it. bandwidth_gb_s: 0: not known."""
+    override the words for it. bandwidth_gb_s: 0: not known. cores: that all nodes of this machine share."""
 
     kind: str
     device: str
@@ -47,6 +47,7 @@ class Facts:
     override_bytes: int
     override: str = ""
     bandwidth_gb_s: float = 0.0
+    cores: int = 0
 
 
 def _gpu() -> Gpus | None:
@@ -64,9 +65,9 @@ def _gpu() -> Gpus | None:
     return gpus
 
 
-def measure(override: str | None, ram_gb_s: float = 0.0) -> Facts:
+def measure(override: str | None, ram_gb_s: float = 0.0, cores: int = 0) -> Facts:
     """Look at this machine. override: what its owner set. ram_gb_s: measured bandwidth, where its RAM is lent; 0: not
-    known. Raises SettingsError."""
+    known. cores: of this machine, where this process may use fewer; 0: those it may. Raises SettingsError."""
     gpu = _gpu()
     if gpu is not None:
         kind, device, gb_s = "cuda", gpu.name, gpu.bandwidth_gb_s or 0.0
@@ -75,7 +76,8 @@ def measure(override: str | None, ram_gb_s: float = 0.0) -> Facts:
         kind, device, gb_s = "cpu", platform.processor() or platform.machine(), ram_gb_s
         total, available = memory()
         usable = int(available * RAM_SHARE)
-    return Facts(kind, device, total, usable, lent_bytes(override or "", total, usable), override or "", gb_s)
+    lent = lent_bytes(override or "", total, usable)
+    return Facts(kind, device, total, usable, lent, override or "", gb_s, cores or default_threads(1))
 
 
 def lent_bytes(override: str, total_bytes: int, usable_bytes: int) -> int:

@@ -21,7 +21,8 @@ LOG_CHECK_S = 30.0
 
 @dataclass(slots=True)
 class LocalNode:
-    """One such process. Its certificate lies in ``home`` already. cpus: cores for its stage; empty: any."""
+    """One such process. Its certificate lies in ``home`` already. cores: of this machine, though it may run on
+    fewer. cpus: those for its stage; empty: any."""
 
     name: str
     home: Path
@@ -30,6 +31,7 @@ class LocalNode:
     models: Path
     effective_vram: str | None = None
     ram_gb_s: float = 0.0  # measured by whoever starts several of them
+    cores: int = 0
     cpus: tuple[int, ...] = ()
     _keeper: asyncio.Task[None] | None = field(default=None, init=False)
     _process: asyncio.subprocess.Process | None = field(default=None, init=False)
@@ -46,6 +48,8 @@ class LocalNode:
             arguments.append(f"--effective-vram={self.effective_vram}")  # it may begin with a minus
         if self.ram_gb_s:
             arguments += ["--ram-gb-s", f"{self.ram_gb_s:.2f}"]
+        if self.cores:
+            arguments += ["--cores", str(self.cores)]
         if self.cpus:
             arguments += ["--cpus", ",".join(map(str, self.cpus))]
         self._trim_log()
