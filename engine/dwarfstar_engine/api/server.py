@@ -17,6 +17,8 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from dwarfstar_engine.wire.loop import until_beat
+
 MAX_HEAD_BYTES = 64 << 10  # h11's bound; the largest heads met, of browsers with cookies, are a quarter of it
 GRACEFUL_SHUTDOWN_S = 1
 DATE_S = 1.0  # between the times that responses tell
@@ -104,7 +106,7 @@ class Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         while not await self.on_tick(0):
-            await asyncio.wait({self._ending}, timeout=DATE_S)
+            await asyncio.wait({self._ending}, timeout=until_beat(DATE_S))
 
 
 def http_server(app: Any, tls: ssl.SSLContext | None = None) -> Server:

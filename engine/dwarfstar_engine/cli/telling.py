@@ -14,6 +14,7 @@ from dwarfstar_engine.node.needs import kv_cells, reserve_bytes
 from dwarfstar_engine.node.source import DEFAULT_CONTEXT, Source
 from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import StatusView
+from dwarfstar_engine.wire.loop import until_beat
 
 ELECTION_S = 5.0  # after the start; a cluster that has no leader for longer is worth a line
 LOOK_S, SERVED_LOOK_S = 0.25, 1.0  # while it comes up, and later
@@ -65,7 +66,7 @@ async def tell(coordinator: Told, say: Callable[[str], None], started: float, ho
     while True:
         mark = coordinator.mark()
         if mark is not None and mark == seen:
-            await asyncio.sleep(SERVED_LOOK_S)
+            await asyncio.sleep(until_beat(SERVED_LOOK_S))
             continue
         status, now = coordinator.status(), time.monotonic()
         loading = coordinator.loading() if status.stages else ""
@@ -82,7 +83,7 @@ async def tell(coordinator: Told, say: Callable[[str], None], started: float, ho
             for line in _invitation(status.coordinator.api_url, home, curl):
                 say(line)
         seen = mark
-        await asyncio.sleep(SERVED_LOOK_S if invited else LOOK_S)
+        await asyncio.sleep(until_beat(SERVED_LOOK_S if invited else LOOK_S))
 
 
 def _line(status: StatusView, loading: str, *, served: bool) -> str:

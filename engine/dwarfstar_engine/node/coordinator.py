@@ -44,6 +44,7 @@ from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import CommitView, CoordinatorView, ModelView, StatusView, ThroughputView
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import local_build
+from dwarfstar_engine.wire.loop import until_beat
 from dwarfstar_engine.wire.ring import RingReceivers, SpareChannels
 from dwarfstar_engine.wire.trust import NodeFiles
 
@@ -469,7 +470,7 @@ class Coordinator:
     async def _watch(self) -> None:
         """Have the pipelines look for what does not announce itself."""
         while True:
-            await asyncio.sleep(WATCH_S)
+            await asyncio.sleep(until_beat(WATCH_S))
             now = time.monotonic()
             for pipeline in self.pipelines:
                 pipeline.tick(now)

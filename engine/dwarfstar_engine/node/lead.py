@@ -34,6 +34,7 @@ from dwarfstar_engine.node.kept import Kept
 from dwarfstar_engine.node.lease_wire import message_from, message_to
 from dwarfstar_engine.node.links import Links, seen
 from dwarfstar_engine.wire.generated import control_pb2 as pb
+from dwarfstar_engine.wire.loop import until_beat
 from dwarfstar_engine.wire.trust import NodeFiles
 
 log = logging.getLogger("dwarfstar.lead")
@@ -187,10 +188,9 @@ class Lead:
             self.links.dial(peer)
         if self._find is not None:
             self._spawn(self._meet(self._find))
-        ticking = time.monotonic()
         try:
             while True:
-                ticking = max(ticking + TICK_S, time.monotonic())
+                ticking = time.monotonic() + until_beat(TICK_S)
                 self._machine.capable = self._able and (self._rest_until or 0.0) <= time.monotonic()
                 await self._take(lease.Tick(random.random()))  # noqa: S311 - spreads candidates, guards nothing
                 self._forget_gone(time.monotonic())

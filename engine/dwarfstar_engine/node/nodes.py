@@ -44,6 +44,7 @@ from dwarfstar_engine.settings import Settings
 from dwarfstar_engine.views import NodeView
 from dwarfstar_engine.wire.generated import control_pb2 as pb
 from dwarfstar_engine.wire.handshake import local_build
+from dwarfstar_engine.wire.loop import until_beat
 
 SETTLE_S = 0.5  # what a node sent may be on its way for so long; less if it speaks oftener
 MAX_NAME = 64  # characters of a node's name, as in the settings
@@ -167,7 +168,7 @@ class Nodes:
     async def run(self) -> None:
         """Tick until cancelled."""
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(until_beat(TICK_S))
             self.tick()
 
     def known(self) -> tuple[Known, ...]:
