@@ -180,3 +180,17 @@ def test_the_next_peer_waits_until_an_engine_rests(work_s: float, rests: bool, m
             for child in psutil.Process(process.pid).children():
                 child.kill()
             process.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it counts in ticks")
+def test_the_heads_processor_is_measured_finer_than_a_tick() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            time.sleep(0.3)
+            found = scenarios.head_cpu_s(Fake(SPLIT, head_pid=process.pid))
+            times = psutil.Process(process.pid).cpu_times()
+            assert 0 < found <= times.user + times.system + 0.1
+            assert round(found, 2) != found  # ticks are hundredths
+        finally:
+            process.kill()
+    assert scenarios.head_cpu_s(Fake(SPLIT)) == 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,6 +143,8 @@ def head_cpu_s(peer: Peer) -> float:
     """CPU time of the process that serves HTTP, without its children."""
     if not peer.head_pid:
         return 0.0
+    if sys.platform == "linux":  # that process's own clock (clock_getcpuclockid); its times elsewhere count in 10 ms
+        return time.clock_gettime((~peer.head_pid << 3) | 2)
     times = psutil.Process(peer.head_pid).cpu_times()
     return float(times.user + times.system)
 
