@@ -99,11 +99,11 @@ def main() -> None:
             order = list(engines) if turn % 2 else list(engines)[::-1]
             found = {name: tok_s(engines[name], given.tokens) for name in order}
             ratios.append(found["two copies"] / found["one node"])
-            one, both = loop_tok_s(apart[:1]), loop_tok_s(apart)
-            allowed.append(both / one)
+            alone, both = loop_tok_s(apart[:1]), loop_tok_s(apart)
+            allowed.append(both / alone)
             print(
                 f"{found['one node']:6.1f} {found['two copies']:6.1f} tok/s  {ratios[-1]:.2f}   "
-                f"plain loops {one:6.1f} {both:6.1f} tok/s  {allowed[-1]:.2f}",
+                f"plain loops {alone:6.1f} {both:6.1f} tok/s  {allowed[-1]:.2f}",
                 flush=True,
             )
         print(f"two copies ÷ one node: {statistics.median(ratios):.2f} (median of {given.turns} turns)")
