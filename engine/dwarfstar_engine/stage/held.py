@@ -8,7 +8,7 @@ from __future__ import annotations
 from dwarfstar_engine.wire import frames
 
 HOLD_S = 0.040  # that a result waits for others: less than a reader sees, and than passes between two of its tokens
-HELD = 4  # results in a message
+HELD = 8  # results in a message; while requests come lanes are many and small
 LANES = 64  # frames of which is known when they came last
 
 assert HELD <= frames.MAX_RESULTS
