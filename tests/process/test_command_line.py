@@ -303,7 +303,7 @@ def test_ctrl_c_tells_those_it_serves(tmp_path: Path) -> None:
         assert "ERROR" not in engine.output and "Traceback" not in engine.output
 
 
-@pytest.mark.skipif(len(cores()) < 2, reason="two stages cannot have a core each")
+@pytest.mark.skipif(sys.platform != "linux" or len(cores()) < 2, reason="two stages cannot have a core each")
 def test_pinned_stages_have_cores_of_their_own(tmp_path: Path) -> None:
     pinned = ("--local-nodes", "2", "--threads", "1", "--pin")
     with EngineProcess(tmp_path / "h", "--demo", *pinned) as engine:
